@@ -1,0 +1,132 @@
+"""The command line: `hybridlab COMMAND`. Results go to stdout, everything else to stderr.
+
+Exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted. With `--json`, stdout holds one JSON value and
+nothing else. Packages are imported inside the commands, so that `hybridlab --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from hybridlab.cli_bench import bench
+from hybridlab.cli_checkpoint import checkpoint
+from hybridlab.cli_output import Json, emit, note
+from hybridlab.errors import HybridlabError, RequestError
+
+
+class _OneLineErrors(TyperGroup):
+    """Turns what a user can cause into one line and an exit status; every command runs inside `invoke`."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # typer ends quietly: the reader of our output has gone
+        except (HybridlabError, OSError) as error:
+            note(f"hybridlab: error: {' '.join(str(error).split())}")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            note("hybridlab: interrupted")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Mixture-of-Experts inference with CPU and GPU together: run experiments, make checkpoints, measure.",
+)
+app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(bench, name="bench")
+
+
+@app.command()
+def doctor(
+    json: Json = False,
+    probe: Annotated[bool, typer.Option(help="Measure memory reads and the link (seconds, 1 GiB).")] = True,
+) -> None:
+    """Say what this machine can do, what is missing and what cannot be tested on it."""
+    from hybridlab.hardware import doctor as examine
+
+    report = examine(probe=probe)
+    emit(report.as_dict() if json else str(report), json)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="An experiment's YAML file.")],
+    force: Annotated[bool, typer.Option("--force", help="Run again what results/ already holds.")] = False,
+    results_dir: Annotated[Path | None, typer.Option(help="Where runs are kept (default: results).")] = None,
+    figure: Annotated[bool, typer.Option(help="Draw TTFT against throughput.")] = True,
+    json: Json = False,
+) -> None:
+    """Serve an experiment's requests, print the metrics, keep the runs and draw the figure."""
+    import hybridlab as hl
+    from hybridlab.cli_run import as_json, draw, table
+
+    options = {} if results_dir is None else {"results_dir": results_dir}
+    result = hl.run(config, force=force, **options)
+    drawn = draw(result, config) if figure else None
+    if json:
+        emit(as_json(result, drawn), json)
+        return
+    emit(table(result), json)
+    for path in result.paths:
+        note(f"run     {path}")
+    if drawn is not None:
+        note(f"figure  {drawn}")
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder in Hugging Face layout.")],
+    tokens: Annotated[str | None, typer.Option(help="The prompt as token ids: 1,2,3")] = None,
+    text: Annotated[str | None, typer.Option(help="The prompt as text (needs tokenizer.json).")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 16,
+    precision: Annotated[str, typer.Option(help="exact (float64, for checking) or bf16.")] = "bf16",
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: every usable core.")] = None,
+    json: Json = False,
+) -> None:
+    """Continue one prompt, given as token ids or as text."""
+    if (tokens is None) == (text is None):
+        raise RequestError("generate: give the prompt as --tokens or as --text, one of the two")
+    prompt = text if text is not None else _token_ids(tokens or "")
+    import hybridlab as hl
+
+    engine = hl.load(checkpoint, precision=precision, threads=threads)
+    try:
+        output = engine.generate(
+            prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+        )
+    finally:
+        engine.close()
+    if json:
+        emit({"text": output} if isinstance(output, str) else {"tokens": [int(t) for t in output]}, json)
+    else:
+        emit(output if isinstance(output, str) else ",".join(map(str, output)), json)
+
+
+def _token_ids(text: str) -> list[int]:
+    """Parse "1,2,3"; the engine checks the ids against the vocabulary."""
+    ids = []
+    for position, word in enumerate(text.split(",")):
+        word = word.strip()
+        # isdigit alone would accept digits of other scripts and superscripts
+        if not (word.isascii() and word.isdigit()):
+            raise RequestError(f"--tokens: expected token ids such as 1,2,3, got {word!r} at position {position}")
+        ids.append(int(word))
+    return ids
+
+
+def main() -> None:
+    """Entry point of the `hybridlab` script."""
+    app(prog_name="hybridlab")

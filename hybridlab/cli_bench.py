@@ -1,0 +1,49 @@
+"""`hybridlab bench`: measurements that hold a kernel or a step against a yardstick taken in the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hybridlab.cli_output import Json, emit
+from hybridlab.errors import ConfigError
+
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure against a yardstick of the same run.")
+
+
+@bench.callback()
+def _group() -> None:
+    # With a single command typer would drop its name; a callback keeps `bench decode`.
+    pass
+
+
+@bench.command()
+def decode(
+    preset: Annotated[str | None, typer.Option(help="Random weights of this preset, made once and kept.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint folder instead of a preset.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the preset has.")] = None,
+    depth: Annotated[int, typer.Option(min=0, help="Tokens already in each request's cache.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Requests that decode together.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: every usable core.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed decode steps.")] = 32,
+    json: Json = False,
+) -> None:
+    """Decode speed, bytes per token, and the fraction of the read bandwidth measured in between."""
+    if (preset is None) == (checkpoint is None):
+        raise ConfigError("bench decode: give --preset or --checkpoint, one of the two")
+    if checkpoint is not None and layers is not None:
+        raise ConfigError("bench decode: --layers cuts a preset; a checkpoint is taken as it is")
+    from hybridlab import bench as measure
+
+    result = measure.decode(
+        preset=preset,
+        checkpoint=checkpoint,
+        layers=layers,
+        depth=depth,
+        num_requests=batch,
+        threads=threads,
+        steps=steps,
+    )
+    emit(result.as_dict() if json else str(result), json)

@@ -1,0 +1,43 @@
+"""What commands print: results on stdout, notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
+
+
+def emit(value: Any, as_json: bool) -> None:
+    """Print a result: any value as JSON, or text as it stands."""
+    print(json.dumps(plain(value), indent=2, allow_nan=False) if as_json else value, flush=True)
+
+
+def note(text: str) -> None:
+    """Say something to a human."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def plain(value: Any) -> Any:
+    """Reduce to what JSON has: sets become sorted lists, other objects text, and NaN (not JSON) null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):  # a NumPy scalar
+        return plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value) if isinstance(value, Path) or not isinstance(value, bytes) else value.decode(errors="replace")
