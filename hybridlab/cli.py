@@ -1,7 +1,7 @@
 """The command line: `hybridlab COMMAND`. Results go to stdout, everything else to stderr.
 
-Exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted. With `--json`, stdout holds one JSON value and
-nothing else. Packages are imported inside the commands, so that `hybridlab --help` answers at once.
+Exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted. With `--json`, stdout holds one JSON
+value and nothing else. Packages are imported inside the commands, so that `hybridlab --help` answers at once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Mixture-of-Experts inference with CPU and GPU together: run experiments, make checkpoints, measure.",
+    help="Mixture-of-Experts inference with CPU and GPU together: experiments, checkpoints, measurements.",
 )
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(bench, name="bench")
@@ -122,7 +122,7 @@ def _token_ids(text: str) -> list[int]:
         word = word.strip()
         # isdigit alone would accept digits of other scripts and superscripts
         if not (word.isascii() and word.isdigit()):
-            raise RequestError(f"--tokens: expected token ids such as 1,2,3, got {word!r} at position {position}")
+            raise RequestError(f"--tokens: expected ids such as 1,2,3, got {word!r} at position {position}")
         ids.append(int(word))
     return ids
 

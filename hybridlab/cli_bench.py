@@ -10,7 +10,7 @@ import typer
 from hybridlab.cli_output import Json, emit
 from hybridlab.errors import ConfigError
 
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure against a yardstick of the same run.")
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure against a yardstick.")
 
 
 @bench.callback()
@@ -21,7 +21,7 @@ def _group() -> None:
 
 @bench.command()
 def decode(
-    preset: Annotated[str | None, typer.Option(help="Random weights of this preset, made once and kept.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Random weights, made once and kept.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint folder instead of a preset.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the preset has.")] = None,
     depth: Annotated[int, typer.Option(min=0, help="Tokens already in each request's cache.")] = 0,

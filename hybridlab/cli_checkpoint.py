@@ -9,7 +9,7 @@ import typer
 
 from hybridlab.cli_output import Json, emit, note, plain
 
-checkpoint = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make a random checkpoint, or look at one.")
+checkpoint = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make or inspect a checkpoint.")
 
 
 @checkpoint.command()

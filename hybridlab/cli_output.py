@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from dataclasses import asdict, is_dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -34,10 +33,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)):  # a NumPy scalar
-        return plain(value.item())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    return str(value) if isinstance(value, Path) or not isinstance(value, bytes) else value.decode(errors="replace")
+    return str(value)

@@ -58,10 +58,10 @@ def _groups(root: Path) -> Iterator[tuple[str, Path, Path]]:
         columns, source = fields.split(), tail.split()
         if len(columns) < 5 or not source or source[0] not in ("cgroup", "cgroup2"):
             continue
-        kinds = ["v2"] if source[0] == "cgroup2" else [k for k in ("cpu", "memory") if k in source[-1].split(",")]
+        mounted = ["v2"] if source[0] == "cgroup2" else source[-1].split(",")
         top = root / columns[4].lstrip("/")
-        for kind in kinds:
-            if kind in paths:
+        for kind in ("v2", "cpu", "memory"):
+            if kind in mounted and kind in paths:
                 yield kind, top / _below(paths[kind], columns[3]), top
 
 

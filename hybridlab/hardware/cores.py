@@ -15,8 +15,8 @@ from hybridlab.hardware.cgroup import CgroupLimits, cgroup_limits
 class Cores:
     """`usable` is what a thread pool should take: the affinity mask, cut by the cgroup quota.
 
-    `l3_bytes` adds up the L3 caches; `flags` are the instruction-set extensions that the operating system reports.
-    Both may be missing.
+    `l3_bytes` adds up the L3 caches; `flags` are the instruction-set extensions that the operating system
+    reports. Both may be missing.
     """
 
     name: str
@@ -50,11 +50,12 @@ def detect_cores(root: Path = Path("/"), limits: CgroupLimits | None = None) -> 
 
 def _l3_bytes(root: Path) -> int | None:
     """All L3 caches together: many CPUs have one for each group of cores."""
+    shift = {"": 0, "K": 10, "M": 20, "G": 30}
     size_of: dict[str, int] = {}
     for index in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
         match = re.fullmatch(r"(\d+)([KMG]?)", _read(index / "size").strip())
         if match and _read(index / "level").strip() == "3":
-            size_of[_read(index / "shared_cpu_list")] = int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
+            size_of[_read(index / "shared_cpu_list")] = int(match[1]) << shift[match[2]]
     return sum(size_of.values()) or None
 
 

@@ -17,7 +17,9 @@ from hybridlab.hardware.link import LinkProbe, probe_link
 from hybridlab.hardware.read_bandwidth import BandwidthProbe, read_bandwidth_gb_s
 
 _PACKAGES = ("torch", "numpy", "pandas", "safetensors", "tokenizers", "Cython", "jax", "jaxlib")
-_ISA_FLAGS = ("avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_vbmi", "avx512_bf16", "amx_tile", "asimd", "sve")
+_ISA_FLAGS = (
+    "avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_vbmi", "avx512_bf16", "amx_tile", "asimd", "sve",
+)
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,16 @@ class DoctorReport:
         """(what, finding) in the order in which they are shown."""
         cores, memory = self.cores, self.memory
         quota = "no cgroup quota" if cores.quota is None else f"cgroup quota {cores.quota:g}"
-        limit = "no cgroup limit" if memory.limit_bytes is None else f"cgroup limit {_gib(memory.limit_bytes)}"
+        limit = "no cgroup limit" if memory.limit_bytes is None else f"limit {_gib(memory.limit_bytes)}"
+        room = f"{_gib(memory.usable_bytes)} usable, {_gib(memory.available_bytes)} free now"
         flags = " ".join(f for f in _ISA_FLAGS if f in cores.flags) or "not reported"
+        nodes = f"{_count(cores.sockets, 'socket')}, {_count(cores.numa_nodes, 'NUMA node')}"
         return [
             ("CPU", cores.name),
             ("extensions", flags),
-            ("cores", f"{cores.usable} usable: {cores.affinity} by affinity, {quota} (cgroup {self.cgroup_version})"),
-            ("topology", f"{_count(cores.sockets, 'socket')}, {_count(cores.numa_nodes, 'NUMA node')}, {self._l3()}"),
-            ("memory", f"{_gib(memory.usable_bytes)} usable, {_gib(memory.available_bytes)} free now, {limit}"),
+            ("cores", f"{cores.usable} usable ({cores.affinity} by affinity, {quota})"),
+            ("topology", f"{nodes}, {self._l3()}"),
+            ("memory", f"{room} ({limit}; cgroup {self.cgroup_version})"),
             ("kernel tier", f"{self.tier} (this machine runs {', '.join(self.supported_tiers)})"),
             ("kernel build", self.kernels_build),
             *(("memory reads", str(probe)) for probe in self.read_bandwidth),

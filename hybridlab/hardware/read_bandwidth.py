@@ -1,9 +1,9 @@
 """How fast this machine reads main memory: the yardstick that decode kernels are held against.
 
-The loop is published: `hybridlab.kernels.read_bandwidth_bytes` adds up a buffer with plain vector loads. Without
-the compiled kernels NumPy's `bitwise_or.reduce` reads it instead, which is slower on some machines; `loop` says
-which one ran. The buffer is filled before, so that no page is the shared zero page, and is far larger than the L3
-caches, so that next to nothing of it is cached when a repeat begins.
+The loop is published: `hybridlab.kernels.read_bandwidth_bytes` adds up a buffer with plain vector loads.
+Without the compiled kernels NumPy's `bitwise_or.reduce` reads it instead, which is slower on some machines;
+`loop` says which one ran. The buffer is filled before, so that no page is the shared zero page, and is far
+larger than the L3 caches, so that next to nothing of it is cached when a repeat begins.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _L3_MULTIPLE = 8
 
 @dataclass(frozen=True)
 class BandwidthProbe:
-    """Rates in GB/s (1e9 bytes): the median over `repeats` reads of `buffer_bytes`, the slowest and the fastest."""
+    """Rates in GB/s (1e9 bytes) over `repeats` reads of `buffer_bytes`: median, slowest and fastest."""
 
     threads: int
     median_gb_s: float
@@ -61,7 +61,7 @@ def read_bandwidth_gb_s(
         HybridlabError: a count below 1, or an unknown or unavailable loop.
     """
     if threads < 1 or repeats < 1:
-        raise HybridlabError(f"read bandwidth: threads and repeats must be at least 1, got {threads} and {repeats}")
+        raise HybridlabError(f"read bandwidth: expected threads, repeats >= 1, got {threads}, {repeats}")
     read, name = _reader(loop, threads)
     buffer = _filled(buffer_bytes if buffer_bytes is not None else _default_bytes(), threads)
     read(buffer)
