@@ -70,7 +70,7 @@ def _weight_map(index: Path) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for tensor, name in weight_map.data.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"{index}: tensor {shown(tensor)} is in {shown(name)}, expected a file name")
+            raise CheckpointError(f"{index}: tensor {shown(tensor)} is in {shown(name)}, expected a file")
         names.setdefault(name, []).append(tensor)
     return names
 

@@ -97,8 +97,9 @@ class Fields:
         if value is None and default is not None:
             return default
         # The bound turns away infinities, NaN and integers that no float can hold.
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and abs(value) < 1e30 and (value > 0 or not positive):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(key, "a number")
+        if abs(value) < 1e30 and (value > 0 or not positive):
             return float(value)
         raise self.error(key, "a positive number" if positive else "a finite number")
 

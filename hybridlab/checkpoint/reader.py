@@ -146,7 +146,7 @@ class _Files:
             present = set(handle.keys())
             if listed is not None and (lost := listed - present):
                 more = f" and {len(lost) - 1:,} more" if len(lost) > 1 else ""
-                raise CheckpointError(f"{path}: tensor {min(lost)}{more} missing, but the index places it here")
+                raise CheckpointError(f"{path}: tensor {min(lost)}{more} missing, though its index lists it")
             for name in present if listed is None else listed:
                 self._holder[name] = (path, handle)
 
