@@ -1,0 +1,84 @@
+"""hybridlab: a lab for Mixture-of-Experts inference with CPU and GPU together.
+
+```python
+import hybridlab as hl
+engine = hl.load(path)
+engine.generate([1, 2, 3], max_tokens=24)
+result = hl.run("experiments/quickstart/config.yaml")
+```
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> module. Imported when first used: torch and pandas take seconds, `import hybridlab` must not.
+_PUBLIC = {
+    "Engine": "hybridlab.session",
+    "load": "hybridlab.session",
+    "run": "hybridlab.experiment",
+    "load_config": "hybridlab.config",
+    "load_results": "hybridlab.results",
+    "check_scheduler": "hybridlab.strategies.checks",
+    "check_placement": "hybridlab.strategies.checks",
+    "check_overlap": "hybridlab.strategies.checks",
+    "doctor": "hybridlab.hardware.doctor",
+    "make_checkpoint": "hybridlab.checkpoint.writer",
+    "open_checkpoint": "hybridlab.checkpoint",
+    "HybridlabError": "hybridlab.errors",
+    "ExpertPath": "hybridlab.plan",
+    "Move": "hybridlab.plan",
+    "Op": "hybridlab.plan",
+    "PlacementPlan": "hybridlab.plan",
+    "QueueView": "hybridlab.plan",
+    "StepPlan": "hybridlab.plan",
+    "Tier": "hybridlab.plan",
+    "Request": "hybridlab.request",
+    "Sampling": "hybridlab.request",
+    "HardwareSpec": "hybridlab.spec",
+    "ModelSpec": "hybridlab.spec",
+    "RoutingStats": "hybridlab.spec",
+}
+
+__all__ = [*_PUBLIC, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hybridlab' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_PUBLIC[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from hybridlab.checkpoint import open_checkpoint as open_checkpoint
+    from hybridlab.checkpoint.writer import make_checkpoint as make_checkpoint
+    from hybridlab.config import load_config as load_config
+    from hybridlab.errors import HybridlabError as HybridlabError
+    from hybridlab.experiment import run as run
+    from hybridlab.hardware.doctor import doctor as doctor
+    from hybridlab.plan import ExpertPath as ExpertPath
+    from hybridlab.plan import Move as Move
+    from hybridlab.plan import Op as Op
+    from hybridlab.plan import PlacementPlan as PlacementPlan
+    from hybridlab.plan import QueueView as QueueView
+    from hybridlab.plan import StepPlan as StepPlan
+    from hybridlab.plan import Tier as Tier
+    from hybridlab.request import Request as Request
+    from hybridlab.request import Sampling as Sampling
+    from hybridlab.results import load_results as load_results
+    from hybridlab.session import Engine as Engine
+    from hybridlab.session import load as load
+    from hybridlab.spec import HardwareSpec as HardwareSpec
+    from hybridlab.spec import ModelSpec as ModelSpec
+    from hybridlab.spec import RoutingStats as RoutingStats
+    from hybridlab.strategies.checks import check_overlap as check_overlap
+    from hybridlab.strategies.checks import check_placement as check_placement
+    from hybridlab.strategies.checks import check_scheduler as check_scheduler

@@ -1,0 +1,51 @@
+"""A scheduler's step bound to tokens and KV blocks, and what came of it: the currency between queue and backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hybridlab.plan import RequestId, Span, StepPlan
+from hybridlab.request import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One request's share of a step.
+
+    `token_ids` are computed at positions `start`, `start` + 1, ...; `block_table` covers all of them.
+    `wants_token` asks for the token that follows the last one.
+    """
+
+    id: RequestId
+    token_ids: Sequence[int]
+    start: int
+    block_table: tuple[int, ...]
+    sampling: Sampling
+    wants_token: bool
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens in the KV cache once the step is done."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """A step as a worker receives it."""
+
+    worker: str
+    step: StepPlan
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A finished step. `error` is set when it failed as a whole; `tokens` holds the drawn tokens otherwise."""
+
+    batch: StepBatch
+    start_s: float
+    end_s: float
+    tokens: Mapping[RequestId, int] = field(default_factory=dict)
+    spans: tuple[Span, ...] = ()
+    error: str = ""

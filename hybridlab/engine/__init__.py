@@ -1,0 +1,1 @@
+"""The engine: runs programs on real devices."""

@@ -1,0 +1,121 @@
+"""Binds a program to tokens: the op kinds of a plan become calls on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from hybridlab.batch import Entry, StepBatch
+from hybridlab.engine.kv_cache import KVCache
+from hybridlab.engine.lanes import Lanes
+from hybridlab.engine.sampling import draw
+from hybridlab.errors import PlanError
+from hybridlab.model.base import MicroBatch, Model, Routed
+from hybridlab.plan import Op, Program, RequestId, Span
+
+
+@dataclass
+class _Running:
+    """One microbatch on its way through the layers."""
+
+    entries: tuple[Entry, ...]
+    batch: MicroBatch
+    x_TH: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    routed: Routed | None = None
+    parts: list[torch.Tensor] = field(default_factory=list)
+    logits: torch.Tensor | None = None
+
+
+class Executor:
+    """Runs one step at a time on one model, cache and set of lanes."""
+
+    def __init__(self, model: Model, cache: KVCache, lanes: Lanes) -> None:
+        self._model, self._cache, self._lanes = model, cache, lanes
+        model.cache = cache
+
+    def run(self, program: Program, batch: StepBatch, clock_start_s: float) -> tuple[dict[RequestId, int], tuple[Span, ...]]:
+        """Compute a step; returns the drawn tokens and the spans of its ops."""
+        tokens: dict[RequestId, int] = {}
+        micros, spans = self._run(program, batch.entries, clock_start_s, all_rows=False)
+        for micro in micros:
+            drawing = [entry for entry in micro.entries if entry.wants_token]
+            for row, entry in enumerate(drawing):
+                assert micro.logits is not None
+                tokens[entry.id] = draw(micro.logits[row], entry.sampling, entry.context_tokens - 1)
+        return tokens, spans
+
+    def logits(self, program: Program, entry: Entry) -> torch.Tensor:
+        """Logits of every row of one request's step, float32 [T, V]."""
+        (micro,), _ = self._run(program, (entry,), 0.0, all_rows=True)
+        assert micro.logits is not None
+        return micro.logits
+
+    def _run(
+        self, program: Program, entries: Sequence[Entry], clock_start_s: float, *, all_rows: bool
+    ) -> tuple[list[_Running], tuple[Span, ...]]:
+        groups = _split(entries, program.shape.num_microbatches)
+        micros = [_Running(group, self._micro_batch(group)) for group in groups]
+        model = self._model
+
+        def execute(op: Op) -> None:
+            micro = micros[op.microbatch]
+            match op.kind:
+                case "attention":
+                    micro.x_TH = model.attention(op.layer, micro.x_TH, micro.batch)
+                case "router":
+                    micro.routed = model.router(op.layer, micro.x_TH)
+                case "experts":
+                    assert micro.routed is not None
+                    micro.parts.append(model.experts(op.layer, micro.routed, op.experts))
+                case "combine":
+                    for part in micro.parts:
+                        micro.x_TH = micro.x_TH + part
+                    micro.parts.clear()
+                case "mlp":
+                    micro.x_TH = model.mlp(op.layer, micro.x_TH)
+                case "embed":
+                    micro.x_TH = model.embed(micro.batch)
+                case "head":
+                    rows = slice(None) if all_rows else _last_rows(micro)
+                    if all_rows or len(rows):
+                        micro.logits = model.head(micro.x_TH[rows])
+                case _:
+                    raise PlanError(f"device 'cpu' cannot run op {op.id} ({op.kind} on {op.lane}) yet")
+
+        with torch.inference_mode():
+            return micros, self._lanes.run(program, execute, clock_start_s)
+
+    def _micro_batch(self, entries: Sequence[Entry]) -> MicroBatch:
+        ids: list[int] = []
+        positions: list[int] = []
+        contexts, slots = [], []
+        for entry in entries:
+            count = len(entry.token_ids)
+            context, new = self._cache.context(entry.block_table, len(ids), count, entry.start)
+            contexts.append(context)
+            slots.append(new)
+            ids.extend(entry.token_ids)
+            positions.extend(range(entry.start, entry.start + count))
+        return MicroBatch(torch.tensor(ids), torch.tensor(positions), torch.cat(slots), tuple(contexts))
+
+
+def _last_rows(micro: _Running) -> list[int]:
+    pairs = zip(micro.entries, micro.batch.contexts, strict=True)
+    return [context.last - 1 for entry, context in pairs if entry.wants_token]
+
+
+def _split(entries: Sequence[Entry], count: int) -> list[tuple[Entry, ...]]:
+    """Cut into `count` runs of about equal token counts, none empty (there are at least `count` entries)."""
+    total = sum(len(entry.token_ids) for entry in entries)
+    groups: list[list[Entry]] = [[]]
+    done = 0
+    for i, entry in enumerate(entries):
+        must_open = len(entries) - i == count - len(groups)
+        wants_open = len(groups) < count and done >= total * len(groups) / count
+        if groups[-1] and (must_open or wants_open):
+            groups.append([])
+        groups[-1].append(entry)
+        done += len(entry.token_ids)
+    return [tuple(group) for group in groups]

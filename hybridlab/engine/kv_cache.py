@@ -1,0 +1,45 @@
+"""Storage of the paged KV cache. Which block belongs to whom is `hybridlab.kv_blocks`' business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hybridlab.model.base import Context
+from hybridlab.spec import ModelSpec
+
+
+class KVCache:
+    """One tensor per layer and KV entry, [num_blocks * block_tokens, *entry shape]; a slot is a row of it."""
+
+    def __init__(self, model: ModelSpec, num_blocks: int, block_tokens: int, dtype: torch.dtype) -> None:
+        self.num_blocks, self.block_tokens = num_blocks, block_tokens
+        rows = num_blocks * block_tokens
+        self._layers = [
+            tuple(torch.empty(rows, *entry.shape, dtype=dtype) for entry in model.kv_entries)
+            for _ in range(model.num_layers)
+        ]
+
+    def write(self, layer: int, slots_T: torch.Tensor, *entries: torch.Tensor) -> None:
+        """Store this layer's entries of T tokens at rows `slots_T`, in the order of `ModelSpec.kv_entries`."""
+        for storage, entry in zip(self._layers[layer], entries, strict=True):
+            storage.index_copy_(0, slots_T, entry.to(storage.dtype))
+
+    def read(self, layer: int, cached: slice | torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The entries at the slots of a `Context`; a view where the slots are neighbours."""
+        return tuple(storage[cached] for storage in self._layers[layer])
+
+    def context(self, block_table: Sequence[int], first_row: int, num_new: int, start: int) -> tuple[Context, torch.Tensor]:
+        """The `Context` of a request's new rows, and the slots (int64) that they are written to."""
+        size, total = self.block_tokens, start + num_new
+        table = block_table[: -(-total // size)]
+        if table[-1] - table[0] == len(table) - 1 and all(b - a == 1 for a, b in zip(table, table[1:], strict=False)):
+            base = table[0] * size
+            cached: slice | torch.Tensor = slice(base, base + total)
+            new = torch.arange(base + start, base + total)
+        else:
+            blocks = torch.tensor(table, dtype=torch.int64)
+            cached = (blocks[:, None] * size + torch.arange(size)).view(-1)[:total]
+            new = cached[start:]
+        return Context(first_row, first_row + num_new, start, cached), new

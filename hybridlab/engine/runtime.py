@@ -1,0 +1,98 @@
+"""One opened checkpoint on one device: weights, memory plan, KV storage, executor and worker."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+from hybridlab.batch import Entry
+from hybridlab.checkpoint import Checkpoint
+from hybridlab.engine.executor import Executor
+from hybridlab.engine.kv_cache import KVCache
+from hybridlab.engine.lanes import TurnTakingLanes
+from hybridlab.engine.memory import GIB, MemoryPlan, plan_memory
+from hybridlab.engine.worker import EngineBackend, WorkerThread
+from hybridlab.errors import ConfigError, StrategyError
+from hybridlab.model import build_model
+from hybridlab.model.numerics import make_numerics
+from hybridlab.plan import PlacementPlan, Program, Tier
+from hybridlab.spec import HardwareSpec
+
+
+class Runtime:
+    """Owns what a run needs on this machine. Close it to end the worker thread and free the KV cache."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        hardware: HardwareSpec,
+        *,
+        precision: str,
+        threads: int,
+        token_budget: int,
+        kv_tokens: int | None,
+        kv_block_tokens: int,
+        memory_gb: float | None,
+        quiet: bool,
+    ) -> None:
+        numerics = make_numerics(precision, threads)
+        budget_bytes = hardware.host_memory_bytes if memory_gb is None else int(memory_gb * GIB)
+        self.memory: MemoryPlan = plan_memory(
+            checkpoint.spec,
+            weight_bytes=checkpoint.num_bytes,
+            budget_bytes=budget_bytes,
+            token_budget=token_budget,
+            kv_tokens=kv_tokens,
+            kv_block_tokens=kv_block_tokens,
+            kv_element_bytes=numerics.kv_dtype.itemsize,
+        )
+        if not quiet:
+            print(f"hybridlab: {self.memory}", file=sys.stderr)
+        self.num_kv_blocks = self.memory.kv_tokens // kv_block_tokens
+        self.kv_block_tokens = kv_block_tokens
+        model = build_model(checkpoint, numerics)
+        cache = KVCache(checkpoint.spec, self.num_kv_blocks, kv_block_tokens, numerics.kv_dtype)
+        self._executor = Executor(model, cache, TurnTakingLanes())
+        self._worker = WorkerThread(threads)
+
+    def backend(self) -> EngineBackend:
+        """A backend whose clock starts now."""
+        return EngineBackend(self._executor, self._worker)
+
+    def logits(self, program: Program, entry: Entry) -> torch.Tensor:
+        """Logits of every token of `entry`, float32 [T, V]."""
+        return self._worker.call(lambda: self._executor.logits(program, entry)).result()
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+def check_device(device: str) -> str:
+    """The device that "auto" stands for; raises `ConfigError` for one that this version cannot drive."""
+    if device in ("auto", "cpu"):
+        return "cpu"
+    raise ConfigError(f"device {device!r} is not available, expected 'cpu' (or 'auto')")
+
+
+def check_threads(threads: int | None, hardware: HardwareSpec) -> int:
+    """All cores that this process may use by default; raises `ConfigError` for an impossible number."""
+    if threads is None:
+        return hardware.num_cores
+    most = 4 * (os.cpu_count() or 1)
+    if not 1 <= threads <= most:
+        raise ConfigError(f"threads is {threads}, expected 1 to {most}")
+    return threads
+
+
+def check_placed(placed: PlacementPlan, placement_name: str) -> None:
+    """Refuse tiers that device "cpu" cannot hold; raises `StrategyError` naming the first expert."""
+    if not isinstance(placed, PlacementPlan):
+        raise StrategyError(
+            f"placement {placement_name}: place() returned {type(placed).__name__}, expected PlacementPlan"
+        )
+    named = [(f"expert {e} of layer {layer}", tier) for (layer, e), tier in placed.tier_of.items()]
+    for what, tier in (("default_tier", placed.default_tier), *named):
+        if tier is Tier.STREAMED:
+            raise StrategyError(f"placement {placement_name}: {what} is streamed, device 'cpu' has no link to stream over")

@@ -1,0 +1,24 @@
+"""Drawing the next token: greedy, or by temperature and top-p with a counter-based generator."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from hybridlab.request import Sampling
+
+
+def draw(logits_V: torch.Tensor, sampling: Sampling, position: int) -> int:
+    """The token that follows `position`. Depends on (seed, position) and the logits alone, never on the batch."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    scaled = logits_V.double().numpy() / sampling.temperature
+    probs = np.exp(scaled - scaled.max())
+    probs /= probs.sum()
+    order = np.argsort(-probs, kind="stable")
+    mass = np.cumsum(probs[order])
+    # The smallest set whose mass reaches top_p; at least one token.
+    kept = order[: int(np.searchsorted(mass, sampling.top_p)) + 1]
+    generator = np.random.Generator(np.random.Philox(key=[sampling.seed % 2**64, position]))
+    cumulative = np.cumsum(probs[kept])
+    return int(kept[min(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"), len(kept) - 1)])

@@ -1,0 +1,228 @@
+"""From the shape of a step to the program that both interpreters run: lower -> arrange -> bind_slots -> validate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from hybridlab.errors import PlanError, StrategyError
+from hybridlab.plan import (
+    ExpertPath,
+    Lane,
+    LaneKind,
+    Op,
+    PlacementPlan,
+    Program,
+    Shape,
+    SlotUse,
+    StepPlan,
+    Tier,
+)
+from hybridlab.spec import HardwareSpec, ModelSpec
+from hybridlab.strategies.base import Overlap, Placement
+from hybridlab.validation import validate
+
+
+@dataclass
+class Planner:
+    """Turns steps into programs, memoised by shape, so that steady state builds no plan."""
+
+    model: ModelSpec
+    hardware: HardwareSpec
+    placement: Placement
+    overlap: Overlap
+    placed: PlacementPlan
+    _programs: dict[Shape, Program] = field(default_factory=dict)
+
+    def shape(self, worker: str, step: StepPlan) -> Shape:
+        """The shape of `step`; a step of n requests has at most n microbatches."""
+        wanted = self.overlap.num_microbatches(step)
+        if not isinstance(wanted, int) or wanted < 1:
+            raise StrategyError(
+                f"overlap {type(self.overlap).__name__}: num_microbatches() returned {wanted!r}, expected an int >= 1"
+            )
+        path = self.placement.expert_path(step.num_tokens, self.placed, self.hardware)
+        if not isinstance(path, ExpertPath):
+            raise StrategyError(
+                f"placement {type(self.placement).__name__}: expert_path() returned {path!r}, expected an ExpertPath"
+            )
+        lane = LaneKind.CPU if self.hardware.device == "cpu" else LaneKind.GPU
+        return Shape(step.role, worker, lane, path, min(wanted, len(step.tokens)), step.ranks, self.placed)
+
+    def program(self, shape: Shape) -> Program:
+        """The validated program of `shape`; raises `PlanError` or `StrategyError` when it cannot run."""
+        program = self._programs.get(shape)
+        if program is None:
+            lowered = lower(shape, self.model)
+            arranged = check_arranged(lowered, self.overlap.arrange(lowered), type(self.overlap).__name__)
+            ops = bind_slots(arranged, shape.placement.ring_slots)
+            order = validate(ops, ring_slots=shape.placement.ring_slots, ranks=shape.ranks)
+            program = self._programs[shape] = Program(shape, ops, order)
+        return program
+
+
+def lower(shape: Shape, model: ModelSpec) -> tuple[Op, ...]:
+    """Every op of a step in the plain order: layer by layer, microbatch by microbatch, loads just in time."""
+    builder = _Builder(shape, model)
+    for rank in shape.ranks:
+        for microbatch in range(shape.num_microbatches):
+            builder.add("embed", builder.compute, rank, microbatch=microbatch, needs=())
+    for layer in range(model.num_layers):
+        for rank in shape.ranks:
+            loads = {} if layer in model.dense_layers else builder.loads(layer, rank)
+            for microbatch in range(shape.num_microbatches):
+                builder.layer(layer, rank, microbatch, loads)
+    for rank in shape.ranks:
+        for microbatch in range(shape.num_microbatches):
+            builder.add("head", builder.compute, rank, microbatch=microbatch)
+    return tuple(builder.ops)
+
+
+def parts_of(placed: PlacementPlan, model: ModelSpec, layer: int, rank: int, tier: Tier) -> list[tuple[int, ...]]:
+    """The expert groups of one layer and tier on one rank: streamed ones cut into parts, others whole."""
+    experts = [
+        e
+        for e in range(model.num_experts)
+        if placed.tier(layer, e) is tier and placed.rank_of.get((layer, e), 0) == rank
+    ]
+    if not experts:
+        return []
+    num_parts = min(placed.parts_per_layer, len(experts)) if tier is Tier.STREAMED else 1
+    bounds = [len(experts) * p // num_parts for p in range(num_parts + 1)]
+    return [tuple(experts[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def check_arranged(lowered: Sequence[Op], arranged: Sequence[Op], overlap_name: str) -> tuple[Op, ...]:
+    """Refuse an arrangement that loses, repeats or changes an op, or drops a need."""
+    before = {op.id: op for op in lowered}
+    seen: set[int] = set()
+    for op in arranged:
+        if not isinstance(op, Op) or op.id not in before:
+            raise StrategyError(f"overlap {overlap_name}: arrange() returned an op that it was not given: {op!r}")
+        if op.id in seen:
+            raise StrategyError(f"overlap {overlap_name}: arrange() returned op {op.id} ({op.kind}) twice")
+        seen.add(op.id)
+        if lost := set(before[op.id].needs) - set(op.needs):
+            raise StrategyError(f"overlap {overlap_name}: arrange() dropped need {min(lost)} of op {op.id} ({op.kind})")
+        if replace(op, needs=before[op.id].needs) != before[op.id]:
+            raise StrategyError(f"overlap {overlap_name}: arrange() changed op {op.id} ({op.kind}) beyond its needs")
+    if missing := before.keys() - seen:
+        op = before[min(missing)]
+        raise StrategyError(f"overlap {overlap_name}: arrange() lost op {op.id} ({op.kind} of layer {op.layer})")
+    return tuple(arranged)
+
+
+def bind_slots(ops: Sequence[Op], ring_slots: int) -> tuple[Op, ...]:
+    """Give each load the next ring slot, and make it wait for the readers of that slot's last generation.
+
+    Generations count from the start of the program; the interpreter adds those of earlier steps, so that the
+    ring survives from step to step.
+    """
+    loads = [op for op in ops if op.kind == "load"]
+    if not loads:
+        return tuple(ops)
+    if ring_slots < 1:
+        raise PlanError("the placement streams experts, but its ring has no slots (ring_slots = 0)")
+    next_slot: dict[int, int] = {}
+    slot_of: dict[int, SlotUse] = {}
+    load_in: dict[tuple[int, SlotUse], int] = {}
+    for op in loads:
+        count = next_slot.get(op.rank, 0)
+        use = slot_of[op.id] = SlotUse(count % ring_slots, count // ring_slots)
+        load_in[op.rank, use] = op.id
+        next_slot[op.rank] = count + 1
+    readers: dict[int, list[int]] = {}
+    bound: dict[int, SlotUse] = dict(slot_of)
+    for op in ops:
+        for need in op.needs:
+            if op.kind == "experts" and op.tier is Tier.STREAMED and need in slot_of:
+                readers.setdefault(need, []).append(op.id)
+                bound[op.id] = slot_of[need]
+    result = []
+    for op in ops:
+        use = bound.get(op.id)
+        if use is None:
+            result.append(op)
+            continue
+        needs = op.needs
+        if op.kind == "load" and use.generation > 0:
+            last = load_in[op.rank, SlotUse(use.slot, use.generation - 1)]
+            needs = (*needs, *(i for i in readers.get(last, ()) if i not in needs))
+        result.append(replace(op, slot=use, needs=needs))
+    return tuple(result)
+
+
+class _Builder:
+    """Collects ops; remembers, per rank and microbatch, the op that the next one builds on."""
+
+    def __init__(self, shape: Shape, model: ModelSpec) -> None:
+        self.shape, self.model = shape, model
+        self.compute = shape.compute_lane
+        self.ops: list[Op] = []
+        self.last: dict[tuple[int, int], int] = {}
+
+    def add(self, kind: str, lane: LaneKind, rank: int, *, microbatch: int = 0, needs=None, **fields) -> int:
+        worker = self.shape.worker if rank == self.shape.ranks[0] else f"{self.shape.worker}.{rank}"
+        if needs is None:
+            needs = (self.last[rank, microbatch],)
+        op = Op(len(self.ops), kind, Lane(worker, lane), rank, microbatch=microbatch, needs=needs, **fields)
+        self.ops.append(op)
+        if kind not in ("load", "experts"):
+            self.last[rank, microbatch] = op.id
+        return op.id
+
+    def loads(self, layer: int, rank: int) -> dict[int, int]:
+        """Load ops of this layer's streamed parts, shared by all microbatches: part -> op id."""
+        placed, prefetch = self.shape.placement, self.shape.path.prefetch
+        found = {}
+        for part, experts in enumerate(parts_of(placed, self.model, layer, rank, Tier.STREAMED)):
+            wanted = experts if prefetch is None else tuple(e for e in experts if e in prefetch[layer])
+            if wanted:
+                found[part] = self.add(
+                    "load", LaneKind.H2D, rank, layer=layer, part=part, needs=(), tier=Tier.STREAMED, experts=wanted
+                )
+        return found
+
+    def layer(self, layer: int, rank: int, microbatch: int, loads: dict[int, int]) -> None:
+        self.add("attention", self.compute, rank, layer=layer, microbatch=microbatch)
+        if layer in self.model.dense_layers:
+            self.add("mlp", self.compute, rank, layer=layer, microbatch=microbatch)
+            return
+        if len(self.shape.ranks) > 1:
+            self.add("all_gather", LaneKind.NET, rank, layer=layer, microbatch=microbatch)
+        self.add("router", self.compute, rank, layer=layer, microbatch=microbatch)
+        routed = self.last[rank, microbatch]
+        done = [
+            self.add(
+                "experts",
+                LaneKind.CPU if tier is Tier.HOST else self.compute,
+                rank,
+                layer=layer,
+                part=part,
+                microbatch=microbatch,
+                needs=(routed, *((loads[part],) if tier is Tier.STREAMED else ())),
+                tier=tier,
+                experts=experts,
+            )
+            for tier, part, experts in self._groups(layer, rank, loads)
+        ]
+        needs = tuple(done) or (routed,)
+        if len(self.shape.ranks) > 1:
+            reduced = self.add("reduce", LaneKind.NET, rank, layer=layer, microbatch=microbatch, needs=needs)
+            needs = (reduced,)
+        self.add("combine", self.compute, rank, layer=layer, microbatch=microbatch, needs=needs)
+
+    def _groups(self, layer: int, rank: int, loads: dict[int, int]) -> list[tuple[Tier, int, tuple[int, ...]]]:
+        """(tier, part, experts) of every experts op; the CPU's op also takes streamed experts that may stay behind."""
+        placed = self.shape.placement
+        groups = [(Tier.RESIDENT, 0, e) for e in parts_of(placed, self.model, layer, rank, Tier.RESIDENT)]
+        host = [e for group in parts_of(placed, self.model, layer, rank, Tier.HOST) for e in group]
+        for part, experts in enumerate(parts_of(placed, self.model, layer, rank, Tier.STREAMED)):
+            arrived = self.ops[loads[part]].experts if part in loads else ()
+            if arrived:
+                groups.append((Tier.STREAMED, part, arrived))
+            stay = experts if self.shape.path.min_tokens > 1 else [e for e in experts if e not in arrived]
+            host.extend(stay)
+        if host:
+            groups.append((Tier.HOST, 0, tuple(sorted(host))))
+        return groups

@@ -1,0 +1,81 @@
+"""What the executor asks of a model: one method per op kind.
+
+Shape suffixes: T tokens of a microbatch, H hidden, K experts per token, V vocabulary, R rows that want logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from hybridlab.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One request's rows of a microbatch: rows [first, last), which stand at positions `start`, `start` + 1, ...
+
+    `cached` lists the KV slots of positions 0 .. start + last - first - 1: a slice where they are neighbours
+    (no gather), else an int64 tensor.
+    """
+
+    first: int
+    last: int
+    start: int
+    cached: slice | torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Tokens that go through a layer together: `token_ids`, `positions`, `slots` are int64 [T]."""
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    contexts: tuple[Context, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """The router's choice: experts' input x_TH (float32), `expert_ids` int32 [T, K], `weights` float32 [T, K]."""
+
+    x_TH: torch.Tensor
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+
+
+class KVStore(Protocol):
+    """What a model needs of the KV cache; entries are in the order of `ModelSpec.kv_entries`."""
+
+    def write(self, layer: int, slots_T: torch.Tensor, *entries: torch.Tensor) -> None: ...
+
+    def read(self, layer: int, cached: slice | torch.Tensor) -> tuple[torch.Tensor, ...]: ...
+
+
+class Model(Protocol):
+    """Hidden states are float32 [T, H] between ops, whatever the precision of the compute inside."""
+
+    spec: ModelSpec
+    cache: KVStore
+
+    def embed(self, batch: MicroBatch) -> torch.Tensor: ...
+
+    def attention(self, layer: int, x_TH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """Hidden states after the residual add; writes this layer's KV entries."""
+        ...
+
+    def mlp(self, layer: int, x_TH: torch.Tensor) -> torch.Tensor:
+        """A dense layer, residual added."""
+        ...
+
+    def router(self, layer: int, x_TH: torch.Tensor) -> Routed: ...
+
+    def experts(self, layer: int, routed: Routed, experts: tuple[int, ...]) -> torch.Tensor:
+        """Weighted sum over those of each token's experts that are in `experts`, [T, H]."""
+        ...
+
+    def head(self, x_RH: torch.Tensor) -> torch.Tensor:
+        """Logits, float32 [R, V]."""
+        ...

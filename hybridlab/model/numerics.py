@@ -1,0 +1,152 @@
+"""The two precisions of the CPU engine, behind one interface.
+
+`Exact` computes in float64 and rounds to float32 between ops, so that greedy tokens do not depend on batching,
+chunking, placement or threads: for checking, not for speed. `Bf16` rounds the inputs of every matrix product to
+BF16, accumulates in float32 and keeps the residual stream in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from hybridlab import kernels
+from hybridlab.checkpoint.reader import LinearWeights
+from hybridlab.kernels_numpy import dequantise
+
+LinearFn = Callable[[torch.Tensor], torch.Tensor]
+ExpertsFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+QUERY_BLOCK = 512
+"""Query rows per attention call: bounds the score matrix of a long prompt."""
+
+
+class Numerics(Protocol):
+    """How linear layers, norms and attention are computed; all take and give float32 tensors."""
+
+    kv_dtype: torch.dtype
+
+    def linear(self, weights: LinearWeights) -> LinearFn:
+        """x [T, K] -> [T, N]."""
+        ...
+
+    def experts(self, gate: Sequence[LinearWeights], up: Sequence[LinearWeights], down: Sequence[LinearWeights]) -> ExpertsFn:
+        """(x [T, H], expert_ids int32 [T, K] with -1 = skip, weights [T, K]) -> [T, H]."""
+        ...
+
+    def up(self, x: torch.Tensor) -> torch.Tensor:
+        """Into the type that elementwise maths and attention use."""
+        ...
+
+
+class Exact:
+    """float64 compute, float32 between ops."""
+
+    kv_dtype = torch.float32
+
+    def linear(self, weights: LinearWeights) -> LinearFn:
+        def apply(x_TK: torch.Tensor) -> torch.Tensor:
+            return (x_TK.double() @ _weights64(weights).T).float()
+
+        return apply
+
+    def experts(self, gate: Sequence[LinearWeights], up: Sequence[LinearWeights], down: Sequence[LinearWeights]) -> ExpertsFn:
+        def apply(x_TH: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            num_tokens, top_k = expert_ids.shape
+            parts = torch.zeros(num_tokens, top_k, x_TH.shape[1], dtype=torch.float64)
+            for e in expert_ids.unique().tolist():
+                if e < 0:
+                    continue
+                rows, slots = (expert_ids == e).nonzero(as_tuple=True)
+                x = x_TH[rows].double()
+                g = (x @ _weights64(gate[e]).T).float().double()
+                u = (x @ _weights64(up[e]).T).float().double()
+                h = (torch.nn.functional.silu(g) * u).float().double()
+                parts[rows, slots] = (h @ _weights64(down[e]).T).float().double()
+            return (parts * weights.double().unsqueeze(-1)).sum(1).float()
+
+        return apply
+
+    def up(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double()
+
+
+class Bf16:
+    """The compiled kernels, or their NumPy twin; threads as given."""
+
+    kv_dtype = torch.bfloat16
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def linear(self, weights: LinearWeights) -> LinearFn:
+        kernel, threads = kernels.linear(weights.weight, weights.scale), self.threads
+
+        def apply(x_TK: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(kernel(x_TK.numpy(), threads=threads))
+
+        return apply
+
+    def experts(self, gate: Sequence[LinearWeights], up: Sequence[LinearWeights], down: Sequence[LinearWeights]) -> ExpertsFn:
+        kernel = kernels.moe_layer(
+            *([w.weight for w in group] for group in (gate, up, down)),
+            *(None if group[0].scale is None else [w.scale for w in group] for group in (gate, up, down)),
+        )
+        threads = self.threads
+
+        def apply(x_TH: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(kernel(x_TH.numpy(), expert_ids.numpy(), weights.numpy(), threads=threads))
+
+        return apply
+
+    def up(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float()
+
+
+def make_numerics(precision: str, threads: int) -> Numerics:
+    """Raises `ValueError` naming the precision if it is neither "exact" nor "bf16"."""
+    if precision == "exact":
+        return Exact()
+    if precision == "bf16":
+        return Bf16(threads)
+    raise ValueError(f"precision {precision!r} is unknown, expected 'exact' or 'bf16'")
+
+
+def rms_norm(numerics: Numerics, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight over the last axis, float32 in and out."""
+    wide = numerics.up(x)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight).float()
+
+
+def attend(numerics: Numerics, q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGD: torch.Tensor, start: int) -> torch.Tensor:
+    """Causal grouped-query attention of one request: T queries at positions `start`.. over C cached tokens.
+
+    H query heads share G key/value heads in runs of H / G. Returns float32 [T, H, D].
+    """
+    num_queries, num_heads, head_dim = q_THD.shape
+    groups = k_CGD.shape[1]
+    q_GTD = numerics.up(q_THD).view(num_queries, groups, num_heads // groups, head_dim).permute(1, 2, 0, 3)
+    k_GDC = numerics.up(k_CGD).permute(1, 2, 0)
+    v_GCD = numerics.up(v_CGD).transpose(0, 1)
+    if num_queries == 1:
+        scores = torch.matmul(q_GTD.squeeze(2), k_GDC) * head_dim**-0.5
+        return torch.matmul(scores.softmax(-1), v_GCD).float().view(1, num_heads, head_dim)
+    outs = []
+    for first in range(0, num_queries, QUERY_BLOCK):
+        q = q_GTD[:, :, first : first + QUERY_BLOCK]
+        seen = start + first + q.shape[2]
+        hidden = torch.ones(q.shape[2], seen, dtype=torch.bool).triu_(start + first + 1)
+        rows = q.reshape(groups, -1, head_dim)
+        scores = torch.bmm(rows, k_GDC[:, :, :seen]).mul_(head_dim**-0.5).view(*q.shape[:3], seen)
+        probs = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+        out = torch.bmm(probs.view(groups, -1, seen), v_GCD[:, :seen]).view(q.shape)
+        outs.append(out.permute(2, 0, 1, 3).reshape(-1, num_heads, head_dim).float())
+    return torch.cat(outs)
+
+
+def _weights64(weights: LinearWeights) -> torch.Tensor:
+    return torch.from_numpy(dequantise(weights.weight, weights.scale, np.float64))

@@ -1,0 +1,122 @@
+"""Qwen3-MoE: grouped-query attention with q/k norm, softmax top-k routing, dense layers among MoE layers.
+
+Follows `transformers` models/qwen3_moe. Shape suffixes: T tokens, H hidden, N heads, G kv heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from hybridlab.checkpoint.reader import Checkpoint
+from hybridlab.model.base import KVStore, MicroBatch, Routed
+from hybridlab.model.numerics import ExpertsFn, LinearFn, Numerics, attend, rms_norm
+from hybridlab.model.rope import Rope, rotate
+
+
+class Qwen3Moe:
+    """Computes ops of `hybridlab.plan.OP_KINDS` on the checkpoint's mapped weights. `cache` is set by the engine."""
+
+    cache: KVStore
+
+    def __init__(self, checkpoint: Checkpoint, numerics: Numerics) -> None:
+        self.spec = spec = checkpoint.spec
+        self._numerics = numerics
+        self._embedding = torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight")).view(torch.bfloat16)
+        self._rope = Rope(spec.rope, spec.head_dim)
+        self._final_norm = _vector(checkpoint, "model.norm.weight")
+        self._head = numerics.linear(checkpoint.linear("model.embed_tokens" if spec.tie_embeddings else "lm_head"))
+        self._layers = [_Layer(checkpoint, numerics, i) for i in range(spec.num_layers)]
+
+    def embed(self, batch: MicroBatch) -> torch.Tensor:
+        return self._embedding[batch.token_ids].float()
+
+    def attention(self, layer: int, x_TH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        spec, weights = self.spec, self._layers[layer]
+        normed = rms_norm(self._numerics, x_TH, weights.input_norm, spec.rms_norm_eps)
+        tokens = len(normed)
+        q = weights.q_proj(normed).view(tokens, spec.num_heads, spec.head_dim)
+        k = weights.k_proj(normed).view(tokens, spec.num_kv_heads, spec.head_dim)
+        v = weights.v_proj(normed).view(tokens, spec.num_kv_heads, spec.head_dim)
+        cos, sin = self._rope.tables(batch.positions)
+        q = self._rotated(q, weights.q_norm, cos, sin)
+        k = self._rotated(k, weights.k_norm, cos, sin)
+        self.cache.write(layer, batch.slots, k, v)
+        out = torch.empty(tokens, spec.num_heads, spec.head_dim)
+        for context in batch.contexts:
+            cached_k, cached_v = self.cache.read(layer, context.cached)
+            rows = slice(context.first, context.last)
+            out[rows] = attend(self._numerics, q[rows], cached_k, cached_v, context.start)
+        return x_TH + weights.o_proj(out.view(tokens, -1))
+
+    def mlp(self, layer: int, x_TH: torch.Tensor) -> torch.Tensor:
+        weights = self._layers[layer]
+        normed = rms_norm(self._numerics, x_TH, weights.mlp_norm, self.spec.rms_norm_eps)
+        first = torch.zeros(len(normed), 1, dtype=torch.int32)
+        return x_TH + weights.experts(normed, first, torch.ones(len(normed), 1))
+
+    def router(self, layer: int, x_TH: torch.Tensor) -> Routed:
+        weights = self._layers[layer]
+        normed = rms_norm(self._numerics, x_TH, weights.mlp_norm, self.spec.rms_norm_eps)
+        probs = self._numerics.up(weights.gate(normed)).softmax(-1).float()
+        chosen, ids = probs.topk(self.spec.top_k, dim=-1)
+        if self.spec.norm_topk_prob:
+            chosen = chosen / chosen.sum(-1, keepdim=True)
+        return Routed(normed, ids.int(), chosen)
+
+    def experts(self, layer: int, routed: Routed, experts: tuple[int, ...]) -> torch.Tensor:
+        ids = routed.expert_ids
+        if len(experts) < self.spec.num_experts:
+            mine = torch.zeros(self.spec.num_experts, dtype=torch.bool)
+            mine[list(experts)] = True
+            ids = torch.where(mine[ids.long()], ids, -1)
+        return self._layers[layer].experts(routed.x_TH, ids, routed.weights)
+
+    def head(self, x_RH: torch.Tensor) -> torch.Tensor:
+        return self._head(rms_norm(self._numerics, x_RH, self._final_norm, self.spec.rms_norm_eps))
+
+    def _rotated(self, x_TND: torch.Tensor, norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        normed = rms_norm(self._numerics, x_TND, norm, self.spec.rms_norm_eps)
+        return rotate(self._numerics.up(normed), cos, sin).float()
+
+
+class _Layer:
+    """One decoder layer's norms and linear layers; a dense MLP is a MoE of one expert."""
+
+    gate: LinearFn
+    experts: ExpertsFn
+
+    def __init__(self, checkpoint: Checkpoint, numerics: Numerics, index: int) -> None:
+        spec, prefix = checkpoint.spec, f"model.layers.{index}"
+        self.input_norm = _vector(checkpoint, f"{prefix}.input_layernorm.weight")
+        self.mlp_norm = _vector(checkpoint, f"{prefix}.post_attention_layernorm.weight")
+        self.q_norm = _vector(checkpoint, f"{prefix}.self_attn.q_norm.weight")
+        self.k_norm = _vector(checkpoint, f"{prefix}.self_attn.k_norm.weight")
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            _projection(checkpoint, numerics, f"{prefix}.self_attn.{name}_proj") for name in "qkvo"
+        )
+        if index in spec.dense_layers:
+            groups = [[checkpoint.linear(f"{prefix}.mlp.{name}_proj")] for name in ("gate", "up", "down")]
+        else:
+            self.gate = numerics.linear(checkpoint.linear(f"{prefix}.mlp.gate"))
+            groups = [
+                [checkpoint.linear(f"{prefix}.mlp.experts.{e}.{name}_proj") for e in range(spec.num_experts)]
+                for name in ("gate", "up", "down")
+            ]
+        self.experts = numerics.experts(*groups)
+
+
+def _projection(checkpoint: Checkpoint, numerics: Numerics, prefix: str) -> LinearFn:
+    linear = numerics.linear(checkpoint.linear(prefix))
+    if not checkpoint.spec.attention_bias:
+        return linear
+    bias = _vector(checkpoint, f"{prefix}.bias")
+    return lambda x: linear(x) + bias
+
+
+def _vector(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A norm weight or bias as float32; these are small, so they are converted once."""
+    bits = checkpoint.tensor(name)
+    if bits.dtype == np.float32:
+        return torch.from_numpy(bits.copy())
+    return torch.from_numpy((bits.astype(np.uint32) << 16).view(np.float32))

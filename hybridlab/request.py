@@ -1,0 +1,69 @@
+"""A request as the user states it, and the record of what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from hybridlab.plan import RequestId
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: greedy at temperature 0, else from the smallest set of mass `top_p`.
+
+    The draw depends on (`seed`, position) alone, never on what shares the batch.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to serve. `arrival_s` counts from the start of the run.
+
+    Generation ends after `max_tokens` tokens or at a token of `stop_token_ids` (which is kept in the output).
+    """
+
+    id: RequestId
+    prompt: tuple[int, ...]
+    max_tokens: int
+    arrival_s: float = 0.0
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class Status(StrEnum):
+    """Where a request stands; the last four are final."""
+
+    QUEUED = "queued"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    REJECTED = "rejected"
+    FAILED = "failed"
+
+
+@dataclass
+class RequestRecord:
+    """What was measured of one request; times are seconds since the start of the run.
+
+    `token_times_s` holds when each output token was known to the parent, `first_scheduled_s` when a worker
+    first computed for it. `error` says why a request was rejected or failed.
+    """
+
+    request: Request
+    status: Status = Status.QUEUED
+    output: list[int] = field(default_factory=list)
+    token_times_s: list[float] = field(default_factory=list)
+    first_scheduled_s: float | None = None
+    finished_s: float | None = None
+    finish_reason: str = ""
+    error: str = ""
+
+    @property
+    def is_final(self) -> bool:
+        return self.status in (Status.FINISHED, Status.CANCELLED, Status.REJECTED, Status.FAILED)

@@ -1,0 +1,245 @@
+"""`hl.load`: a checkpoint opened, planned and ready to generate and to serve."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybridlab.batch import Entry
+from hybridlab.checkpoint import Checkpoint, open_checkpoint
+from hybridlab.engine.runtime import Runtime, check_device, check_placed, check_threads
+from hybridlab.errors import ConfigError, HybridlabError, RequestError
+from hybridlab.hardware import detect
+from hybridlab.kv_blocks import BlockPool
+from hybridlab.lowering import Planner
+from hybridlab.plan import StepPlan
+from hybridlab.request import Request, RequestRecord, Sampling, Status
+from hybridlab.request_queue import Limits, RequestQueue, why_refused
+from hybridlab.serving import Served, serve, steps
+from hybridlab.spec import RoutingStats
+from hybridlab.strategies.registry import label, resolve
+from hybridlab.text import Text
+
+Prompt = str | Sequence[int]
+
+
+def load(
+    path: str | Path,
+    *,
+    precision: str = "bf16",
+    device: str = "auto",
+    placement: Any = "all_host",
+    overlap: Any = "sequential",
+    threads: int | None = None,
+    token_budget: int = 2048,
+    kv_tokens: int | None = None,
+    kv_block_tokens: int = 16,
+    memory_gb: float | None = None,
+    quiet: bool = False,
+) -> Engine:
+    """Open a Hugging Face checkpoint folder and make it ready; the memory plan is printed before allocation.
+
+    Weights stay in the memory map. `precision` is "bf16" or "exact"; `threads` defaults to all cores of this
+    process; a step computes at most `token_budget` tokens; the KV cache holds `kv_tokens` (default: planned).
+    Raises `CheckpointError`, `ConfigError`, `StrategyError` or `MemoryBudgetError`, each in one line.
+    """
+    device = check_device(device)
+    if precision not in ("bf16", "exact"):
+        raise ConfigError(f"precision is {precision!r}, expected 'bf16' or 'exact'")
+    for name, value in (("token_budget", token_budget), ("kv_block_tokens", kv_block_tokens), ("kv_tokens", kv_tokens)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ConfigError(f"{name} is {value!r}, expected an int >= 1")
+    if memory_gb is not None and not 0 < memory_gb < float("inf"):
+        raise ConfigError(f"memory_gb is {memory_gb!r}, expected a finite number > 0")
+    placement, overlap = resolve("placement", placement), resolve("overlap", overlap)
+    hardware = detect()
+    num_threads = check_threads(threads, hardware)
+    checkpoint = open_checkpoint(path)
+    placed = placement.place(checkpoint.spec, hardware, RoutingStats())
+    check_placed(placed, type(placement).__name__)
+    runtime = Runtime(
+        checkpoint,
+        hardware,
+        precision=precision,
+        threads=num_threads,
+        token_budget=token_budget,
+        kv_tokens=kv_tokens,
+        kv_block_tokens=kv_block_tokens,
+        memory_gb=memory_gb,
+        quiet=quiet,
+    )
+    planner = Planner(checkpoint.spec, hardware, placement, overlap, placed)
+    return Engine(checkpoint, runtime, planner, precision, num_threads, token_budget)
+
+
+class Engine:
+    """A model that generates (`generate`, `stream`), scores (`logits`) and serves request lists (`serve`).
+
+    One run at a time: a second call while one is in progress, an open `stream` included, is refused with an
+    error rather than left to hang. Use as a context manager, or call `close`.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, runtime: Runtime, planner: Planner, precision: str, threads: int, token_budget: int
+    ) -> None:
+        self.checkpoint, self.spec = checkpoint, checkpoint.spec
+        self.precision, self.threads, self.token_budget = precision, threads, token_budget
+        self.memory = runtime.memory
+        self._runtime: Runtime | None = runtime
+        self._planner = planner
+        self._text = Text(checkpoint.folder)
+        self._turn = threading.Lock()
+        self._queue: RequestQueue | None = None
+
+    def serve(
+        self,
+        requests: Sequence[Request],
+        scheduler: Any = "fcfs",
+        *,
+        token_budget: int | None = None,
+        keep_span_steps: int = 64,
+        on_event: Callable[[RequestRecord, int], None] | None = None,
+    ) -> Served:
+        """Serve `requests` at their arrival times under `scheduler`; one bad request never stops the others.
+
+        `token_budget` lowers the engine's own. `on_event(record, token)` is called for every drawn token.
+        """
+        scheduler = resolve("scheduler", scheduler)
+        with self._run(requests, token_budget) as (runtime, queue):
+            return serve(
+                runtime.backend(), queue, scheduler, self._planner, keep_span_steps=keep_span_steps, on_event=on_event
+            )
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request of the run in progress, from any thread; False if it is unknown or has ended."""
+        queue = self._queue
+        return queue is not None and queue.cancel(request_id)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_token_ids: Sequence[int] = (),
+    ) -> list[int] | str:
+        """Up to `max_tokens` new tokens: text for a text prompt, else token ids, ending with an eos token if drawn."""
+        sampling = Sampling(temperature, top_p, seed)
+        tokens = list(self._token_stream(prompt, max_tokens, sampling, stop_token_ids))
+        return self._text.decode(self._without_stop(tokens, stop_token_ids)) if isinstance(prompt, str) else tokens
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_token_ids: Sequence[int] = (),
+    ) -> Iterator[int | str]:
+        """Like `generate`, token by token (pieces of text for a text prompt). Closing the iterator cancels."""
+        tokens = self._token_stream(prompt, max_tokens, Sampling(temperature, top_p, seed), stop_token_ids)
+        if not isinstance(prompt, str):
+            return tokens
+        stops = {*self.spec.eos_token_ids, *stop_token_ids}
+        return self._text.pieces(token for token in tokens if token not in stops)
+
+    def logits(self, prompt: Prompt) -> np.ndarray:
+        """Logits after every token of the prompt, float32 [T, V]."""
+        ids = self._token_ids(prompt)
+        request = Request("logits", ids, max_tokens=1)
+        with self._run((request,), None) as (runtime, queue):
+            pool = self._pool(runtime)
+            table: list[int] = []
+            pool.grow(table, len(ids))
+            program = self._planner.program(self._planner.shape("main", StepPlan("prefill", {"logits": 1})))
+            rows = []
+            for start in range(0, len(ids), self.token_budget):
+                chunk = ids[start : start + self.token_budget]
+                entry = Entry("logits", chunk, start, tuple(table), Sampling(), wants_token=True)
+                rows.append(runtime.logits(program, entry).numpy())
+            return np.concatenate(rows)
+
+    def close(self) -> None:
+        """End the worker thread and free the KV cache; idempotent."""
+        runtime, self._runtime = self._runtime, None
+        if runtime is not None:
+            runtime.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        s = self.spec
+        return (
+            f"Engine({self.checkpoint.folder.name}: {s.family}, {s.num_layers} layers, {s.num_experts} experts top-"
+            f"{s.top_k}, {s.weight_dtype} weights, precision={self.precision}, threads={self.threads})"
+        )
+
+    def _repr_html_(self) -> str:
+        placement, overlap = label(self._planner.placement), label(self._planner.overlap)
+        return f"<b>{self!r}</b><br>placement {placement}, overlap {overlap}{self.memory._repr_html_()}"
+
+    def _token_stream(
+        self, prompt: Prompt, max_tokens: int, sampling: Sampling, stop_token_ids: Sequence[int]
+    ) -> Iterator[int]:
+        request = Request("generate", self._token_ids(prompt), max_tokens, 0.0, sampling, tuple(stop_token_ids))
+        if reason := why_refused(request, self._limits()):
+            raise RequestError(reason)
+        return self._drawn(request)
+
+    def _drawn(self, request: Request) -> Iterator[int]:
+        with self._run((request,), None) as (runtime, queue):
+            for _, events in steps(runtime.backend(), queue, resolve("scheduler", "fcfs"), self._planner):
+                for _, token in events:
+                    yield token
+            record = queue.records[request.id]
+            if record.status is Status.FAILED:
+                raise HybridlabError(f"generation failed: {record.error}")
+
+    @contextmanager
+    def _run(self, requests: Sequence[Request], token_budget: int | None) -> Iterator[tuple[Runtime, RequestQueue]]:
+        if self._runtime is None:
+            raise HybridlabError(f"the engine of {self.checkpoint.folder} is closed")
+        # Not blocking: the holder may be a half-read stream of this very thread.
+        if not self._turn.acquire(blocking=False):
+            raise HybridlabError("the engine is busy with another run; finish it, or close() the open stream")
+        try:
+            budget = min(self.token_budget, token_budget or self.token_budget)
+            self._queue = RequestQueue(requests, self._pool(self._runtime), self.spec, budget)
+            yield self._runtime, self._queue
+        finally:
+            self._queue = None
+            self._turn.release()
+
+    def _pool(self, runtime: Runtime) -> BlockPool:
+        return BlockPool(runtime.num_kv_blocks, runtime.kv_block_tokens)
+
+    def _limits(self) -> Limits:
+        return Limits(self.token_budget, self.memory.kv_tokens, self.spec.max_positions, self.spec.vocab)
+
+    def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return self._text.encode(prompt)
+        try:
+            ids = tuple(int(token) for token in prompt)
+        except (TypeError, ValueError):
+            raise RequestError(f"prompt is {prompt!r:.80}, expected text or a sequence of token ids") from None
+        if reason := why_refused(Request("prompt", ids, 1), self._limits()):
+            raise RequestError(reason)
+        return ids
+
+    def _without_stop(self, tokens: list[int], stop_token_ids: Sequence[int]) -> list[int]:
+        stops = {*self.spec.eos_token_ids, *stop_token_ids}
+        return tokens[:-1] if tokens and tokens[-1] in stops else tokens

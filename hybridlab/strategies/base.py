@@ -1,0 +1,61 @@
+"""The three interfaces that a strategy may implement, with their whole contract.
+
+A strategy is a small object, by custom a frozen dataclass whose fields are its configuration. It returns frozen
+data (`hybridlab.plan`), never touches a device, a clock or an allocator, and does not know whether the engine
+or the simulator runs its plans. Check yours with `hl.check_scheduler`, `hl.check_placement`, `hl.check_overlap`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from hybridlab.plan import ExpertPath, Move, Op, PlacementPlan, QueueView, StepPlan
+from hybridlab.spec import HardwareSpec, ModelSpec, RoutingStats
+
+
+@runtime_checkable
+class Scheduler(Protocol):
+    """Which requests compute how many tokens next."""
+
+    def schedule(self, queue: QueueView) -> StepPlan | None:
+        """The next step of the idle worker `queue.worker`, or None to wait for an arrival or another worker.
+
+        Returning None while nothing runs and nothing will arrive is an error: the queue would never drain.
+        A step holds at most `queue.token_budget` tokens; the KV blocks it takes must fit `free_kv_tokens` plus
+        what `preempt` frees; a running request gets 1 token, a waiting one 1 to `remaining_prompt`.
+        """
+        ...
+
+
+@runtime_checkable
+class Placement(Protocol):
+    """Where experts live, and which path their weights take in a step."""
+
+    def place(self, model: ModelSpec, hardware: HardwareSpec, routing: RoutingStats) -> PlacementPlan:
+        """Decide once, at load. `routing.counts` is empty when nothing is known."""
+        ...
+
+    def expert_path(self, num_tokens: int, placed: PlacementPlan, hardware: HardwareSpec) -> ExpertPath:
+        """Decide for a step of `num_tokens` tokens. Return equal objects for equal decisions: programs are cached."""
+        ...
+
+    def update(self, routing: RoutingStats) -> tuple[Move, ...]:
+        """Moves between steps, from the routes of late; usually ()."""
+        ...
+
+
+@runtime_checkable
+class Overlap(Protocol):
+    """How the ops of a step are cut and ordered, so that lanes work at the same time."""
+
+    def num_microbatches(self, step: StepPlan) -> int:
+        """Into how many microbatches the requests of `step` are split, at least 1; capped at its requests."""
+        ...
+
+    def arrange(self, ops: Sequence[Op]) -> Sequence[Op]:
+        """The same ops in another order; may add needs (`dataclasses.replace`), never remove an op or a need.
+
+        The order within each lane is the order in which that lane runs them.
+        """
+        ...

@@ -1,0 +1,212 @@
+"""Checks that an author of a strategy runs on it: what is wrong, all at once, in words.
+
+Each check returns None when nothing is wrong, else raises `StrategyError` with one line per problem. The same
+checks run over every built-in strategy in the tests.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from math import ceil
+from typing import Any
+
+from hybridlab.errors import HybridlabError, StrategyError
+from hybridlab.lowering import Planner, lower
+from hybridlab.plan import (
+    ExpertPath,
+    LaneKind,
+    Move,
+    PlacementPlan,
+    QueueView,
+    RunningRequest,
+    Shape,
+    StepPlan,
+    Tier,
+    WaitingRequest,
+)
+from hybridlab.spec import HardwareSpec, KVEntry, ModelSpec, RopeSpec, RoutingStats
+from hybridlab.strategies.placement.all_host import AllHost
+from hybridlab.strategies.registry import resolve
+from hybridlab.validation import check_step
+
+_BLOCK = 16
+
+TOY_MODEL = ModelSpec(
+    family="toy",
+    num_layers=4,
+    hidden=64,
+    vocab=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    num_experts=8,
+    top_k=2,
+    moe_intermediate=32,
+    dense_intermediate=64,
+    dense_layers=frozenset({0}),
+    norm_topk_prob=True,
+    rms_norm_eps=1e-6,
+    rope=RopeSpec(),
+    max_positions=1024,
+    tie_embeddings=False,
+    attention_bias=False,
+    eos_token_ids=(),
+    kv_entries=(KVEntry("k", (2, 16)), KVEntry("v", (2, 16))),
+    weight_dtype="fp8",
+)
+TOY_CPU = HardwareSpec("toy cpu", "cpu", num_cores=2, host_memory_bytes=2**34)
+TOY_GPU = HardwareSpec("toy gpu", "cuda", num_cores=16, host_memory_bytes=2**36, gpu_memory_bytes=2**34)
+
+
+def check_scheduler(scheduler: Any, *, seed: int = 0, num_trials: int = 20) -> None:
+    """Drive `scheduler` through random queues without a device: every step must be allowed and every queue drain.
+
+    Also checks that it is deterministic, keeps to the budget and to the KV cache, and never waits for nothing.
+    """
+    scheduler = resolve("scheduler", scheduler)
+    problems: list[str] = []
+    for trial in range(num_trials):
+        rng = random.Random(f"{seed}/{trial}")
+        budget, kv_blocks = rng.choice((1, 7, 64, 512)), rng.choice((6, 24, 200))
+        try:
+            _drain(scheduler, rng, budget, kv_blocks)
+        except Exception as error:
+            problems.append(f"trial {trial} (token_budget {budget}, {kv_blocks * _BLOCK} KV tokens): {_words(error)}")
+    _report(f"scheduler {type(scheduler).__name__}", problems)
+
+
+def check_placement(placement: Any) -> None:
+    """Call `placement` for machines with and without a GPU: plans must name real experts, tiers and ranks, and lower."""
+    placement = resolve("placement", placement)
+    problems: list[str] = []
+    routing = RoutingStats(tuple((10, 5, 1, 1, 0, 0, 0, 3) for _ in TOY_MODEL.moe_layers), "toy", TOY_MODEL.moe_layers)
+    for hardware in (TOY_CPU, TOY_GPU):
+        for stats in (RoutingStats(), routing):
+            _collect(problems, f"{hardware.name}: ", lambda h=hardware, s=stats: _try_placement(placement, h, s))
+    _collect(problems, "", lambda: _try_update(placement, routing))
+    _report(f"placement {type(placement).__name__}", problems)
+
+
+def check_overlap(overlap: Any) -> None:
+    """Arrange programs of several shapes and tiers: every op once, no need lost, no deadlock, the ring respected."""
+    overlap = resolve("overlap", overlap)
+    problems: list[str] = []
+    placements = (
+        PlacementPlan(),
+        PlacementPlan(default_tier=Tier.RESIDENT),
+        PlacementPlan(default_tier=Tier.STREAMED, ring_slots=2, parts_per_layer=2),
+        PlacementPlan(default_tier=Tier.STREAMED, ring_slots=4, parts_per_layer=2, tier_of={(1, 0): Tier.HOST}),
+    )
+    for role in ("prefill", "decode", "mixed"):
+        for num_requests in (1, 4):
+            step = StepPlan(role, {str(i): 1 for i in range(num_requests)})
+            for placed in placements:
+                planner = Planner(TOY_MODEL, TOY_GPU, AllHost(), overlap, placed)
+                where = f"{role} of {num_requests}, experts {placed.default_tier}, ring of {placed.ring_slots}: "
+                _collect(problems, where, lambda p=planner, s=step: p.program(p.shape("main", s)))
+    ops = lower(Shape("decode", "main", LaneKind.GPU, ExpertPath(), 2, (0,), placements[0]), TOY_MODEL)
+    if not problems and list(overlap.arrange(ops)) != list(overlap.arrange(ops)):
+        problems.append("arrange() gives different orders for the same ops; programs are cached, so it must not")
+    _report(f"overlap {type(overlap).__name__}", problems)
+
+
+def _drain(scheduler: Any, rng: random.Random, budget: int, kv_blocks: int) -> None:
+    """A queue without tokens: the bookkeeping of `request_queue` on counts alone."""
+    capacity = kv_blocks * _BLOCK
+    prompt = {f"r{i}": rng.randint(1, max(1, capacity // 2)) for i in range(rng.randint(1, 8))}
+    output = {rid: rng.randint(1, min(12, capacity - n)) for rid, n in prompt.items()}
+    arrival = {rid: i * rng.random() for i, rid in enumerate(prompt)}
+    known, computed, drawn = dict(prompt), dict.fromkeys(prompt, 0), dict.fromkeys(prompt, 0)
+    blocks = dict.fromkeys(prompt, 0)
+    live, now_s, last_decode_s = list(prompt), 0.0, None
+    for _ in range(200 * sum(prompt.values()) + 1000):
+        if not live:
+            return
+        now_s += 0.05
+        here = [rid for rid in live if arrival[rid] <= now_s]
+        is_running = {rid: drawn[rid] > 0 and computed[rid] == known[rid] - 1 for rid in here}
+        view = QueueView(
+            now_s,
+            "main",
+            tuple(
+                WaitingRequest(rid, arrival[rid], known[rid] - computed[rid], blocks[rid] * _BLOCK, computed[rid])
+                for rid in here
+                if not is_running[rid]
+            ),
+            tuple(RunningRequest(rid, computed[rid], blocks[rid] * _BLOCK) for rid in here if is_running[rid]),
+            budget,
+            capacity - sum(blocks.values()) * _BLOCK,
+            _BLOCK,
+            last_decode_s,
+        )
+        step = scheduler.schedule(view)
+        if step != scheduler.schedule(view):
+            raise StrategyError("schedule() gives two different steps for the same queue; it must not keep state")
+        if step is None:
+            if len(here) == len(live):
+                raise StrategyError(f"waits for nothing: {len(view.waiting)} waiting, {len(view.running)} running")
+            continue
+        if wrong := check_step(view, step):
+            raise StrategyError("; ".join(wrong))
+        for rid in step.preempt:
+            blocks[rid] = computed[rid] = 0
+        for rid, count in step.tokens.items():
+            last_decode_s = now_s if is_running[rid] else last_decode_s
+            computed[rid] += count
+            blocks[rid] = max(blocks[rid], ceil(computed[rid] / _BLOCK))
+            if computed[rid] == known[rid]:
+                known[rid] += 1
+                drawn[rid] += 1
+            if drawn[rid] == output[rid]:
+                live.remove(rid)
+                blocks[rid] = 0
+    raise StrategyError(f"{len(live)} requests never finish; steps keep coming but do not get there")
+
+
+def _try_placement(placement: Any, hardware: HardwareSpec, routing: RoutingStats) -> None:
+    placed = placement.place(TOY_MODEL, hardware, routing)
+    if not isinstance(placed, PlacementPlan):
+        raise StrategyError(f"place() returned {type(placed).__name__}, expected PlacementPlan")
+    for layer, expert in (*placed.tier_of, *placed.rank_of):
+        if layer not in TOY_MODEL.moe_layers or not 0 <= expert < TOY_MODEL.num_experts:
+            raise StrategyError(f"place() names (layer {layer}, expert {expert}), which the model does not have")
+    if not 1 <= placed.parts_per_layer <= 8:
+        raise StrategyError(f"parts_per_layer is {placed.parts_per_layer}, expected 1 to 8")
+    tiers = {placed.tier(layer, e) for layer in TOY_MODEL.moe_layers for e in range(TOY_MODEL.num_experts)}
+    if hardware.device == "cpu" and tiers != {Tier.HOST}:
+        raise StrategyError(f"uses tiers {sorted(tiers)} on a machine without a GPU, expected host alone")
+    for num_tokens in (1, 64, 8192):
+        path = placement.expert_path(num_tokens, placed, hardware)
+        if not isinstance(path, ExpertPath):
+            raise StrategyError(f"expert_path({num_tokens}) returned {type(path).__name__}, expected ExpertPath")
+        if path.prefetch is not None and len(path.prefetch) != TOY_MODEL.num_layers:
+            raise StrategyError(f"expert_path() prefetches for {len(path.prefetch)} layers, the model has {TOY_MODEL.num_layers}")
+        sequential = resolve("overlap", "sequential")
+        planner = Planner(TOY_MODEL, hardware, placement, sequential, placed)
+        planner.program(planner.shape("main", StepPlan("prefill", {"r": num_tokens})))
+
+
+def _try_update(placement: Any, routing: RoutingStats) -> None:
+    moves = placement.update(routing)
+    if not isinstance(moves, tuple) or not all(isinstance(move, Move) for move in moves):
+        raise StrategyError(f"update() returned {moves!r:.60}, expected a tuple of Move")
+
+
+def _collect(problems: list[str], where: str, attempt: Callable[[], Any]) -> None:
+    try:
+        attempt()
+    except Exception as error:
+        problems.append(where + _words(error))
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, HybridlabError) else f"raised {type(error).__name__}: {error}"
+
+
+def _report(name: str, problems: list[str]) -> None:
+    unique = list(dict.fromkeys(problems))
+    if unique:
+        shown = "\n  ".join(unique[:5])
+        more = f"\n  and {len(unique) - 5} more" if len(unique) > 5 else ""
+        raise StrategyError(f"{name}: {len(unique)} problems found\n  {shown}{more}")

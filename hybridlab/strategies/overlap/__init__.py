@@ -1,0 +1,1 @@
+"""Overlaps: one file each."""

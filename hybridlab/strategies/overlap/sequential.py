@@ -1,0 +1,23 @@
+"""No overlap: one op after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hybridlab.plan import Op, StepPlan
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """Each op waits for the one before it, whatever its lane: the baseline that every overlap is held against."""
+
+    def num_microbatches(self, step: StepPlan) -> int:
+        return 1
+
+    def arrange(self, ops: Sequence[Op]) -> Sequence[Op]:
+        chained = [*ops[:1]]
+        for previous, op in zip(ops, ops[1:], strict=False):
+            needs = op.needs if previous.id in op.needs else (*op.needs, previous.id)
+            chained.append(replace(op, needs=needs))
+        return chained

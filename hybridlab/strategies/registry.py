@@ -1,0 +1,146 @@
+"""Find a strategy by name, by "module:Class" or as an object; describe one for the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from hybridlab.errors import StrategyError
+from hybridlab.strategies.base import Overlap, Placement, Scheduler
+
+_BUILTIN: dict[str, dict[str, str]] = {
+    "scheduler": {
+        "fcfs": "hybridlab.strategies.scheduler.fcfs:FCFS",
+        "chunked_prefill": "hybridlab.strategies.scheduler.chunked_prefill:ChunkedPrefill",
+    },
+    "placement": {"all_host": "hybridlab.strategies.placement.all_host:AllHost"},
+    "overlap": {"sequential": "hybridlab.strategies.overlap.sequential:Sequential"},
+}
+_PROTOCOLS = {"scheduler": Scheduler, "placement": Placement, "overlap": Overlap}
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """The built-in strategies of a kind ("scheduler", "placement" or "overlap")."""
+    return tuple(_BUILTIN[kind])
+
+
+def resolve(kind: str, value: Any) -> Any:
+    """A strategy of `kind` from a name, `{name: ..., **fields}`, `{class: "module:Class", **fields}` or an object.
+
+    Raises `StrategyError` naming the unknown name, module, class or field, and what was expected.
+    """
+    if isinstance(value, str):
+        value = {"class": value} if ":" in value else {"name": value}
+    if isinstance(value, Mapping):
+        fields = {k: v for k, v in value.items() if k not in ("name", "class")}
+        if ("name" in value) == ("class" in value):
+            raise StrategyError(f"{kind}: give either 'name' or 'class', got keys {sorted(map(str, value))}")
+        target = _target(kind, value["name"]) if "name" in value else value["class"]
+        value = _construct(kind, _load(kind, target), fields)
+    if isinstance(value, type):
+        raise StrategyError(f"{kind}: got the class {value.__name__}; pass an object, {value.__name__}()")
+    missing = [m for m in _methods(kind) if not callable(getattr(value, m, None))]
+    if missing:
+        raise StrategyError(f"{kind} {type(value).__name__} has no method {missing[0]}()")
+    return value
+
+
+def describe(strategy: Any) -> dict[str, Any]:
+    """What identifies a strategy: class, fields, source of its class and of the globals that its methods use.
+
+    A strategy defined in a notebook has no file, so its source is stored with the results. Where the source
+    cannot be had (a class made by `exec`), the code objects stand for it.
+    """
+    cls = type(strategy)
+    fields = dataclasses.asdict(strategy) if dataclasses.is_dataclass(strategy) else dict(vars(strategy))
+    return {
+        "class": f"{cls.__module__}:{cls.__qualname__}",
+        "fields": {k: _plain(v) for k, v in fields.items()},
+        "source": _source(cls),
+        "globals": _referenced_globals(cls),
+    }
+
+
+def label(strategy: Any) -> str:
+    """The registered name of a built-in strategy, else the name of its class."""
+    path = f"{type(strategy).__module__}:{type(strategy).__qualname__}"
+    for entries in _BUILTIN.values():
+        for name, target in entries.items():
+            if target == path:
+                return name
+    return type(strategy).__name__
+
+
+def _methods(kind: str) -> list[str]:
+    return [n for n, v in vars(_PROTOCOLS[kind]).items() if inspect.isfunction(v) and not n.startswith("_")]
+
+
+def _target(kind: str, name: Any) -> str:
+    if name in _BUILTIN[kind]:
+        return _BUILTIN[kind][name]
+    near = difflib.get_close_matches(str(name), _BUILTIN[kind], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    known = ", ".join(names(kind))
+    raise StrategyError(f"unknown {kind} {name!r}{hint} (known: {known}, or 'module:Class')")
+
+
+def _load(kind: str, target: Any) -> type:
+    module_name, _, class_name = str(target).partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise StrategyError(f"{kind} {target!r}: cannot import module {module_name!r} ({error})") from None
+    cls = getattr(module, class_name, None)
+    if not isinstance(cls, type):
+        raise StrategyError(f"{kind} {target!r}: module {module_name!r} has no class {class_name!r}")
+    return cls
+
+
+def _construct(kind: str, cls: type, fields: Mapping[str, Any]) -> Any:
+    try:
+        parameters = inspect.signature(cls).parameters
+    except (TypeError, ValueError):
+        parameters = {}
+    for key in fields:
+        if key not in parameters:
+            near = difflib.get_close_matches(str(key), parameters, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise StrategyError(f"{kind} {cls.__name__} has no field {key!r}{hint} (fields: {', '.join(parameters) or 'none'})")
+    try:
+        return cls(**fields)
+    except (TypeError, ValueError) as error:
+        raise StrategyError(f"{kind} {cls.__name__}: {error}") from None
+
+
+def _source(cls: type) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        code = [f.__code__ for f in vars(cls).values() if inspect.isfunction(f)]
+        return "\n".join(f"{c.co_name} {c.co_code.hex()} {c.co_consts!r}" for c in code)
+
+
+def _referenced_globals(cls: type) -> dict[str, str]:
+    """Values and sources of the notebook globals that the methods read; library names are left out."""
+    found: dict[str, str] = {}
+    for function in (f for f in vars(cls).values() if inspect.isfunction(f)):
+        for name in function.__code__.co_names:
+            value = function.__globals__.get(name)
+            if value is None or inspect.ismodule(value) or getattr(value, "__module__", "").startswith("hybridlab"):
+                continue
+            if inspect.isfunction(value):
+                try:
+                    found[name] = inspect.getsource(value)
+                except (OSError, TypeError):
+                    found[name] = value.__code__.co_code.hex()
+            elif not callable(value):
+                found[name] = repr(value)[:1000]
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)[:1000]
