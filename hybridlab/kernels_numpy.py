@@ -1,0 +1,97 @@
+"""The NumPy twin of the compiled kernels: slow, short, and the oracle of their tests.
+
+Legend: N rows (outputs), K columns (inputs), T tokens, E experts, H model width, I expert width. The arguments have
+been checked by `hybridlab.kernels`. `dtype` is the arithmetic: float32 as the kernels use, float64 for reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 128
+ROWS_AT_A_TIME = 1024  # bounds the dequantised copy
+
+Matrix = tuple[NDArray[Any], NDArray[np.float32] | None]
+"""(weight [N, K] uint8 FP8 codes or uint16 BF16 bits, scale [ceil(N/128), ceil(K/128)] or None)"""
+
+
+def _e4m3_table() -> NDArray[np.float32]:
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    magnitude[[0x7F, 0xFF]] = np.nan
+    return np.where(codes & 0x80, -magnitude, magnitude).astype(np.float32)
+
+
+E4M3 = _e4m3_table()
+"""The value of each of the 256 E4M3FN codes; 0x7F and 0xFF are NaN."""
+
+
+def bf16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """The values of BF16 bit patterns."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def round_to_bf16(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`x` rounded to BF16, to nearest even, as float32; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32))
+
+
+def dequantize(matrix: Matrix, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
+    """Rows [first, last) of a weight as float32; FP8 is multiplied by its block's scale."""
+    weight, scale = matrix
+    rows = weight[first:last]
+    if scale is None:
+        return bf16_to_float32(rows)
+    n, k = rows.shape
+    per_row = scale[np.arange(first, first + n) // BLOCK]
+    return E4M3[rows] * np.repeat(per_row, BLOCK, axis=1)[:, :k]
+
+
+def linear(x: NDArray[np.float32], matrix: Matrix, dtype: type = np.float32) -> NDArray[Any]:
+    """x [T, K] (rounded to BF16 first) times the weight's transpose -> [T, N] of `dtype`."""
+    x_TK = round_to_bf16(x).astype(dtype)
+    out_TN = np.empty((len(x), len(matrix[0])), dtype)
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN codes and infinities are the caller's data
+        for n in range(0, out_TN.shape[1], ROWS_AT_A_TIME):
+            out_TN[:, n : n + ROWS_AT_A_TIME] = (
+                x_TK @ dequantize(matrix, n, n + ROWS_AT_A_TIME).astype(dtype).T
+            )
+    return out_TN
+
+
+def moe(
+    x: NDArray[np.float32],
+    expert_ids: NDArray[np.int32],
+    expert_weights: NDArray[np.float32],
+    gate: Sequence[Matrix | None],
+    up: Sequence[Matrix | None],
+    down: Sequence[Matrix | None],
+    dtype: type = np.float32,
+) -> NDArray[Any]:
+    """x [T, H], ids and weights [T, k] -> [T, H]: sum in slot order of weight * down(bf16(silu(gate x) * up x))."""
+    out_TH = np.zeros(x.shape, dtype)
+    y_TkH = np.zeros((*expert_ids.shape, x.shape[1]), dtype)
+    for e in np.unique(expert_ids[expert_ids >= 0]):
+        tokens, slots = np.nonzero(expert_ids == e)
+        gate_e, up_e, down_e = gate[e], up[e], down[e]
+        assert gate_e is not None and up_e is not None and down_e is not None  # checked by the caller
+        g, u = linear(x[tokens], gate_e, dtype), linear(x[tokens], up_e, dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            hidden = g / (1 + np.exp(-g)) * u
+        y_TkH[tokens, slots] = linear(hidden.astype(np.float32), down_e, dtype)
+    for slot in range(expert_ids.shape[1]):
+        used = expert_ids[:, slot] >= 0
+        out_TH[used] += expert_weights[used, slot, None].astype(dtype) * y_TkH[used, slot]
+    return out_TH
+
+
+def read_words(words: NDArray[np.uint64]) -> int:
+    """Sum (mod 2^64) of 64-bit words."""
+    return int(words.sum(dtype=np.uint64))
