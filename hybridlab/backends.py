@@ -1,0 +1,97 @@
+"""What an experiment runs on, by name, and the checkpoint that it runs on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from hybridlab import provenance
+from hybridlab.config import ExperimentConfig, ModelConfig
+from hybridlab.errors import ConfigError
+from hybridlab.request import Request
+from hybridlab.run import Served
+
+
+class Bench(Protocol):
+    """What an experiment needs of a backend that has a model loaded."""
+
+    evidence: str
+    vocab: int
+
+    def serve(self, requests: Sequence[Request], *, scheduler: Any, progress: bool) -> Served: ...
+
+    def close(self) -> None: ...
+
+
+class EngineBench:
+    """Runs on this machine, for real."""
+
+    def __init__(self, config: ExperimentConfig, checkpoint: Path, placement: Any, overlap: Any) -> None:
+        from hybridlab.engine.engine import load
+
+        given = config.engine.model_dump(exclude_none=True)
+        serve_options = ("token_budget",)
+        self._options = {key: given.pop(key) for key in serve_options if key in given}
+        self._engine = load(checkpoint, placement=placement, overlap=overlap, **given)
+        self.evidence = "emulated" if config.engine.device == "emulated" else "measured"
+        self.vocab: int = self._engine.spec.vocab
+
+    def serve(self, requests: Sequence[Request], *, scheduler: Any, progress: bool) -> Served:
+        return self._engine.serve(requests, scheduler=scheduler, progress=progress, **self._options)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+BACKENDS: dict[str, Callable[[ExperimentConfig, Path, Any, Any], Bench]] = {"engine": EngineBench}
+
+
+def checkpoint_of(model: ModelConfig, results: Path, base: Path, *, progress: bool = False) -> Path:
+    """The checkpoint folder of a config: its `path` below `base`, or `results`/checkpoints/<recipe>.
+
+    The recipe is carried out if that folder is missing.
+
+    Raises ConfigError if `path` is no folder, CheckpointError if the preset or the routing is unknown.
+    """
+    if model.path is not None:
+        folder = base / model.path
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.path: {folder}: expected a checkpoint folder with a config.json")
+        return folder
+    recipe = model.model_dump(exclude={"path"})
+    depth = f"-{model.layers}layers" if model.layers else ""
+    routing = f"-{model.routing}" if model.routing != "uniform" else ""
+    name = f"{model.preset}-{model.dtype}{depth}{routing}-seed{model.seed}-{provenance.digest(recipe, 6)}"
+    folder = results / "checkpoints" / name
+    if not (folder / "config.json").is_file():
+        _make(model, folder, progress)
+    return folder
+
+
+def _make(model: ModelConfig, folder: Path, progress: bool) -> None:
+    from hybridlab.checkpoint import make_checkpoint
+
+    part = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Made aside and renamed: a checkpoint cut short by a kill must never be taken for a whole one.
+        part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
+        make_checkpoint(
+            part / folder.name,
+            model.preset,
+            dtype=model.dtype,
+            seed=model.seed,
+            layers=model.layers,
+            routing=model.routing,
+            progress=progress,
+        )
+        os.rename(part / folder.name, folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made ({error.strerror or error})") from None
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,213 @@
+"""The experiment configuration: one class for YAML files, notebooks and the command line.
+
+Relative paths in a config (checkpoint, trace) and the default `results/` folder start at the project: the
+nearest folder with a pyproject.toml or .git above the config file, else above the working directory, else the
+working directory itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
+
+from hybridlab.errors import ConfigError
+from hybridlab.metrics import SLO, SLO_PRESETS, find_slo
+from hybridlab.sections import Section, one_line
+from hybridlab.strict_yaml import read_yaml, refuse_nonfinite
+from hybridlab.sweep import combinations, override
+from hybridlab.workload import WORKLOAD_KINDS, Workload
+
+STRATEGIES = ("scheduler", "placement", "overlap")
+
+
+class ModelConfig(Section):
+    """Either `path` of a checkpoint, or a recipe (`preset`, ...) carried out under results/checkpoints."""
+
+    path: str | None = None
+    preset: str | None = None
+    dtype: Literal["fp8", "bf16"] = "fp8"
+    seed: int = Field(default=0, ge=0)
+    layers: int | None = Field(default=None, gt=0)
+    routing: str = "uniform"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.path is None) == (self.preset is None):
+            raise ValueError("expected either 'path' of a checkpoint or 'preset' of one to make")
+        extra = self.model_fields_set - {"path"}
+        if self.path is not None and extra:
+            raise ValueError(
+                f"{sorted(extra)[0]!r} belongs to a preset; with 'path' the checkpoint decides it"
+            )
+        return self
+
+
+class EngineConfig(Section):
+    """How the engine runs. None leaves the choice to the engine."""
+
+    precision: Literal["exact", "bf16"] = "bf16"
+    device: Literal["cpu", "emulated", "cuda"] | None = None
+    threads: int | None = Field(default=None, gt=0)
+    token_budget: int | None = Field(default=None, gt=0)
+    """Most tokens of one step."""
+    kv_tokens: int | None = Field(default=None, gt=0)
+    memory_gb: float | None = Field(default=None, gt=0)
+
+
+def _slo(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return find_slo(value)
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("slo: ")) from None
+    if not isinstance(value, Mapping | SLO):
+        raise ValueError(f"expected one of {', '.join(SLO_PRESETS)} or {{ttft_s, tpot_s}}, got {value!r}")
+    return value
+
+
+class ExperimentConfig(Section):
+    """A question put to the system: model, workload, strategies, engine, and what to sweep.
+
+    A strategy is a name, `{name: ..., **fields}`, `{class: "module:Class", **fields}` or, in a notebook, the
+    object. `sweep` maps dotted keys to lists of values. `warmup_requests` are served before each run and not
+    measured.
+    """
+
+    experiment: str
+    model: ModelConfig
+    workload: Workload
+    scheduler: Any = "fcfs"
+    placement: Any = "all_host"
+    overlap: Any = "sequential"
+    engine: EngineConfig = EngineConfig()
+    slo: Annotated[SLO, BeforeValidator(_slo)] = SLO_PRESETS["paper"]
+    repeats: int = Field(default=1, gt=0, le=1000)
+    warmup_requests: int = Field(default=0, ge=0, le=1000)
+    sweep: dict[str, Any] = Field(default_factory=dict)
+    _source: Path | None = PrivateAttr(default=None)
+
+    @field_validator("experiment")
+    @classmethod
+    def _folder_name(cls, value: str) -> str:
+        # It becomes a folder under results/: nothing that could leave it.
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}", value) or value == "checkpoints":
+            raise ValueError(f"expected a folder name of letters, digits, '-' and '_', got {value!r}")
+        return value
+
+    @field_validator(*STRATEGIES)
+    @classmethod
+    def _strategy(cls, value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float | list | tuple):
+            raise ValueError(
+                f"expected a name, a mapping with 'name' or 'class', or an object, got {value!r}"
+            )
+        if isinstance(value, Mapping) and ("name" in value) == ("class" in value):
+            raise ValueError(
+                f"expected a mapping with either 'name' or 'class', got keys {sorted(map(str, value))}"
+            )
+        return value
+
+    @property
+    def source(self) -> str:
+        """The file that the config was read from, for messages; "config" if there is none."""
+        return str(self._source) if self._source else "config"
+
+    @property
+    def project_dir(self) -> Path:
+        """Where relative paths of this config start."""
+        return project_dir(self._source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys that were set, as plain data; strategy objects stay objects."""
+        return {
+            name: _plain(getattr(self, name))
+            for name in type(self).model_fields
+            if name in self.model_fields_set
+        }
+
+    def replaced(self, strategies: Mapping[str, Any]) -> ExperimentConfig:
+        """A copy with other strategies; sweep axes over the replaced ones are dropped."""
+        if not strategies:
+            return self
+        raw = self.to_dict() | dict(strategies)
+        raw["sweep"] = {key: axis for key, axis in self.sweep.items() if key.split(".")[0] not in strategies}
+        return _checked(raw, self._source)
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a sweep: its own config (without `sweep`) and its place on the axes."""
+
+    config: ExperimentConfig
+    axes: Mapping[str, Any]
+
+
+def load_config(source: str | Path | Mapping[str, Any] | ExperimentConfig) -> ExperimentConfig:
+    """The checked config from a YAML file or a mapping; every point of its sweep is checked as well.
+
+    Raises ConfigError: one line that names file, key path and what was expected.
+    """
+    if isinstance(source, ExperimentConfig):
+        return source
+    if isinstance(source, Mapping):
+        return _checked(dict(source), None)
+    if not isinstance(source, str | Path):
+        raise ConfigError(
+            f"config: expected a path, a mapping or an ExperimentConfig, got {type(source).__name__}"
+        )
+    path = Path(source)
+    return _checked(read_yaml(path), path)
+
+
+def points(config: ExperimentConfig) -> list[Point]:
+    """The points of the sweep, in order; one point without a sweep. Raises ConfigError naming the axis."""
+    raw = {key: value for key, value in config.to_dict().items() if key != "sweep"}
+    result = []
+    try:
+        for axes in combinations(config.sweep):
+            name = ", ".join(f"{key}={value!r}" for key, value in axes.items())
+            point = _validate(override(raw, axes), config._source, f"sweep ({name}): " if axes else "")
+            result.append(Point(point, axes))
+    except ConfigError as error:
+        prefix = f"{config.source}: "
+        raise ConfigError(str(error) if str(error).startswith(prefix) else prefix + str(error)) from None
+    return result
+
+
+def project_dir(config_file: Path | None = None) -> Path:
+    """The nearest folder with pyproject.toml or .git above the file, else above the working directory."""
+    starts = [config_file.resolve().parent] if config_file else []
+    for start in (*starts, Path.cwd()):
+        for folder in (start, *start.parents):
+            if (folder / "pyproject.toml").is_file() or (folder / ".git").exists():
+                return folder
+    return Path.cwd()
+
+
+def _checked(raw: dict[str, Any], source: Path | None) -> ExperimentConfig:
+    try:
+        refuse_nonfinite(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{source or 'config'}: {error}") from None
+    config = _validate(raw, source, "")
+    points(config)
+    return config
+
+
+def _validate(raw: dict[str, Any], source: Path | None, prefix: str) -> ExperimentConfig:
+    try:
+        config = ExperimentConfig.model_validate(raw)
+    except ValidationError as error:
+        text = one_line(error, {"workload": WORKLOAD_KINDS})
+        raise ConfigError(f"{source or 'config'}: {prefix}{text}") from None
+    config._source = source
+    return config

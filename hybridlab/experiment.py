@@ -1,0 +1,195 @@
+"""`hl.run`: a config in, a table out. Runs each point of the sweep, or takes it from the store."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybridlab import provenance
+from hybridlab.backends import BACKENDS, Bench
+from hybridlab.config import ExperimentConfig, load_config
+from hybridlab.errors import ConfigError
+from hybridlab.jobs import Job, plan_jobs
+from hybridlab.metrics import DEFINITIONS, requests_frame
+from hybridlab.results import FORMAT, StoredRun, read_run, spans_frame, write_run
+from hybridlab.sections import did_you_mean
+from hybridlab.workload import make_requests, warmup_requests
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TABLE_COLUMNS = (
+    "request_throughput_req_s",
+    "output_tokens_per_s",
+    "median_ttft_s",
+    "p90_ttft_s",
+    "median_tpot_s",
+    "p90_tpot_s",
+    "request_goodput_req_s",
+    "completed",
+    "evidence",
+    "run_id",
+)
+
+
+@dataclass(frozen=True)
+class ExperimentResult:
+    """Tables: `summary` has a row per run, `requests` a row per request, `spans` a row per op kept.
+
+    All three carry `run_id`; units are in the column names. `paths` are the folders of the runs, `cached` the
+    ids of those that were in the store before.
+    """
+
+    config: ExperimentConfig
+    summary: pd.DataFrame
+    requests: pd.DataFrame
+    spans: pd.DataFrame
+    paths: list[Path]
+    cached: tuple[str, ...]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The columns of `summary` that differ between runs, and the metrics that one looks at first."""
+        named = [
+            c
+            for c in self.summary.columns[: self.summary.columns.get_loc("num_requests")]
+            if c != "experiment"
+        ]
+        axes = [c for c in named if self.summary[c].nunique(dropna=False) > 1 or c == "scheduler"]
+        return self.summary[[*axes, *TABLE_COLUMNS]]
+
+    def _repr_html_(self) -> str:
+        title = html.escape(f"{self.config.experiment}: {len(self.paths)} runs, SLO {self.config.slo}")
+        where = html.escape(str(self.paths[0].parent)) if self.paths else ""
+        cached = f", {len(self.cached)} cached (force=True reruns)" if self.cached else ""
+        table = self.table.to_html(index=False, float_format=lambda x: f"{x:.4g}", border=0)
+        return f"<p><b>{title}</b></p>{table}<p>in {where}{cached}</p>"
+
+
+def run(
+    config: str | Path | Mapping[str, Any] | ExperimentConfig,
+    *,
+    scheduler: Any = None,
+    placement: Any = None,
+    overlap: Any = None,
+    backend: str = "engine",
+    force: bool = False,
+    results_dir: str | Path | None = None,
+    progress: bool = True,
+) -> ExperimentResult:
+    """Run every point of an experiment that is not in the store yet, one at a time, and return all of them.
+
+    A strategy given here (object, name or mapping) replaces the config's and its sweep axes. Results go to
+    `results_dir` (default: `results/` of the project; see hybridlab.config). `force` runs again what is
+    stored. Everything is checked before the first run; raises ConfigError, StrategyError or CheckpointError
+    in one line.
+    """
+    overrides = {"scheduler": scheduler, "placement": placement, "overlap": overlap}
+    config = load_config(config).replaced({k: v for k, v in overrides.items() if v is not None})
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend: unknown {backend!r}{did_you_mean(str(backend), BACKENDS)}")
+    results = Path(results_dir) if results_dir is not None else config.project_dir / "results"
+    jobs = plan_jobs(config, backend, results, progress)
+    folder = results / config.experiment
+    stored = {} if force else {job.run_id: found for job in jobs if (found := _find(folder / job.run_id))}
+    cached = tuple(stored)
+    if cached and progress:
+        print(f"cached: {len(cached)} of {len(jobs)} runs from {folder} (force=True reruns)", flush=True)
+    for job, run in _execute([job for job in jobs if job.run_id not in stored], backend, folder, progress):
+        stored[job.run_id] = run
+    return _collect(config, jobs, stored, cached)
+
+
+def _find(folder: Path) -> StoredRun | None:
+    try:
+        return read_run(folder) if folder.is_dir() else None
+    except ConfigError:
+        return None  # a damaged run counts as missing and is written anew
+
+
+def _execute(
+    jobs: Sequence[Job], backend: str, folder: Path, progress: bool
+) -> Iterable[tuple[Job, StoredRun]]:
+    from tqdm.auto import tqdm
+
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.engine_key, []).append(job)
+    with tqdm(total=len(jobs), desc="runs", unit="run", disable=not progress or not jobs) as bar:
+        for group in groups.values():
+            first = group[0]
+            bench = BACKENDS[backend](
+                first.point.config,
+                first.checkpoint,
+                first.strategies["placement"],
+                first.strategies["overlap"],
+            )
+            try:
+                for job in group:
+                    bar.set_postfix_str(job.labels()["scheduler"])
+                    yield job, _run_one(job, bench, folder, progress)
+                    bar.update()
+            finally:
+                bench.close()
+
+
+def _run_one(job: Job, bench: Bench, folder: Path, progress: bool) -> StoredRun:
+    config = job.point.config
+    requests = make_requests(config.workload, bench.vocab, base=config.project_dir)
+    scheduler = job.strategies["scheduler"]
+    if config.warmup_requests:
+        warmup = warmup_requests(requests, config.warmup_requests, bench.vocab)
+        bench.serve(warmup, scheduler=scheduler, progress=False)
+    started = datetime.now(UTC)
+    served = bench.serve(requests, scheduler=scheduler, progress=progress)
+    manifest = {
+        "format": FORMAT,
+        "run_id": job.run_id,
+        "experiment": config.experiment,
+        "evidence": bench.evidence,
+        "backend": job.identity["backend"],
+        "labels": job.labels(),
+        "axes": job.axes(),
+        "repeat": job.repeat,
+        "duration_s": served.duration_s,
+        "num_steps": served.num_steps,
+        "slo": config.slo.model_dump(),
+        "started": started.isoformat(),
+        "ended": datetime.now(UTC).isoformat(),
+        "config": job.resolved(),
+        **{key: job.identity[key] for key in ("strategies", "machine")},
+        "identity": {
+            **job.identity,
+            "strategies": {k: provenance.digest(v) for k, v in job.identity["strategies"].items()},
+        },
+        "code": provenance.code_version(),
+        "versions": provenance.versions(),
+        "definitions": DEFINITIONS,
+    }
+    path = folder / job.run_id
+    frames = requests_frame(served.records), spans_frame(served.spans)
+    write_run(path, manifest, *frames, replace=True)
+    return StoredRun(path, manifest, *frames)
+
+
+def _collect(
+    config: ExperimentConfig, jobs: Sequence[Job], stored: Mapping[str, StoredRun], cached: tuple[str, ...]
+) -> ExperimentResult:
+    import pandas as pd
+
+    rows, requests, spans, paths = [], [], [], {}
+    for job in jobs:
+        run = stored[job.run_id]
+        # A cached run may have been stored under other axes; this experiment's axes hold here.
+        shown = replace(run, manifest={**run.manifest, "labels": job.labels(), "axes": job.axes()})
+        rows.append(shown.row(config.slo))
+        if run.run_id not in paths:
+            paths[run.run_id] = run.path
+            requests.append(run.requests.assign(run_id=run.run_id))
+            spans.append(run.spans.assign(run_id=run.run_id))
+    tables = pd.DataFrame(rows), pd.concat(requests, ignore_index=True), pd.concat(spans, ignore_index=True)
+    return ExperimentResult(config, *tables, paths=list(paths.values()), cached=cached)
