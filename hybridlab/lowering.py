@@ -78,7 +78,9 @@ def lower(shape: Shape, model: ModelSpec) -> tuple[Op, ...]:
     return tuple(builder.ops)
 
 
-def parts_of(placed: PlacementPlan, model: ModelSpec, layer: int, rank: int, tier: Tier) -> list[tuple[int, ...]]:
+def parts_of(
+    placed: PlacementPlan, model: ModelSpec, layer: int, rank: int, tier: Tier
+) -> list[tuple[int, ...]]:
     """The expert groups of one layer and tier on one rank: streamed ones cut into parts, others whole."""
     experts = [
         e
@@ -98,17 +100,25 @@ def check_arranged(lowered: Sequence[Op], arranged: Sequence[Op], overlap_name: 
     seen: set[int] = set()
     for op in arranged:
         if not isinstance(op, Op) or op.id not in before:
-            raise StrategyError(f"overlap {overlap_name}: arrange() returned an op that it was not given: {op!r}")
+            raise StrategyError(
+                f"overlap {overlap_name}: arrange() returned an op that it was not given: {op!r}"
+            )
         if op.id in seen:
             raise StrategyError(f"overlap {overlap_name}: arrange() returned op {op.id} ({op.kind}) twice")
         seen.add(op.id)
         if lost := set(before[op.id].needs) - set(op.needs):
-            raise StrategyError(f"overlap {overlap_name}: arrange() dropped need {min(lost)} of op {op.id} ({op.kind})")
+            raise StrategyError(
+                f"overlap {overlap_name}: arrange() dropped need {min(lost)} of op {op.id} ({op.kind})"
+            )
         if replace(op, needs=before[op.id].needs) != before[op.id]:
-            raise StrategyError(f"overlap {overlap_name}: arrange() changed op {op.id} ({op.kind}) beyond its needs")
+            raise StrategyError(
+                f"overlap {overlap_name}: arrange() changed op {op.id} ({op.kind}) beyond its needs"
+            )
     if missing := before.keys() - seen:
         op = before[min(missing)]
-        raise StrategyError(f"overlap {overlap_name}: arrange() lost op {op.id} ({op.kind} of layer {op.layer})")
+        raise StrategyError(
+            f"overlap {overlap_name}: arrange() lost op {op.id} ({op.kind} of layer {op.layer})"
+        )
     return tuple(arranged)
 
 
@@ -179,7 +189,14 @@ class _Builder:
             wanted = experts if prefetch is None else tuple(e for e in experts if e in prefetch[layer])
             if wanted:
                 found[part] = self.add(
-                    "load", LaneKind.H2D, rank, layer=layer, part=part, needs=(), tier=Tier.STREAMED, experts=wanted
+                    "load",
+                    LaneKind.H2D,
+                    rank,
+                    layer=layer,
+                    part=part,
+                    needs=(),
+                    tier=Tier.STREAMED,
+                    experts=wanted,
                 )
         return found
 
@@ -212,7 +229,9 @@ class _Builder:
             needs = (reduced,)
         self.add("combine", self.compute, rank, layer=layer, microbatch=microbatch, needs=needs)
 
-    def _groups(self, layer: int, rank: int, loads: dict[int, int]) -> list[tuple[Tier, int, tuple[int, ...]]]:
+    def _groups(
+        self, layer: int, rank: int, loads: dict[int, int]
+    ) -> list[tuple[Tier, int, tuple[int, ...]]]:
         """(tier, part, experts) of every experts op; the CPU's op also takes streamed experts that may stay behind."""
         placed = self.shape.placement
         groups = [(Tier.RESIDENT, 0, e) for e in parts_of(placed, self.model, layer, rank, Tier.RESIDENT)]

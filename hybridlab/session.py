@@ -51,7 +51,11 @@ def load(
     device = check_device(device)
     if precision not in ("bf16", "exact"):
         raise ConfigError(f"precision is {precision!r}, expected 'bf16' or 'exact'")
-    for name, value in (("token_budget", token_budget), ("kv_block_tokens", kv_block_tokens), ("kv_tokens", kv_tokens)):
+    for name, value in (
+        ("token_budget", token_budget),
+        ("kv_block_tokens", kv_block_tokens),
+        ("kv_tokens", kv_tokens),
+    ):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ConfigError(f"{name} is {value!r}, expected an int >= 1")
     if memory_gb is not None and not 0 < memory_gb < float("inf"):
@@ -85,13 +89,19 @@ class Engine:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, runtime: Runtime, planner: Planner, precision: str, threads: int, token_budget: int
+        self,
+        checkpoint: Checkpoint,
+        runtime: Runtime,
+        planner: Planner,
+        precision: str,
+        threads: int,
+        token_budget: int,
     ) -> None:
         self.checkpoint, self.spec = checkpoint, checkpoint.spec
         self.precision, self.threads, self.token_budget = precision, threads, token_budget
         self.memory = runtime.memory
         self._runtime: Runtime | None = runtime
-        self._planner = planner
+        self.planner = planner
         self._text = Text(checkpoint.folder)
         self._turn = threading.Lock()
         self._queue: RequestQueue | None = None
@@ -112,7 +122,12 @@ class Engine:
         scheduler = resolve("scheduler", scheduler)
         with self._run(requests, token_budget) as (runtime, queue):
             return serve(
-                runtime.backend(), queue, scheduler, self._planner, keep_span_steps=keep_span_steps, on_event=on_event
+                runtime.backend(),
+                queue,
+                scheduler,
+                self.planner,
+                keep_span_steps=keep_span_steps,
+                on_event=on_event,
             )
 
     def cancel(self, request_id: str) -> bool:
@@ -133,7 +148,11 @@ class Engine:
         """Up to `max_tokens` new tokens: text for a text prompt, else token ids, ending with an eos token if drawn."""
         sampling = Sampling(temperature, top_p, seed)
         tokens = list(self._token_stream(prompt, max_tokens, sampling, stop_token_ids))
-        return self._text.decode(self._without_stop(tokens, stop_token_ids)) if isinstance(prompt, str) else tokens
+        return (
+            self._text.decode(self._without_stop(tokens, stop_token_ids))
+            if isinstance(prompt, str)
+            else tokens
+        )
 
     def stream(
         self,
@@ -160,13 +179,20 @@ class Engine:
             pool = self._pool(runtime)
             table: list[int] = []
             pool.grow(table, len(ids))
-            program = self._planner.program(self._planner.shape("main", StepPlan("prefill", {"logits": 1})))
+            program = self.planner.program(self.planner.shape("main", StepPlan("prefill", {"logits": 1})))
             rows = []
             for start in range(0, len(ids), self.token_budget):
                 chunk = ids[start : start + self.token_budget]
                 entry = Entry("logits", chunk, start, tuple(table), Sampling(), wants_token=True)
                 rows.append(runtime.logits(program, entry).numpy())
             return np.concatenate(rows)
+
+    @property
+    def runtime(self) -> Runtime:
+        """What computes, for benchmarks and tests; raises `HybridlabError` once closed."""
+        if self._runtime is None:
+            raise HybridlabError(f"the engine of {self.checkpoint.folder} is closed")
+        return self._runtime
 
     def close(self) -> None:
         """End the worker thread and free the KV cache; idempotent."""
@@ -188,20 +214,22 @@ class Engine:
         )
 
     def _repr_html_(self) -> str:
-        placement, overlap = label(self._planner.placement), label(self._planner.overlap)
+        placement, overlap = label(self.planner.placement), label(self.planner.overlap)
         return f"<b>{self!r}</b><br>placement {placement}, overlap {overlap}{self.memory._repr_html_()}"
 
     def _token_stream(
         self, prompt: Prompt, max_tokens: int, sampling: Sampling, stop_token_ids: Sequence[int]
     ) -> Iterator[int]:
-        request = Request("generate", self._token_ids(prompt), max_tokens, 0.0, sampling, tuple(stop_token_ids))
+        request = Request(
+            "generate", self._token_ids(prompt), max_tokens, 0.0, sampling, tuple(stop_token_ids)
+        )
         if reason := why_refused(request, self._limits()):
             raise RequestError(reason)
         return self._drawn(request)
 
     def _drawn(self, request: Request) -> Iterator[int]:
         with self._run((request,), None) as (runtime, queue):
-            for _, events in steps(runtime.backend(), queue, resolve("scheduler", "fcfs"), self._planner):
+            for _, events in steps(runtime.backend(), queue, resolve("scheduler", "fcfs"), self.planner):
                 for _, token in events:
                     yield token
             record = queue.records[request.id]
@@ -209,16 +237,17 @@ class Engine:
                 raise HybridlabError(f"generation failed: {record.error}")
 
     @contextmanager
-    def _run(self, requests: Sequence[Request], token_budget: int | None) -> Iterator[tuple[Runtime, RequestQueue]]:
-        if self._runtime is None:
-            raise HybridlabError(f"the engine of {self.checkpoint.folder} is closed")
+    def _run(
+        self, requests: Sequence[Request], token_budget: int | None
+    ) -> Iterator[tuple[Runtime, RequestQueue]]:
+        runtime = self.runtime
         # Not blocking: the holder may be a half-read stream of this very thread.
         if not self._turn.acquire(blocking=False):
             raise HybridlabError("the engine is busy with another run; finish it, or close() the open stream")
         try:
             budget = min(self.token_budget, token_budget or self.token_budget)
-            self._queue = RequestQueue(requests, self._pool(self._runtime), self.spec, budget)
-            yield self._runtime, self._queue
+            self._queue = RequestQueue(requests, self._pool(runtime), self.spec, budget)
+            yield runtime, self._queue
         finally:
             self._queue = None
             self._turn.release()
@@ -235,7 +264,9 @@ class Engine:
         try:
             ids = tuple(int(token) for token in prompt)
         except (TypeError, ValueError):
-            raise RequestError(f"prompt is {prompt!r:.80}, expected text or a sequence of token ids") from None
+            raise RequestError(
+                f"prompt is {prompt!r:.80}, expected text or a sequence of token ids"
+            ) from None
         if reason := why_refused(Request("prompt", ids, 1), self._limits()):
             raise RequestError(reason)
         return ids

@@ -48,5 +48,7 @@ class Text:
             try:
                 self._loaded = Tokenizer.from_file(str(self._file))
             except Exception as error:  # the library raises bare Exception
-                raise CheckpointError(f"{self._file}: not a tokenizer that the tokenizers library reads ({error})") from None
+                raise CheckpointError(
+                    f"{self._file}: not a tokenizer that the tokenizers library reads ({error})"
+                ) from None
         return self._loaded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,9 @@ from hybridlab.engine.sampling import draw
 from hybridlab.errors import PlanError
 from hybridlab.model.base import MicroBatch, Model, Routed
 from hybridlab.plan import Op, Program, RequestId, Span
+
+OnRoute = Callable[[int, list[int]], None]
+"""Called with (layer, expert ids of all tokens) after each router."""
 
 
 @dataclass
@@ -35,10 +38,12 @@ class Executor:
         self._model, self._cache, self._lanes = model, cache, lanes
         model.cache = cache
 
-    def run(self, program: Program, batch: StepBatch, clock_start_s: float) -> tuple[dict[RequestId, int], tuple[Span, ...]]:
+    def run(
+        self, program: Program, batch: StepBatch, clock_start_s: float, on_route: OnRoute | None = None
+    ) -> tuple[dict[RequestId, int], tuple[Span, ...]]:
         """Compute a step; returns the drawn tokens and the spans of its ops."""
         tokens: dict[RequestId, int] = {}
-        micros, spans = self._run(program, batch.entries, clock_start_s, all_rows=False)
+        micros, spans = self._run(program, batch.entries, clock_start_s, on_route, all_rows=False)
         for micro in micros:
             drawing = [entry for entry in micro.entries if entry.wants_token]
             for row, entry in enumerate(drawing):
@@ -48,12 +53,18 @@ class Executor:
 
     def logits(self, program: Program, entry: Entry) -> torch.Tensor:
         """Logits of every row of one request's step, float32 [T, V]."""
-        (micro,), _ = self._run(program, (entry,), 0.0, all_rows=True)
+        (micro,), _ = self._run(program, (entry,), 0.0, None, all_rows=True)
         assert micro.logits is not None
         return micro.logits
 
     def _run(
-        self, program: Program, entries: Sequence[Entry], clock_start_s: float, *, all_rows: bool
+        self,
+        program: Program,
+        entries: Sequence[Entry],
+        clock_start_s: float,
+        on_route: OnRoute | None,
+        *,
+        all_rows: bool,
     ) -> tuple[list[_Running], tuple[Span, ...]]:
         groups = _split(entries, program.shape.num_microbatches)
         micros = [_Running(group, self._micro_batch(group)) for group in groups]
@@ -66,6 +77,8 @@ class Executor:
                     micro.x_TH = model.attention(op.layer, micro.x_TH, micro.batch)
                 case "router":
                     micro.routed = model.router(op.layer, micro.x_TH)
+                    if on_route is not None:
+                        on_route(op.layer, micro.routed.expert_ids.flatten().tolist())
                 case "experts":
                     assert micro.routed is not None
                     micro.parts.append(model.experts(op.layer, micro.routed, op.experts))

@@ -30,11 +30,22 @@ class KVCache:
         """The entries at the slots of a `Context`; a view where the slots are neighbours."""
         return tuple(storage[cached] for storage in self._layers[layer])
 
-    def context(self, block_table: Sequence[int], first_row: int, num_new: int, start: int) -> tuple[Context, torch.Tensor]:
+    def randomise(self, seed: int) -> None:
+        """Fill with standard normal values."""
+        generator = torch.Generator().manual_seed(seed)
+        for entries in self._layers:
+            for storage in entries:
+                storage.normal_(generator=generator)
+
+    def context(
+        self, block_table: Sequence[int], first_row: int, num_new: int, start: int
+    ) -> tuple[Context, torch.Tensor]:
         """The `Context` of a request's new rows, and the slots (int64) that they are written to."""
         size, total = self.block_tokens, start + num_new
         table = block_table[: -(-total // size)]
-        if table[-1] - table[0] == len(table) - 1 and all(b - a == 1 for a, b in zip(table, table[1:], strict=False)):
+        if table[-1] - table[0] == len(table) - 1 and all(
+            b - a == 1 for a, b in zip(table, table[1:], strict=False)
+        ):
             base = table[0] * size
             cached: slice | torch.Tensor = slice(base, base + total)
             new = torch.arange(base + start, base + total)

@@ -27,12 +27,18 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         items = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts.items())
-        return f"memory plan (GiB): {items}; total {self.total_bytes / GIB:.2f} of {self.budget_bytes / GIB:.2f}"
+        return (
+            f"memory plan (GiB): {items}; total {self.total_bytes / GIB:.2f} of {self.budget_bytes / GIB:.2f}"
+        )
 
     def _repr_html_(self) -> str:
         rows = "".join(
             f"<tr><td>{name}</td><td style='text-align:right'>{size / GIB:.3f}</td></tr>"
-            for name, size in (*self.parts.items(), ("total", self.total_bytes), ("budget", self.budget_bytes))
+            for name, size in (
+                *self.parts.items(),
+                ("total", self.total_bytes),
+                ("budget", self.budget_bytes),
+            )
         )
         return f"<table><tr><th>purpose</th><th>GiB</th></tr>{rows}</table>"
 

@@ -7,9 +7,9 @@ import sys
 
 import torch
 
-from hybridlab.batch import Entry
+from hybridlab.batch import Entry, StepBatch
 from hybridlab.checkpoint import Checkpoint
-from hybridlab.engine.executor import Executor
+from hybridlab.engine.executor import Executor, OnRoute
 from hybridlab.engine.kv_cache import KVCache
 from hybridlab.engine.lanes import TurnTakingLanes
 from hybridlab.engine.memory import GIB, MemoryPlan, plan_memory
@@ -17,7 +17,7 @@ from hybridlab.engine.worker import EngineBackend, WorkerThread
 from hybridlab.errors import ConfigError, StrategyError
 from hybridlab.model import build_model
 from hybridlab.model.numerics import make_numerics
-from hybridlab.plan import PlacementPlan, Program, Tier
+from hybridlab.plan import PlacementPlan, Program, RequestId, Tier
 from hybridlab.spec import HardwareSpec
 
 
@@ -53,13 +53,23 @@ class Runtime:
         self.num_kv_blocks = self.memory.kv_tokens // kv_block_tokens
         self.kv_block_tokens = kv_block_tokens
         model = build_model(checkpoint, numerics)
-        cache = KVCache(checkpoint.spec, self.num_kv_blocks, kv_block_tokens, numerics.kv_dtype)
-        self._executor = Executor(model, cache, TurnTakingLanes())
+        self._cache = KVCache(checkpoint.spec, self.num_kv_blocks, kv_block_tokens, numerics.kv_dtype)
+        self._executor = Executor(model, self._cache, TurnTakingLanes())
         self._worker = WorkerThread(threads)
 
     def backend(self) -> EngineBackend:
         """A backend whose clock starts now."""
         return EngineBackend(self._executor, self._worker)
+
+    def step(
+        self, program: Program, batch: StepBatch, on_route: OnRoute | None = None
+    ) -> dict[RequestId, int]:
+        """Run one step and wait for it, outside any queue; returns the drawn tokens."""
+        return self._worker.call(lambda: self._executor.run(program, batch, 0.0, on_route)[0]).result()
+
+    def randomise_cache(self, seed: int) -> None:
+        """Fill the KV cache with random values, so that a benchmark at depth need not prefill."""
+        self._cache.randomise(seed)
 
     def logits(self, program: Program, entry: Entry) -> torch.Tensor:
         """Logits of every token of `entry`, float32 [T, V]."""
@@ -95,4 +105,6 @@ def check_placed(placed: PlacementPlan, placement_name: str) -> None:
     named = [(f"expert {e} of layer {layer}", tier) for (layer, e), tier in placed.tier_of.items()]
     for what, tier in (("default_tier", placed.default_tier), *named):
         if tier is Tier.STREAMED:
-            raise StrategyError(f"placement {placement_name}: {what} is streamed, device 'cpu' has no link to stream over")
+            raise StrategyError(
+                f"placement {placement_name}: {what} is streamed, device 'cpu' has no link to stream over"
+            )

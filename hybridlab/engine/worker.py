@@ -25,7 +25,9 @@ class WorkerThread:
 
     def __init__(self, threads: int) -> None:
         self._calls: SimpleQueue[tuple[Callable, Future] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._loop, args=(threads,), name="hybridlab-worker", daemon=True)
+        self._thread = threading.Thread(
+            target=self._loop, args=(threads,), name="hybridlab-worker", daemon=True
+        )
         self._thread.start()
 
     def call(self, function: Callable[[], T]) -> Future[T]:

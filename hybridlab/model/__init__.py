@@ -19,5 +19,7 @@ def build_model(checkpoint: Checkpoint, numerics: Numerics) -> Model:
     families = {"qwen3_moe": Qwen3Moe}
     family = checkpoint.spec.family
     if family not in families:
-        raise CheckpointError(f"{checkpoint.folder}: no model for family {family!r}; known: {', '.join(families)}")
+        raise CheckpointError(
+            f"{checkpoint.folder}: no model for family {family!r}; known: {', '.join(families)}"
+        )
     return families[family](checkpoint, numerics)

@@ -10,18 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from hybridlab import kernels
 from hybridlab.checkpoint.reader import LinearWeights
-from hybridlab.kernels_numpy import dequantise
+from hybridlab.kernels_numpy import dequantize
 
 LinearFn = Callable[[torch.Tensor], torch.Tensor]
 ExpertsFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 QUERY_BLOCK = 512
 """Query rows per attention call: bounds the score matrix of a long prompt."""
+
+
+WIDE_CACHE_BYTES = 2**28
+"""float64 weights that `Exact` keeps."""
 
 
 class Numerics(Protocol):
@@ -33,7 +36,9 @@ class Numerics(Protocol):
         """x [T, K] -> [T, N]."""
         ...
 
-    def experts(self, gate: Sequence[LinearWeights], up: Sequence[LinearWeights], down: Sequence[LinearWeights]) -> ExpertsFn:
+    def experts(
+        self, gate: Sequence[LinearWeights], up: Sequence[LinearWeights], down: Sequence[LinearWeights]
+    ) -> ExpertsFn:
         """(x [T, H], expert_ids int32 [T, K] with -1 = skip, weights [T, K]) -> [T, H]."""
         ...
 
@@ -47,13 +52,28 @@ class Exact:
 
     kv_dtype = torch.float32
 
+    def __init__(self) -> None:
+        self._wide: dict[str, torch.Tensor] = {}
+        self._room_bytes = WIDE_CACHE_BYTES
+
+    def weights(self, weights: LinearWeights) -> torch.Tensor:
+        """float64 [N, K]; kept for small models, made anew each time for large ones."""
+        if (wide := self._wide.get(weights.name)) is None:
+            wide = torch.from_numpy(dequantize((weights.weight, weights.scale))).double()
+            if wide.nbytes <= self._room_bytes:
+                self._wide[weights.name] = wide
+                self._room_bytes -= wide.nbytes
+        return wide
+
     def linear(self, weights: LinearWeights) -> LinearFn:
         def apply(x_TK: torch.Tensor) -> torch.Tensor:
-            return (x_TK.double() @ _weights64(weights).T).float()
+            return (x_TK.double() @ self.weights(weights).T).float()
 
         return apply
 
-    def experts(self, gate: Sequence[LinearWeights], up: Sequence[LinearWeights], down: Sequence[LinearWeights]) -> ExpertsFn:
+    def experts(
+        self, gate: Sequence[LinearWeights], up: Sequence[LinearWeights], down: Sequence[LinearWeights]
+    ) -> ExpertsFn:
         def apply(x_TH: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             num_tokens, top_k = expert_ids.shape
             parts = torch.zeros(num_tokens, top_k, x_TH.shape[1], dtype=torch.float64)
@@ -62,10 +82,10 @@ class Exact:
                     continue
                 rows, slots = (expert_ids == e).nonzero(as_tuple=True)
                 x = x_TH[rows].double()
-                g = (x @ _weights64(gate[e]).T).float().double()
-                u = (x @ _weights64(up[e]).T).float().double()
+                g = (x @ self.weights(gate[e]).T).float().double()
+                u = (x @ self.weights(up[e]).T).float().double()
                 h = (torch.nn.functional.silu(g) * u).float().double()
-                parts[rows, slots] = (h @ _weights64(down[e]).T).float().double()
+                parts[rows, slots] = (h @ self.weights(down[e]).T).float().double()
             return (parts * weights.double().unsqueeze(-1)).sum(1).float()
 
         return apply
@@ -90,7 +110,9 @@ class Bf16:
 
         return apply
 
-    def experts(self, gate: Sequence[LinearWeights], up: Sequence[LinearWeights], down: Sequence[LinearWeights]) -> ExpertsFn:
+    def experts(
+        self, gate: Sequence[LinearWeights], up: Sequence[LinearWeights], down: Sequence[LinearWeights]
+    ) -> ExpertsFn:
         kernel = kernels.moe_layer(
             *([w.weight for w in group] for group in (gate, up, down)),
             *(None if group[0].scale is None else [w.scale for w in group] for group in (gate, up, down)),
@@ -98,7 +120,9 @@ class Bf16:
         threads = self.threads
 
         def apply(x_TH: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(kernel(x_TH.numpy(), expert_ids.numpy(), weights.numpy(), threads=threads))
+            return torch.from_numpy(
+                kernel(x_TH.numpy(), expert_ids.numpy(), weights.numpy(), threads=threads)
+            )
 
         return apply
 
@@ -122,7 +146,9 @@ def rms_norm(numerics: Numerics, x: torch.Tensor, weight: torch.Tensor, eps: flo
     return (wide * scale * weight).float()
 
 
-def attend(numerics: Numerics, q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGD: torch.Tensor, start: int) -> torch.Tensor:
+def attend(
+    numerics: Numerics, q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGD: torch.Tensor, start: int
+) -> torch.Tensor:
     """Causal grouped-query attention of one request: T queries at positions `start`.. over C cached tokens.
 
     H query heads share G key/value heads in runs of H / G. Returns float32 [T, H, D].
@@ -146,7 +172,3 @@ def attend(numerics: Numerics, q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGD: 
         out = torch.bmm(probs.view(groups, -1, seen), v_GCD[:, :seen]).view(q.shape)
         outs.append(out.permute(2, 0, 1, 3).reshape(-1, num_heads, head_dim).float())
     return torch.cat(outs)
-
-
-def _weights64(weights: LinearWeights) -> torch.Tensor:
-    return torch.from_numpy(dequantise(weights.weight, weights.scale, np.float64))

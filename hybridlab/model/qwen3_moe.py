@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from hybridlab.checkpoint.reader import Checkpoint
+from hybridlab.kernels_numpy import bf16_to_float32
 from hybridlab.model.base import KVStore, MicroBatch, Routed
 from hybridlab.model.numerics import ExpertsFn, LinearFn, Numerics, attend, rms_norm
 from hybridlab.model.rope import Rope, rotate
@@ -22,14 +23,16 @@ class Qwen3Moe:
     def __init__(self, checkpoint: Checkpoint, numerics: Numerics) -> None:
         self.spec = spec = checkpoint.spec
         self._numerics = numerics
-        self._embedding = torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight")).view(torch.bfloat16)
+        self._embedding = checkpoint.tensor("model.embed_tokens.weight")
         self._rope = Rope(spec.rope, spec.head_dim)
         self._final_norm = _vector(checkpoint, "model.norm.weight")
-        self._head = numerics.linear(checkpoint.linear("model.embed_tokens" if spec.tie_embeddings else "lm_head"))
+        self._head = numerics.linear(
+            checkpoint.linear("model.embed_tokens" if spec.tie_embeddings else "lm_head")
+        )
         self._layers = [_Layer(checkpoint, numerics, i) for i in range(spec.num_layers)]
 
     def embed(self, batch: MicroBatch) -> torch.Tensor:
-        return self._embedding[batch.token_ids].float()
+        return torch.from_numpy(bf16_to_float32(self._embedding[batch.token_ids.numpy()]))
 
     def attention(self, layer: int, x_TH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         spec, weights = self.spec, self._layers[layer]
@@ -75,7 +78,9 @@ class Qwen3Moe:
     def head(self, x_RH: torch.Tensor) -> torch.Tensor:
         return self._head(rms_norm(self._numerics, x_RH, self._final_norm, self.spec.rms_norm_eps))
 
-    def _rotated(self, x_TND: torch.Tensor, norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def _rotated(
+        self, x_TND: torch.Tensor, norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
         normed = rms_norm(self._numerics, x_TND, norm, self.spec.rms_norm_eps)
         return rotate(self._numerics.up(normed), cos, sin).float()
 
@@ -119,4 +124,4 @@ def _vector(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     bits = checkpoint.tensor(name)
     if bits.dtype == np.float32:
         return torch.from_numpy(bits.copy())
-    return torch.from_numpy((bits.astype(np.uint32) << 16).view(np.float32))
+    return torch.from_numpy(bf16_to_float32(bits))

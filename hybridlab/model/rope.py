@@ -37,9 +37,14 @@ def _frequencies(spec: RopeSpec, dim: int) -> tuple[torch.Tensor, float]:
     inv_freq = 1.0 / spec.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if spec.kind == "default":
         return inv_freq, 1.0
+
     # YaRN (arXiv 2309.00071): low frequencies are interpolated, high ones kept, a ramp between.
     def correction(rotations: float) -> float:
-        return dim * math.log(spec.original_max_positions / (rotations * 2 * math.pi)) / (2 * math.log(spec.theta))
+        return (
+            dim
+            * math.log(spec.original_max_positions / (rotations * 2 * math.pi))
+            / (2 * math.log(spec.theta))
+        )
 
     low = max(math.floor(correction(spec.beta_fast)), 0)
     high = min(math.ceil(correction(spec.beta_slow)), dim - 1)

@@ -109,7 +109,9 @@ def _construct(kind: str, cls: type, fields: Mapping[str, Any]) -> Any:
         if key not in parameters:
             near = difflib.get_close_matches(str(key), parameters, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise StrategyError(f"{kind} {cls.__name__} has no field {key!r}{hint} (fields: {', '.join(parameters) or 'none'})")
+            raise StrategyError(
+                f"{kind} {cls.__name__} has no field {key!r}{hint} (fields: {', '.join(parameters) or 'none'})"
+            )
     try:
         return cls(**fields)
     except (TypeError, ValueError) as error:
@@ -130,7 +132,11 @@ def _referenced_globals(cls: type) -> dict[str, str]:
     for function in (f for f in vars(cls).values() if inspect.isfunction(f)):
         for name in function.__code__.co_names:
             value = function.__globals__.get(name)
-            if value is None or inspect.ismodule(value) or getattr(value, "__module__", "").startswith("hybridlab"):
+            if (
+                value is None
+                or inspect.ismodule(value)
+                or getattr(value, "__module__", "").startswith("hybridlab")
+            ):
                 continue
             if inspect.isfunction(value):
                 try:
