@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from hybridlab.cli_bench import bench
 from hybridlab.cli_checkpoint import checkpoint
-from hybridlab.cli_output import Json, emit, note
+from hybridlab.cli_output import Json, emit, human_output, note
 from hybridlab.errors import HybridlabError, RequestError
 
 
@@ -62,7 +62,9 @@ def doctor(
 def run(
     config: Annotated[Path, typer.Argument(help="An experiment's YAML file.")],
     force: Annotated[bool, typer.Option("--force", help="Run again what results/ already holds.")] = False,
-    results_dir: Annotated[Path | None, typer.Option(help="Where runs are kept (default: results).")] = None,
+    results_dir: Annotated[
+        Path | None, typer.Option(help="Default: the project's results.")
+    ] = None,
     figure: Annotated[bool, typer.Option(help="Draw TTFT against throughput.")] = True,
     json: Json = False,
 ) -> None:
@@ -70,9 +72,9 @@ def run(
     import hybridlab as hl
     from hybridlab.cli_run import as_json, draw, table
 
-    options = {} if results_dir is None else {"results_dir": results_dir}
-    result = hl.run(config, force=force, **options)
-    drawn = draw(result, config) if figure else None
+    with human_output():
+        result = hl.run(config, force=force, results_dir=results_dir)
+        drawn = draw(result, config) if figure else None
     if json:
         emit(as_json(result, drawn), json)
         return
@@ -102,13 +104,8 @@ def generate(
     prompt = text if text is not None else _token_ids(tokens or "")
     import hybridlab as hl
 
-    engine = hl.load(checkpoint, precision=precision, threads=threads)
-    try:
-        output = engine.generate(
-            prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
-        )
-    finally:
-        engine.close()
+    with human_output(), hl.load(checkpoint, precision=precision, threads=threads) as engine:
+        output = engine.generate(prompt, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if json:
         emit({"text": output} if isinstance(output, str) else {"tokens": [int(t) for t in output]}, json)
     else:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hybridlab.cli_output import Json, emit
+from hybridlab.cli_output import Json, emit, human_output
 from hybridlab.errors import ConfigError
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure against a yardstick.")
@@ -37,13 +37,14 @@ def decode(
         raise ConfigError("bench decode: --layers cuts a preset; a checkpoint is taken as it is")
     from hybridlab import bench as measure
 
-    result = measure.decode(
-        preset=preset,
-        checkpoint=checkpoint,
-        layers=layers,
-        depth=depth,
-        num_requests=batch,
-        threads=threads,
-        steps=steps,
-    )
+    with human_output():
+        result = measure.decode(
+            preset=preset,
+            checkpoint=checkpoint,
+            layers=layers,
+            depth=depth,
+            batch=batch,
+            threads=threads,
+            steps=steps,
+        )
     emit(result.as_dict() if json else str(result), json)

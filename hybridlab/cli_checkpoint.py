@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybridlab.cli_output import Json, emit, note, plain
+from hybridlab.cli_output import Json, emit, human_output, note, plain
 
 checkpoint = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make or inspect a checkpoint.")
 
@@ -25,7 +25,8 @@ def make(
     """Write a random checkpoint in Hugging Face layout."""
     from hybridlab.checkpoint import make_checkpoint, open_checkpoint
 
-    make_checkpoint(out, preset, dtype=dtype, seed=seed, layers=layers, routing=routing, progress=True)
+    with human_output():
+        make_checkpoint(out, preset, dtype=dtype, seed=seed, layers=layers, routing=routing, progress=True)
     made = open_checkpoint(out)
     if json:
         emit({"path": str(out), "num_bytes": made.num_bytes}, json)
@@ -45,7 +46,8 @@ def info(
     opened = open_checkpoint(path)
     if verify:
         note(f"reading {opened.num_bytes / 1e9:.3f} GB")
-        opened.verify()
+        with human_output():
+            opened.verify()
     facts = _facts(opened.spec) | {"num_bytes": opened.num_bytes, "verified": verify}
     if json:
         emit(facts | {"path": str(path)}, json)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, is_dataclass
 from typing import Annotated, Any
 
@@ -21,6 +23,13 @@ def emit(value: Any, as_json: bool) -> None:
 def note(text: str) -> None:
     """Say something to a human."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def human_output() -> Iterator[None]:
+    """What the library prints while it works (memory plan, cached runs) is not the command's result."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def plain(value: Any) -> Any:

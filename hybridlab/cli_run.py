@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
+
     from hybridlab.experiment import ExperimentResult
 
 _FIGURE = "ttft_throughput.png"
@@ -31,7 +32,7 @@ def draw(result: ExperimentResult, config: Path) -> Path | None:
 
 def table(result: ExperimentResult) -> str:
     """The summary with one metric a line and one run a column: the metrics are many, the runs few."""
-    return result.summary.T.to_string(header=False)
+    return result.table.T.to_string(header=False, float_format=lambda x: f"{x:.4g}")
 
 
 def as_json(result: ExperimentResult, figure: Path | None) -> dict[str, Any]:
@@ -45,4 +46,4 @@ def as_json(result: ExperimentResult, figure: Path | None) -> dict[str, Any]:
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     # pandas turns its own scalars and NaN into JSON's better than a loop over cells would
-    return json.loads(frame.to_json(orient="records"))
+    return json.loads(frame.to_json(orient="records") or "[]")

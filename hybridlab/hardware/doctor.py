@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import html
 import importlib.metadata
+import importlib.util
 import platform
+import re
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from hybridlab.hardware.cgroup import cgroup_limits
@@ -31,8 +35,8 @@ class DoctorReport:
     memory: HostMemory
     tier: str
     supported_tiers: tuple[str, ...]
-    kernels_built: bool
-    kernels_build: str
+    compiler: str
+    """What the compiled kernels were built with; "" if they were not built, "unknown" if they do not say."""
     read_bandwidth: tuple[BandwidthProbe, ...]
     gpus: tuple[Gpu, ...]
     links: tuple[LinkProbe, ...]
@@ -61,7 +65,7 @@ class DoctorReport:
             ("topology", f"{nodes}, {self._l3()}"),
             ("memory", f"{room} ({limit}; cgroup {self.cgroup_version})"),
             ("kernel tier", f"{self.tier} (this machine runs {', '.join(self.supported_tiers)})"),
-            ("kernel build", self.kernels_build),
+            ("kernel build", self.compiler or "not built: NumPy computes in their place"),
             *(("memory reads", str(probe)) for probe in self.read_bandwidth),
             *((f"GPU {gpu.index}", f"{gpu.name}, {_gib(gpu.memory_bytes)}") for gpu in self.gpus),
             *((f"link to GPU {link.gpu}", str(link)) for link in self.links),
@@ -102,22 +106,30 @@ def doctor(*, probe: bool = True, gpu: bool = True, repeats: int = 7) -> DoctorR
     gpus = detect_gpus() if gpu else ()
     threads = (1,) if cores.usable == 1 else (1, cores.usable)
     versions = _versions()
-    built = kernels.has_native()
+    compiler = _compiler()
     return DoctorReport(
         cores=cores,
         cgroup_version=limits.version,
         memory=detect_host_memory(limits=limits),
         tier=kernels.tier(),
         supported_tiers=tuple(kernels.supported_tiers()),
-        kernels_built=built,
-        kernels_build=kernels.build_info() if built else "not built: NumPy computes in their place",
+        compiler=compiler,
         read_bandwidth=tuple(read_bandwidth_gb_s(n, repeats=repeats) for n in threads) if probe else (),
         gpus=gpus,
         links=tuple(probe_link(g.index, repeats=repeats) for g in gpus) if probe else (),
         versions=versions,
-        missing=_missing(versions, built, gpus if gpu else None),
+        missing=_missing(versions, bool(compiler), gpus if gpu else None),
         untested=_untested(cores, gpus, set(kernels.TIERS) - set(kernels.supported_tiers())),
     )
+
+
+def _compiler() -> str:
+    """gcc and clang leave their name in what they compile."""
+    found = importlib.util.find_spec("hybridlab._kernels")
+    if found is None or found.origin is None:
+        return ""
+    match = re.search(rb"GCC: \([^)\0]*\) [\d.]+|clang version [\d.]+", Path(found.origin).read_bytes())
+    return match[0].decode("ascii", "replace") if match else "unknown"
 
 
 def _versions() -> dict[str, str]:
@@ -146,7 +158,7 @@ def _missing(versions: dict[str, str], built: bool, gpus: tuple[Gpu, ...] | None
     return tuple(found)
 
 
-def _untested(cores: Cores, gpus: tuple[Gpu, ...], absent_tiers: set[str]) -> tuple[str, ...]:
+def _untested(cores: Cores, gpus: tuple[Gpu, ...], absent_tiers: Iterable[str]) -> tuple[str, ...]:
     """What this machine cannot show, so that nobody takes a green test run for more than it is."""
     found = [f"kernel tier {name}: this CPU or build cannot run it" for name in sorted(absent_tiers)]
     if not gpus:

@@ -14,7 +14,7 @@ from hybridlab.hardware.cgroup import CgroupLimits, cgroup_limits
 
 @dataclass(frozen=True)
 class HostMemory:
-    """`usable_bytes` is the machine's memory cut by the cgroup limit, `available_bytes` what is free of it."""
+    """`usable_bytes` is the machine's memory cut by the cgroup limit; `available_bytes` is free of it now."""
 
     usable_bytes: int
     available_bytes: int

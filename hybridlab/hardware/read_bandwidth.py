@@ -9,6 +9,7 @@ larger than the L3 caches, so that next to nothing of it is cached when a repeat
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
@@ -55,7 +56,7 @@ def read_bandwidth_gb_s(
         threads: at least 1; more than the usable cores measures contention.
         repeats: timed reads after one untimed.
         buffer_bytes: default 1 GiB or 8 times the L3 caches, but at most a quarter of the available memory.
-        loop: "native", "numpy", or "auto" (native if the kernels were built).
+        loop: "native", "numpy", or "auto" (native if a compiled kernel tier is active).
 
     Raises:
         HybridlabError: a count below 1, or an unknown or unavailable loop.
@@ -89,17 +90,17 @@ def _filled(num_bytes: int, threads: int) -> np.ndarray:
     return buffer
 
 
-def _reader(loop: str, threads: int):
-    """The function that reads a buffer once, and its name."""
+def _reader(loop: str, threads: int) -> tuple[Callable[[np.ndarray], object], str]:
+    """The function that reads a buffer of uint64 once, and its name."""
     if loop not in ("auto", "native", "numpy"):
         raise HybridlabError(f"read bandwidth: loop must be auto, native or numpy, got {loop!r}")
     if loop != "numpy":
         from hybridlab import kernels
 
-        if kernels.has_native():
-            return (lambda buffer: kernels.read_bandwidth_bytes(buffer, threads)), "native"
+        if kernels.tier() != "numpy":
+            return (lambda buffer: kernels.read_bandwidth_bytes(buffer.view(np.uint8), threads)), "native"
         if loop == "native":
-            raise HybridlabError("read bandwidth: the compiled kernels are not built; use loop='numpy'")
+            raise HybridlabError("read bandwidth: no compiled kernel runs here; use loop='numpy'")
     pool = ThreadPoolExecutor(threads)  # the reader holds it; its idle threads end with the last reference
 
     def read(buffer: np.ndarray) -> None:
