@@ -12,6 +12,8 @@ from hybridlab.errors import ConfigError
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure against a yardstick.")
 
+_DEFAULT_PRESET = "qwen3-7b-a1b"
+
 
 @bench.callback()
 def _group() -> None:
@@ -21,7 +23,9 @@ def _group() -> None:
 
 @bench.command()
 def decode(
-    preset: Annotated[str | None, typer.Option(help="Random weights, made once and kept.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"Random weights in a temporary folder. [default: {_DEFAULT_PRESET}]")
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint folder instead of a preset.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the preset has.")] = None,
     depth: Annotated[int, typer.Option(min=0, help="Tokens already in each request's cache.")] = 0,
@@ -31,15 +35,15 @@ def decode(
     json: Json = False,
 ) -> None:
     """Decode speed, bytes per token, and the fraction of the read bandwidth measured in between."""
-    if (preset is None) == (checkpoint is None):
-        raise ConfigError("bench decode: give --preset or --checkpoint, one of the two")
+    if preset is not None and checkpoint is not None:
+        raise ConfigError("bench decode: give --preset or --checkpoint, not both")
     if checkpoint is not None and layers is not None:
         raise ConfigError("bench decode: --layers cuts a preset; a checkpoint is taken as it is")
     from hybridlab import bench as measure
 
     with human_output():
         result = measure.decode(
-            preset=preset,
+            preset or _DEFAULT_PRESET,
             checkpoint=checkpoint,
             layers=layers,
             depth=depth,

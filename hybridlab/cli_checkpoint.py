@@ -23,11 +23,11 @@ def make(
     json: Json = False,
 ) -> None:
     """Write a random checkpoint in Hugging Face layout."""
-    from hybridlab.checkpoint import make_checkpoint, open_checkpoint
+    import hybridlab as hl
 
     with human_output():
-        make_checkpoint(out, preset, dtype=dtype, seed=seed, layers=layers, routing=routing, progress=True)
-    made = open_checkpoint(out)
+        hl.make_checkpoint(out, preset, dtype=dtype, seed=seed, layers=layers, routing=routing, progress=True)
+    made = hl.open_checkpoint(out)
     if json:
         emit({"path": str(out), "num_bytes": made.num_bytes}, json)
     else:
@@ -41,9 +41,9 @@ def info(
     json: Json = False,
 ) -> None:
     """Say what a checkpoint holds; sizes, types and shapes are checked in any case."""
-    from hybridlab.checkpoint import open_checkpoint
+    import hybridlab as hl
 
-    opened = open_checkpoint(path)
+    opened = hl.open_checkpoint(path)
     if verify:
         note(f"reading {opened.num_bytes / 1e9:.3f} GB")
         with human_output():

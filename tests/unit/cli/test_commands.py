@@ -1,0 +1,97 @@
+"""Commands end to end on a tiny checkpoint: what goes to stdout, what to stderr, and what is left on disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import hybridlab as hl
+from hybridlab.cli import app
+
+CONFIG = """\
+experiment: cli-test
+model: {{path: {checkpoint}}}
+workload: {{kind: poisson, num_requests: 3, rate_req_s: 50, prompt_tokens: 6, output_tokens: 4}}
+scheduler: fcfs
+"""
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    done = invoke("checkpoint", "make", "--preset", "tiny", "--dtype", "fp8", "--seed", 1, out)
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def test_checkpoint_info_says_what_is_in_it(tiny: Path) -> None:
+    done = invoke("checkpoint", "info", tiny, "--verify", "--json")
+    facts = json.loads(done.stdout)
+    opened = hl.open_checkpoint(tiny)
+    assert facts["num_bytes"] == opened.num_bytes
+    assert facts["num_experts"] == opened.spec.num_experts
+    assert facts["kv_entries"]["k"] == [opened.spec.num_kv_heads, opened.spec.head_dim]
+    assert facts["verified"] is True
+    text = invoke("checkpoint", "info", tiny).stdout
+    assert f"num_experts         {opened.spec.num_experts}\n" in text
+
+
+def test_generate_prints_tokens_alone_on_stdout(tiny: Path) -> None:
+    """In a process of its own: nothing else, not even the memory plan, reaches stdout."""
+    words = ["generate", tiny, "--tokens", "1,2,3", "--max-tokens", "5", "--precision", "exact"]
+    command = [sys.executable, "-m", "hybridlab", *map(str, words), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tokens = json.loads(done.stdout)["tokens"]
+    with hl.load(tiny, precision="exact") as engine:
+        assert tokens == engine.generate([1, 2, 3], max_tokens=5)
+    assert invoke(*words).stdout == ",".join(map(str, tokens)) + "\n"
+
+
+def test_sampling_options_reach_the_engine(tiny: Path) -> None:
+    words = ["generate", tiny, "--tokens", "1,2,3", "--max-tokens", 6, "--temperature", 1.5, "--top-p", 0.9]
+    done = invoke(*words, "--seed", 3, "--threads", 1, "--json")
+    with hl.load(tiny, threads=1) as engine:
+        expected = engine.generate([1, 2, 3], 6, temperature=1.5, top_p=0.9, seed=3)
+    assert json.loads(done.stdout)["tokens"] == expected
+
+
+def test_run_writes_runs_and_figure(tiny: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(checkpoint=tiny), encoding="utf-8")
+    done = invoke("run", config, "--results-dir", tmp_path / "results", "--json")
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    assert [row["completed"] for row in answer["summary"]] == [3]
+    assert Path(answer["figure"]).read_bytes().startswith(b"\x89PNG")
+    assert all(Path(path).is_dir() for path in answer["paths"])
+
+    again = invoke("run", config, "--results-dir", tmp_path / "results")
+    assert again.exit_code == 0
+    assert "completed" in again.stdout
+    assert "cached" in again.stderr
+    assert answer["figure"] in again.stderr
+
+
+def test_bench_decode_reports_json(tiny: Path) -> None:
+    done = invoke("bench", "decode", "--checkpoint", tiny, "--steps", 3, "--threads", 1, "--json")
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    assert answer["tokens_per_s"] > 0
+    assert answer["threads"] == 1
+
+
+def test_doctor_json_without_probes() -> None:
+    answer = json.loads(invoke("doctor", "--no-probe", "--json").stdout)
+    assert answer["read_bandwidth"] == []
+    assert answer["cores"]["usable"] >= 1
+    assert "kernel tier" in invoke("doctor", "--no-probe").stdout

@@ -1,0 +1,157 @@
+"""Bad input: one line on stderr, exit status 2, nothing on stdout, nothing written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import hybridlab as hl
+from hybridlab.cli import app
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def error_line(done: Result) -> str:
+    """The one line; also checks that it is the only one and that stdout is empty."""
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("hybridlab: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"),
+    [
+        ("1,x,3", "got 'x' at position 1"),
+        ("1,-2", "got '-2' at position 1"),
+        ("", "got '' at position 0"),
+        ("1,,2", "got '' at position 1"),
+        ("1.5", "got '1.5' at position 0"),
+        ("1,²", "got '²' at position 1"),
+        ("1 2", "got '1 2' at position 0"),
+    ],
+)
+def test_token_lists_with_junk(tokens: str, shown: str) -> None:
+    assert shown in error_line(invoke("generate", "nowhere", "--tokens", tokens))
+
+
+@pytest.mark.parametrize("words", [[], ["--tokens", "1", "--text", "a"]])
+def test_generate_wants_one_prompt(words: list[str]) -> None:
+    assert "--tokens or as --text" in error_line(invoke("generate", "nowhere", *words))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "{}", "--tokens", "1"],
+        ["checkpoint", "info", "{}"],
+        ["run", "{}"],
+        ["bench", "decode", "--checkpoint", "{}"],
+    ],
+)
+def test_missing_paths_are_named(tmp_path: Path, words: list[str]) -> None:
+    missing = tmp_path / "missing"
+    line = error_line(invoke(*(word.format(missing) for word in words)))
+    assert str(missing) in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--preset", "nonsense"], "nonsense"),
+        (["--preset", "tiny", "--dtype", "int3"], "int3"),
+        (["--preset", "tiny", "--routing", "sideways"], "sideways"),
+    ],
+)
+def test_unknown_checkpoint_choices(tmp_path: Path, words: list[str], shown: str) -> None:
+    assert shown in error_line(invoke("checkpoint", "make", *words, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine", encoding="utf-8")
+    assert str(out) in error_line(invoke("checkpoint", "make", "--preset", "tiny", out))
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--preset", "tiny", "--checkpoint", "x"], "not both"),
+        (["--checkpoint", "x", "--layers", "2"], "--layers cuts a preset"),
+        (["--preset", "nonsense"], "nonsense"),
+    ],
+)
+def test_bench_choices(words: list[str], shown: str) -> None:
+    assert shown in error_line(invoke("bench", "decode", *words))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "x", "--tokens", "1", "--max-tokens", "0"],
+        ["generate", "x", "--tokens", "1", "--temperature", "-1"],
+        ["bench", "decode", "--batch", "none"],
+        ["checkpoint", "make", "out"],
+        ["nonsense"],
+        ["run"],
+        ["doctor", "--nonsense"],
+    ],
+)
+def test_usage_errors_exit_2(words: list[str]) -> None:
+    done = invoke(*words)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_system_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device", "results/x")
+
+    monkeypatch.setattr(hl, "run", full, raising=False)
+    assert "No space left on device: 'results/x'" in error_line(invoke("run", "config.yaml"))
+
+
+def test_multi_line_messages_become_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise hl.HybridlabError("first\n  second")
+
+    monkeypatch.setattr(hl, "run", fail, raising=False)
+    assert error_line(invoke("run", "config.yaml")) == "hybridlab: error: first second"
+
+
+def test_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hl, "run", interrupted, raising=False)
+    done = invoke("run", "config.yaml")
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "hybridlab: interrupted\n")
+
+
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(hl, "run", broken, raising=False)
+    assert isinstance(invoke("run", "config.yaml").exception, ZeroDivisionError)
+
+
+def test_process_exit_status_and_streams(tmp_path: Path) -> None:
+    """The real script: status 2 and one line, from a process that never imported torch."""
+    words = [sys.executable, "-X", "importtime", "-m", "hybridlab", "generate", "x", "--tokens", "1,-1"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert (done.returncode, done.stdout, len(lines)) == (2, "", 1)
+    assert "| torch" not in done.stderr
