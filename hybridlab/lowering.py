@@ -74,7 +74,8 @@ def lower(shape: Shape, model: ModelSpec) -> tuple[Op, ...]:
                 builder.layer(layer, rank, microbatch, loads)
     for rank in shape.ranks:
         for microbatch in range(shape.num_microbatches):
-            builder.add("head", builder.compute, rank, microbatch=microbatch)
+            # Behind the last layer, so that sorting ops by layer keeps a head at the end.
+            builder.add("head", builder.compute, rank, layer=model.num_layers, microbatch=microbatch)
     return tuple(builder.ops)
 
 

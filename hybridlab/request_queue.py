@@ -11,6 +11,7 @@ from hybridlab.kv_blocks import BlockPool
 from hybridlab.plan import QueueView, RequestId, RunningRequest, StepPlan, WaitingRequest
 from hybridlab.request import Request, RequestRecord, Status
 from hybridlab.spec import ModelSpec
+from hybridlab.strategies.kv_room import fit_step
 from hybridlab.validation import check_step
 
 
@@ -79,7 +80,9 @@ class RequestQueue:
     Requests that can never be served are rejected at once; the others are not touched by it.
     """
 
-    def __init__(self, requests: Iterable[Request], pool: BlockPool, model: ModelSpec, token_budget: int) -> None:
+    def __init__(
+        self, requests: Iterable[Request], pool: BlockPool, model: ModelSpec, token_budget: int
+    ) -> None:
         self._pool, self._eos = pool, frozenset(model.eos_token_ids)
         self._budget = token_budget
         limits = Limits(token_budget, pool.num_blocks * pool.block_tokens, model.max_positions, model.vocab)
@@ -137,10 +140,15 @@ class RequestQueue:
             self._last_decode_s,
         )
 
-    def start(self, view: QueueView, step: StepPlan, scheduler_name: str) -> StepBatch:
-        """Bind a step to tokens and blocks. Raises `StrategyError` naming the scheduler and what it broke."""
-        if problems := check_step(view, step):
+    def start(self, view: QueueView, planned: StepPlan, scheduler_name: str) -> StepBatch | None:
+        """Bind a step to tokens and blocks, cut to what the KV cache holds; None if nothing of it fits now.
+
+        Raises `StrategyError` naming the scheduler and what it broke.
+        """
+        if problems := check_step(view, planned):
             raise StrategyError(f"scheduler {scheduler_name}: {'; '.join(problems)}")
+        if not planned.tokens or (step := fit_step(view, planned)) is None:
+            return None
         for rid in step.preempt:
             live = self._live[rid]
             self._pool.release(live.blocks)

@@ -73,9 +73,9 @@ def steps(
             queue.sweep_cancelled(backend.now_s)
             for worker in backend.idle():
                 view = queue.view(worker, backend.now_s)
-                if (view.waiting or view.running) and (step := scheduler.schedule(view)):
-                    batch = queue.start(view, step, name)
-                    backend.submit(worker, planner.program(planner.shape(worker, step)), batch)
+                step = scheduler.schedule(view) if view.waiting or view.running else None
+                if step is not None and (batch := queue.start(view, step, name)) is not None:
+                    backend.submit(worker, planner.program(planner.shape(worker, batch.step)), batch)
             if not queue.in_flight and queue.next_arrival_s is None:
                 if queue.live and not queue.has_cancelled:
                     raise StrategyError(f"scheduler {name} waits, but nothing runs and nothing will arrive")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from math import ceil
 
 from hybridlab.errors import PlanError
 from hybridlab.plan import COLLECTIVE_KINDS, OP_KINDS, ROLES, Lane, LaneKind, Op, QueueView, StepPlan
@@ -105,27 +104,8 @@ def check_step(view: QueueView, step: StepPlan) -> list[str]:
                 problems.append(f"role is decode, but {rid!r} is waiting")
         else:
             problems.append(f"request {rid!r} is neither waiting nor running on worker {view.worker!r}")
-    if not problems:
-        problems += _check_capacity(view, step, waiting, running)
-    return problems
-
-
-def _check_capacity(view: QueueView, step: StepPlan, waiting: Mapping, running: Mapping) -> list[str]:
-    problems = []
-    if step.num_tokens > view.token_budget:
+    if not problems and step.num_tokens > view.token_budget:
         problems.append(f"the step has {step.num_tokens} tokens, token_budget is {view.token_budget}")
-    free = view.free_kv_tokens + sum(
-        (running.get(rid) or waiting[rid]).allocated_kv_tokens for rid in step.preempt
-    )
-    needed = 0
-    for rid, count in step.tokens.items():
-        request = running.get(rid) or waiting[rid]
-        blocks = ceil((request.context_tokens + count) / view.kv_block_tokens)
-        needed += max(0, blocks * view.kv_block_tokens - request.allocated_kv_tokens)
-    if needed > free:
-        problems.append(
-            f"the step needs {needed} more KV tokens, {free} are free (blocks of {view.kv_block_tokens})"
-        )
     return problems
 
 

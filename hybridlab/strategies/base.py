@@ -19,11 +19,12 @@ class Scheduler(Protocol):
     """Which requests compute how many tokens next."""
 
     def schedule(self, queue: QueueView) -> StepPlan | None:
-        """The next step of the idle worker `queue.worker`, or None to wait for an arrival or another worker.
+        """The next step of the idle worker `queue.worker`, or None (or an empty step) to wait.
 
         Returning None while nothing runs and nothing will arrive is an error: the queue would never drain.
-        A step holds at most `queue.token_budget` tokens; the KV blocks it takes must fit `free_kv_tokens` plus
-        what `preempt` frees; a running request gets 1 token, a waiting one 1 to `remaining_prompt`.
+        A step holds at most `queue.token_budget` tokens; a running request gets 1 token, a waiting one 1 to
+        `remaining_prompt`. A step whose KV blocks exceed `free_kv_tokens` plus what `preempt` frees is cut to
+        what fits, last requests first (`strategies.kv_room.fit_step`); better to choose yourself.
         """
         ...
 

@@ -26,6 +26,7 @@ from hybridlab.plan import (
     WaitingRequest,
 )
 from hybridlab.spec import HardwareSpec, KVEntry, ModelSpec, RopeSpec, RoutingStats
+from hybridlab.strategies.kv_room import fit_step
 from hybridlab.strategies.placement.all_host import AllHost
 from hybridlab.strategies.registry import resolve
 from hybridlab.validation import check_step
@@ -68,7 +69,7 @@ def check_scheduler(scheduler: Any, *, seed: int = 0, num_trials: int = 20) -> N
     problems: list[str] = []
     for trial in range(num_trials):
         rng = random.Random(f"{seed}/{trial}")
-        budget, kv_blocks = rng.choice((1, 7, 64, 512)), rng.choice((6, 24, 200))
+        budget, kv_blocks = rng.choice((8, 16, 64, 512)), rng.choice((6, 24, 200))
         try:
             _drain(scheduler, rng, budget, kv_blocks)
         except Exception as error:
@@ -161,7 +162,7 @@ def _drain(scheduler: Any, rng: random.Random, budget: int, kv_blocks: int) -> N
             raise StrategyError(
                 "schedule() gives two different steps for the same queue; it must not keep state"
             )
-        if step is None:
+        if step is None or (isinstance(step, StepPlan) and not step.tokens):
             if len(here) == len(live):
                 raise StrategyError(
                     f"waits for nothing: {len(view.waiting)} waiting, {len(view.running)} running"
@@ -169,6 +170,10 @@ def _drain(scheduler: Any, rng: random.Random, budget: int, kv_blocks: int) -> N
             continue
         if wrong := check_step(view, step):
             raise StrategyError("; ".join(wrong))
+        if (step := fit_step(view, step)) is None:
+            if len(here) == len(live):
+                raise StrategyError("asks for requests that cannot get KV cache, while those that hold it wait")
+            continue
         for rid in step.preempt:
             blocks[rid] = computed[rid] = 0
         for rid, count in step.tokens.items():

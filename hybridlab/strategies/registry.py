@@ -107,7 +107,7 @@ def _construct(kind: str, cls: type, fields: Mapping[str, Any]) -> Any:
         parameters = {}
     for key in fields:
         if key not in parameters:
-            near = difflib.get_close_matches(str(key), parameters, n=1)
+            near = difflib.get_close_matches(str(key), parameters, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise StrategyError(
                 f"{kind} {cls.__name__} has no field {key!r}{hint} (fields: {', '.join(parameters) or 'none'})"

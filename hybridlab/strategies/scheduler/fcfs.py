@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybridlab.plan import QueueView, StepPlan
-from hybridlab.strategies.scheduler.kv_room import KVRoom
+from hybridlab.strategies.kv_room import KVRoom
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,218 @@
+"""Every built-in strategy passes the checks that its kind ships; broken ones are told what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+import hybridlab as hl
+from hybridlab.errors import StrategyError
+from hybridlab.plan import ExpertPath, PlacementPlan, StepPlan, Tier
+from hybridlab.strategies import registry
+from hybridlab.strategies.placement.all_host import AllHost
+from hybridlab.strategies.scheduler.chunked_prefill import ChunkedPrefill
+from hybridlab.strategies.scheduler.fcfs import FCFS
+
+CHECKS = {"scheduler": hl.check_scheduler, "placement": hl.check_placement, "overlap": hl.check_overlap}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in CHECKS for name in registry.names(kind)])
+def test_built_in_strategies_pass_their_checks(kind, name):
+    CHECKS[kind](name)
+
+
+@pytest.mark.parametrize("scheduler", [FCFS(1), FCFS(7), ChunkedPrefill(1), ChunkedPrefill(7)], ids=repr)
+def test_schedulers_pass_with_small_chunks(scheduler):
+    hl.check_scheduler(scheduler, num_trials=10)
+
+
+class WaitsForever:
+    def schedule(self, queue):
+        return None
+
+
+class OverBudget:
+    def schedule(self, queue):
+        tokens = {r.id: 1 for r in queue.running} | {r.id: r.remaining_prompt for r in queue.waiting}
+        return StepPlan("mixed", tokens) if tokens else None
+
+
+class TwoTokensADecode:
+    def schedule(self, queue):
+        step = FCFS().schedule(queue)
+        return step and replace(step, tokens={i: n + (step.role == "decode") for i, n in step.tokens.items()})
+
+
+class Dictionary:
+    def schedule(self, queue):
+        return {r.id: 1 for r in queue.waiting}
+
+
+class Crashes:
+    def schedule(self, queue):
+        return queue.waiting[10_000]
+
+
+class KeepsState:
+    turn = 0
+
+    def schedule(self, queue):
+        self.turn += 1
+        return FCFS(chunk_tokens=1 + self.turn % 3).schedule(queue)
+
+
+class UnknownRequest:
+    def schedule(self, queue):
+        return StepPlan("mixed", {"nobody": 1})
+
+
+class PreemptsForEver:
+    def schedule(self, queue):
+        holders = tuple(r.id for r in (*queue.waiting, *queue.running) if r.allocated_kv_tokens)
+        if holders and queue.waiting and queue.waiting[0].id not in holders:
+            return StepPlan("prefill", {queue.waiting[0].id: 1}, holders)
+        first = (*queue.waiting, *queue.running)[:1]
+        return StepPlan("mixed", {first[0].id: 1}, holders[1:]) if first else None
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        (WaitsForever(), "waits for nothing"),
+        (OverBudget(), "token_budget is"),
+        (TwoTokensADecode(), "a decode computes exactly 1"),
+        (Dictionary(), "returned dict, expected StepPlan"),
+        (Crashes(), "IndexError"),
+        (KeepsState(), "two different steps for the same queue"),
+        (UnknownRequest(), "neither waiting nor running"),
+        (object(), "has no method schedule"),
+        (FCFS, "pass an object"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_broken_scheduler_is_told_what_is_wrong(scheduler, words):
+    with pytest.raises(StrategyError, match=words):
+        hl.check_scheduler(scheduler)
+
+
+@dataclass(frozen=True)
+class Placed(AllHost):
+    plan: object = None
+    path: object = ExpertPath()
+    moves: object = ()
+
+    def place(self, model, hardware, routing):
+        return self.plan or PlacementPlan()
+
+    def expert_path(self, num_tokens, placed, hardware):
+        return self.path
+
+    def update(self, routing):
+        return self.moves
+
+
+@pytest.mark.parametrize(
+    ("placement", "words"),
+    [
+        (Placed({"experts": "host"}), "place\\(\\) returned dict"),
+        (Placed(PlacementPlan(tier_of={(99, 0): Tier.HOST})), "layer 99, expert 0"),
+        (Placed(PlacementPlan(default_tier=Tier.RESIDENT)), "without a GPU"),
+        (Placed(PlacementPlan(parts_per_layer=9)), "parts_per_layer is 9"),
+        (Placed(path="all"), "expert_path\\(1\\) returned str"),
+        (Placed(path=ExpertPath(prefetch=(frozenset(),))), "prefetches for 1 layers"),
+        (Placed(moves=[1]), "expected a tuple of Move"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_broken_placement_is_told_what_is_wrong(placement, words):
+    with pytest.raises(StrategyError, match=words):
+        hl.check_placement(placement)
+
+
+class Overlapping:
+    """Arranges with a function; one microbatch."""
+
+    def __init__(self, arrange, microbatches=1):
+        self._arrange, self._microbatches = arrange, microbatches
+
+    def num_microbatches(self, step):
+        return self._microbatches
+
+    def arrange(self, ops):
+        return self._arrange(list(ops))
+
+
+@pytest.mark.parametrize(
+    ("overlap", "words"),
+    [
+        (Overlapping(lambda ops: ops[1:]), "lost op 0"),
+        (Overlapping(lambda ops: [*ops, ops[0]]), "returned op 0 \\(embed\\) twice"),
+        (Overlapping(lambda ops: [replace(op, needs=()) for op in ops]), "dropped need"),
+        (Overlapping(lambda ops: [replace(op, layer=0) for op in ops]), "beyond its needs"),
+        (Overlapping(lambda ops: ops[::-1]), "cycle across lanes"),
+        (Overlapping(lambda ops: ops, 0), "num_microbatches\\(\\) returned 0"),
+        (Overlapping(lambda ops: None), "TypeError"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_broken_overlap_is_told_what_is_wrong(overlap, words):
+    with pytest.raises(StrategyError, match=words):
+        hl.check_overlap(overlap)
+
+
+@dataclass(frozen=True)
+class DualBatch:
+    """A user's overlap: two microbatches, interleaved."""
+
+    def num_microbatches(self, step):
+        return 2
+
+    def arrange(self, ops):
+        return sorted(ops, key=lambda op: (2 * op.layer + op.microbatch + 1.5 * (op.kind == "combine"), op.id))
+
+
+@dataclass(frozen=True)
+class DecodeFirst:
+    """A user's scheduler of eleven lines, which does not count KV blocks."""
+
+    chunk: int = 512
+
+    def schedule(self, queue):
+        tokens = {r.id: 1 for r in queue.running}
+        left = min(queue.token_budget, queue.free_kv_tokens) - len(tokens)
+        for r in queue.waiting:
+            n = min(r.remaining_prompt, self.chunk, left)
+            if n <= 0:
+                break
+            tokens[r.id] = n
+            left -= n
+        return StepPlan("mixed", tokens)
+
+
+def test_short_strategies_of_users_keep_every_contract():
+    hl.check_overlap(DualBatch())
+    hl.check_scheduler(DecodeFirst())
+
+
+def test_a_strategy_is_found_by_class_path_and_described_with_its_source():
+    found = registry.resolve("scheduler", "hybridlab.strategies.scheduler.fcfs:FCFS")
+    assert found == FCFS()
+    described = registry.describe(registry.resolve("scheduler", {"name": "chunked_prefill", "chunk_tokens": 3}))
+    assert described["fields"] == {"chunk_tokens": 3}
+    assert "def schedule" in described["source"]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("fcsf", "did you mean 'fcfs'"),
+        ("nowhere.at_all:X", "cannot import module"),
+        ("hybridlab.plan:Nothing", "has no class 'Nothing'"),
+        ({"name": "fcfs", "chunk": 3}, "has no field 'chunk'; did you mean 'chunk_tokens'"),
+        ({"chunk_tokens": 3}, "either 'name' or 'class'"),
+    ],
+)
+def test_a_strategy_that_cannot_be_found_is_named(value, words):
+    with pytest.raises(StrategyError, match=words):
+        registry.resolve("scheduler", value)
