@@ -12,8 +12,10 @@ from typing import Any, Protocol
 from hybridlab import provenance
 from hybridlab.config import ExperimentConfig, ModelConfig
 from hybridlab.errors import ConfigError
-from hybridlab.request import Request
-from hybridlab.run import Served
+from hybridlab.request import Request, RequestRecord
+from hybridlab.serving import Served
+
+OnEvent = Callable[[RequestRecord, int], None]
 
 
 class Bench(Protocol):
@@ -22,7 +24,7 @@ class Bench(Protocol):
     evidence: str
     vocab: int
 
-    def serve(self, requests: Sequence[Request], *, scheduler: Any, progress: bool) -> Served: ...
+    def serve(self, requests: Sequence[Request], scheduler: Any, on_event: OnEvent) -> Served: ...
 
     def close(self) -> None: ...
 
@@ -30,24 +32,24 @@ class Bench(Protocol):
 class EngineBench:
     """Runs on this machine, for real."""
 
-    def __init__(self, config: ExperimentConfig, checkpoint: Path, placement: Any, overlap: Any) -> None:
-        from hybridlab.engine.engine import load
+    def __init__(
+        self, config: ExperimentConfig, checkpoint: Path, placement: Any, overlap: Any, quiet: bool
+    ) -> None:
+        from hybridlab.session import load
 
         given = config.engine.model_dump(exclude_none=True)
-        serve_options = ("token_budget",)
-        self._options = {key: given.pop(key) for key in serve_options if key in given}
-        self._engine = load(checkpoint, placement=placement, overlap=overlap, **given)
+        self._engine = load(checkpoint, placement=placement, overlap=overlap, quiet=quiet, **given)
         self.evidence = "emulated" if config.engine.device == "emulated" else "measured"
-        self.vocab: int = self._engine.spec.vocab
+        self.vocab = self._engine.spec.vocab
 
-    def serve(self, requests: Sequence[Request], *, scheduler: Any, progress: bool) -> Served:
-        return self._engine.serve(requests, scheduler=scheduler, progress=progress, **self._options)
+    def serve(self, requests: Sequence[Request], scheduler: Any, on_event: OnEvent) -> Served:
+        return self._engine.serve(requests, scheduler, on_event=on_event)
 
     def close(self) -> None:
         self._engine.close()
 
 
-BACKENDS: dict[str, Callable[[ExperimentConfig, Path, Any, Any], Bench]] = {"engine": EngineBench}
+BACKENDS: dict[str, Callable[[ExperimentConfig, Path, Any, Any, bool], Bench]] = {"engine": EngineBench}
 
 
 def checkpoint_of(model: ModelConfig, results: Path, base: Path, *, progress: bool = False) -> Path:
@@ -73,7 +75,7 @@ def checkpoint_of(model: ModelConfig, results: Path, base: Path, *, progress: bo
 
 
 def _make(model: ModelConfig, folder: Path, progress: bool) -> None:
-    from hybridlab.checkpoint import make_checkpoint
+    from hybridlab.checkpoint.writer import make_checkpoint
 
     part = None
     try:

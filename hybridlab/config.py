@@ -170,7 +170,8 @@ def load_config(source: str | Path | Mapping[str, Any] | ExperimentConfig) -> Ex
 
 def points(config: ExperimentConfig) -> list[Point]:
     """The points of the sweep, in order; one point without a sweep. Raises ConfigError naming the axis."""
-    raw = {key: value for key, value in config.to_dict().items() if key != "sweep"}
+    raw = {kind: getattr(config, kind) for kind in STRATEGIES} | config.to_dict()
+    raw.pop("sweep", None)
     result = []
     try:
         for axes in combinations(config.sweep):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from hybridlab.config import ExperimentConfig, load_config
 from hybridlab.errors import ConfigError
 from hybridlab.jobs import Job, plan_jobs
 from hybridlab.metrics import DEFINITIONS, requests_frame
+from hybridlab.request import RequestRecord
 from hybridlab.results import FORMAT, StoredRun, read_run, spans_frame, write_run
 from hybridlab.sections import did_you_mean
 from hybridlab.workload import make_requests, warmup_requests
@@ -59,8 +60,9 @@ class ExperimentResult:
             for c in self.summary.columns[: self.summary.columns.get_loc("num_requests")]
             if c != "experiment"
         ]
-        axes = [c for c in named if self.summary[c].nunique(dropna=False) > 1 or c == "scheduler"]
-        return self.summary[[*axes, *TABLE_COLUMNS]]
+        distinct = {name: len(set(self.summary[name].tolist())) for name in named}
+        axes = [name for name in named if distinct[name] > 1 or name == "scheduler"]
+        return self.summary.loc[:, [*axes, *TABLE_COLUMNS]]
 
     def _repr_html_(self) -> str:
         title = html.escape(f"{self.config.experiment}: {len(self.paths)} runs, SLO {self.config.slo}")
@@ -99,7 +101,8 @@ def run(
     cached = tuple(stored)
     if cached and progress:
         print(f"cached: {len(cached)} of {len(jobs)} runs from {folder} (force=True reruns)", flush=True)
-    for job, run in _execute([job for job in jobs if job.run_id not in stored], backend, folder, progress):
+    missing = {job.run_id: job for job in jobs if job.run_id not in stored}
+    for job, run in _execute(list(missing.values()), backend, folder, progress):
         stored[job.run_id] = run
     return _collect(config, jobs, stored, cached)
 
@@ -113,39 +116,44 @@ def _find(folder: Path) -> StoredRun | None:
 
 def _execute(
     jobs: Sequence[Job], backend: str, folder: Path, progress: bool
-) -> Iterable[tuple[Job, StoredRun]]:
+) -> Iterator[tuple[Job, StoredRun]]:
     from tqdm.auto import tqdm
 
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.engine_key, []).append(job)
-    with tqdm(total=len(jobs), desc="runs", unit="run", disable=not progress or not jobs) as bar:
+    total = sum(job.point.config.workload.num_requests for job in jobs)
+    with tqdm(total=total, unit="req", disable=not progress or not jobs) as bar:
+        finished = 0
         for group in groups.values():
             first = group[0]
-            bench = BACKENDS[backend](
-                first.point.config,
-                first.checkpoint,
-                first.strategies["placement"],
-                first.strategies["overlap"],
-            )
+            placed = first.strategies["placement"], first.strategies["overlap"]
+            bench = BACKENDS[backend](first.point.config, first.checkpoint, *placed, not progress)
             try:
                 for job in group:
-                    bar.set_postfix_str(job.labels()["scheduler"])
-                    yield job, _run_one(job, bench, folder, progress)
-                    bar.update()
+                    finished += 1
+                    bar.set_description(f"run {finished}/{len(jobs)} {job.labels()['scheduler']}")
+                    yield job, _run_one(job, bench, folder, bar)
             finally:
                 bench.close()
 
 
-def _run_one(job: Job, bench: Bench, folder: Path, progress: bool) -> StoredRun:
+def _run_one(job: Job, bench: Bench, folder: Path, bar: Any) -> StoredRun:
     config = job.point.config
     requests = make_requests(config.workload, bench.vocab, base=config.project_dir)
     scheduler = job.strategies["scheduler"]
     if config.warmup_requests:
         warmup = warmup_requests(requests, config.warmup_requests, bench.vocab)
-        bench.serve(warmup, scheduler=scheduler, progress=False)
+        bench.serve(warmup, scheduler, lambda record, token: None)
+    before = bar.n
+
+    def on_event(record: RequestRecord, token: int) -> None:
+        if record.is_final:
+            bar.update()
+
     started = datetime.now(UTC)
-    served = bench.serve(requests, scheduler=scheduler, progress=progress)
+    served = bench.serve(requests, scheduler, on_event)
+    bar.update(before + len(requests) - bar.n)  # rejected requests draw no token
     manifest = {
         "format": FORMAT,
         "run_id": job.run_id,
@@ -171,9 +179,8 @@ def _run_one(job: Job, bench: Bench, folder: Path, progress: bool) -> StoredRun:
         "definitions": DEFINITIONS,
     }
     path = folder / job.run_id
-    frames = requests_frame(served.records), spans_frame(served.spans)
-    write_run(path, manifest, *frames, replace=True)
-    return StoredRun(path, manifest, *frames)
+    write_run(path, manifest, requests_frame(served.records), spans_frame(served.spans), overwrite=True)
+    return read_run(path)  # so that new and cached runs have the same types
 
 
 def _collect(

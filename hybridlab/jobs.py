@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,13 +106,20 @@ def _identity(
         "warmup_requests": config.warmup_requests,
         "engine": config.engine.model_dump(),
         "strategies": {
-            kind: {**registry.describe(strategy), "files": provenance.strategy_files_hash(strategy)}
+            kind: {**_finite(registry.describe(strategy)), "files": provenance.strategy_files_hash(strategy)}
             for kind, strategy in strategies.items()
         },
         "code": provenance.code_hash(),
         "libraries": {name: versions.get(name) for name in ("python", "numpy", "torch")},
         "machine": provenance.machine(gpu=config.engine.device == "cuda"),
     }
+
+
+def _finite(description: dict[str, Any]) -> dict[str, Any]:
+    # A field may well be infinite ("no limit"); JSON has no word for it.
+    fields = description["fields"].items()
+    texts = {k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields}
+    return {**description, "fields": texts}
 
 
 def _strategy_label(value: Any, strategy: Any) -> str:

@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,11 +105,11 @@ def write_run(
     requests: pd.DataFrame,
     spans: pd.DataFrame,
     *,
-    replace: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Write a run so that `folder` appears whole or not at all.
 
-    A whole run that is already there stays unless `replace`. Raises ConfigError naming the folder if it
+    A whole run that is already there stays unless `overwrite`. Raises ConfigError naming the folder if it
     cannot be written (full disk, no permission) or holds something that is not a run; nothing is left behind
     then.
     """
@@ -127,7 +127,7 @@ def write_run(
         (part / "manifest.json").write_text(text + "\n", encoding="utf-8")
         for path in (*part.iterdir(), part):
             _sync(path)
-        _rename(part, folder, replace)
+        _rename(part, folder, overwrite)
         _sync(folder.parent)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror or error})") from None
@@ -184,13 +184,25 @@ def load_results(
         except ConfigError as error:
             warnings.warn(f"skipped {error}", stacklevel=2)
     runs.sort(key=lambda run: run.manifest["started"])
-    return pd.DataFrame([run.row(slo) for run in runs])
+    # A key swept in one run was still set in the others: their config has its value.
+    axes = list(dict.fromkeys(key for run in runs for key in run.manifest["axes"]))
+    rows = []
+    for run in runs:
+        filled = {key: run.manifest["axes"].get(key, _setting(run.manifest["config"], key)) for key in axes}
+        rows.append(replace(run, manifest={**run.manifest, "axes": filled}).row(slo))
+    return pd.DataFrame(rows)
 
 
-def _rename(part: Path, folder: Path, replace: bool) -> None:
+def _setting(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
+
+
+def _rename(part: Path, folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         os.rename(part, folder)
-    elif replace:
+    elif overwrite:
         # A folder cannot replace a folder in one step; the old one is renamed so that a kill loses neither.
         old = folder.parent / f".old-{folder.name}-{os.getpid()}"
         os.rename(folder, old)

@@ -30,12 +30,13 @@ def combinations(sweep: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
             raise ConfigError(f"sweep: {root!r} cannot be swept: {NOT_SWEEPABLE[root]}")
         if not isinstance(values, list | tuple) or not values:
             raise ConfigError(f"sweep: {key}: expected a list with at least one value, got {values!r}")
-        for index, value in enumerate(values):
-            if any(type(value) is type(other) and value == other for other in values[:index]):
-                raise ConfigError(f"sweep: {key}: {value!r} is listed twice")
     size = math.prod(len(values) for values in sweep.values())
     if size > MAX_POINTS:
         raise ConfigError(f"sweep: a grid of {size:,} points; expected at most {MAX_POINTS:,}")
+    for key, values in sweep.items():
+        for index, value in enumerate(values):
+            if any(type(value) is type(other) and value == other for other in values[:index]):
+                raise ConfigError(f"sweep: {key}: {value!r} is listed twice")
     return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
 
 
@@ -49,7 +50,7 @@ def override(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
         for depth, parent in enumerate(parents):
             child = node.get(parent, {})
             if depth == 0 and parent in ("scheduler", "placement", "overlap") and isinstance(child, str):
-                child = {"name": child}
+                child = {"class" if ":" in child else "name": child}
             if not isinstance(child, Mapping):
                 path = ".".join(parents[: depth + 1])
                 raise ConfigError(f"sweep: {key}: {path} is {child!r}, which has no keys to sweep over")

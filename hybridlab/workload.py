@@ -48,7 +48,8 @@ class _Common(Section):
     """Keys of every workload.
 
     Lengths are first divided by `length_scale` (rounded up, so that a small machine can serve a trace), then
-    clipped at `max_prompt_tokens` and `max_output_tokens`. Output lengths are exact: no stop tokens are set.
+    clipped at `max_prompt_tokens` and `max_output_tokens`. No stop tokens are set, so an output is shorter
+    only if the model draws its own eos token.
     """
 
     num_requests: int = Field(gt=0, le=1_000_000)

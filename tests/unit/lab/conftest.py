@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybridlab import backends, provenance
+from hybridlab.plan import Lane, LaneKind, Op, Span, Tier
+from hybridlab.request import Request, RequestRecord, Status
+from hybridlab.serving import Served
+
+
+class FakeBench:
+    """One request at a time, 1 ms per prompt token and 10 ms per output token; counts what it served."""
+
+    log: list[str]
+    evidence = "measured"
+    vocab = 1000
+
+    def __init__(self, config: Any, checkpoint: Path, placement: Any, overlap: Any, quiet: bool) -> None:
+        self.config = config
+        self.log.append("open")
+
+    def serve(self, requests: Sequence[Request], scheduler: Any, on_event: Callable[..., None]) -> Served:
+        self.log.append(f"serve {type(scheduler).__name__} {len(requests)}")
+        clock, records, spans = 0.0, [], []
+        for request in requests:
+            start = max(clock, request.arrival_s)
+            first = start + 0.001 * len(request.prompt)
+            times = [first + 0.010 * i for i in range(request.max_tokens)]
+            records.append(
+                RequestRecord(request, Status.FINISHED, [7] * len(times), times, start, times[-1], "length")
+            )
+            op = Op(len(spans), "experts", Lane("main", LaneKind.CPU), layer=0, tier=Tier.HOST)
+            spans.append(Span(op, start, first))
+            clock = times[-1]
+            on_event(records[-1], 7)
+        return Served(records, spans, clock, len(spans))
+
+    def close(self) -> None:
+        self.log.append("close")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Puts the fake backend in the engine's place, works in an empty folder, and returns the log of calls."""
+    monkeypatch.setitem(backends.BACKENDS, "engine", FakeBench)
+    monkeypatch.setattr(FakeBench, "log", [], raising=False)
+    here = {"cpu": "test", "cores": 1, "isa": "none", "memory_gib": 1, "system": "test", "gpus": []}
+    monkeypatch.setattr(provenance, "machine", lambda gpu=False: here)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").write_text("")
+    return FakeBench.log
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, Any]:
+    """A config that the fake backend can run."""
+    checkpoint = tmp_path / "model"
+    checkpoint.mkdir(exist_ok=True)
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": "fake"}))
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    return {
+        "experiment": "question",
+        "model": {"path": str(checkpoint)},
+        "workload": {"kind": "offline", "num_requests": 3, "prompt_tokens": [2, 9], "output_tokens": 4},
+    }

@@ -1,0 +1,136 @@
+"""Golden cases against the definitions of `vllm bench serve`."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from hybridlab.errors import ConfigError
+from hybridlab.metrics import DEFINITIONS, SLO, SLO_PRESETS, requests_frame, summarise
+from hybridlab.request import Request, RequestRecord, Status
+
+
+def record(
+    name: str,
+    times: list[float],
+    *,
+    arrival_s: float = 0.0,
+    prompt: int = 10,
+    status: Status = Status.FINISHED,
+    scheduled_s: float | None = 0.5,
+) -> RequestRecord:
+    request = Request(name, tuple(range(prompt)), max_tokens=max(1, len(times)), arrival_s=arrival_s)
+    return RequestRecord(request, status, [1] * len(times), times, scheduled_s, times[-1] if times else None)
+
+
+def test_one_request_by_hand() -> None:
+    got = summarise([record("a", [2.0, 2.5, 2.5, 4.0], arrival_s=1.0)], duration_s=4.0)
+    assert got["median_ttft_s"] == 1.0
+    assert got["mean_e2el_s"] == 3.0
+    assert got["mean_tpot_s"] == pytest.approx((3.0 - 1.0) / 3)
+    assert got["mean_itl_s"] == pytest.approx((0.5 + 0.0 + 1.5) / 3)  # the zero gap counts
+    assert got["median_itl_s"] == 0.5
+    assert got["median_queue_s"] == -0.5
+    assert got["output_tokens_per_s"] == 1.0
+    assert got["total_tokens_per_s"] == 14 / 4
+    assert got["request_throughput_req_s"] == 0.25
+    assert (got["total_input_tokens"], got["total_output_tokens"]) == (10, 4)
+
+
+def test_one_output_token_has_ttft_but_no_tpot_nor_gap() -> None:
+    got = summarise([record("a", [2.0])], duration_s=2.0)
+    assert got["median_ttft_s"] == got["median_e2el_s"] == 2.0
+    assert math.isnan(got["mean_tpot_s"]) and math.isnan(got["p99_itl_s"])
+    # and meets any TPOT, as in vllm bench serve
+    assert summarise([record("a", [2.0])], 2.0, SLO(ttft_s=2.0, tpot_s=1e-9))["request_goodput_req_s"] == 0.5
+
+
+def test_one_token_prompts() -> None:
+    got = summarise([record("a", [1.0, 2.0], prompt=1)], duration_s=2.0)
+    assert (got["total_input_tokens"], got["total_tokens_per_s"]) == (1, 1.5)
+
+
+def test_only_finished_requests_count() -> None:
+    good = record("a", [1.0, 2.0])
+    others = [
+        record("b", [9.0, 10.0], status=Status.FAILED),
+        record("c", [], status=Status.REJECTED, scheduled_s=None),
+        record("d", [7.0], status=Status.CANCELLED),
+        record("e", [], status=Status.CANCELLED, scheduled_s=None),
+    ]
+    alone, together = summarise([good], 10.0), summarise([good, *others], 10.0)
+    same = [key for key in alone if key not in ("num_requests", "failed", "rejected", "cancelled")]
+    for key in same:
+        assert together[key] == alone[key] or (together[key] != together[key] and alone[key] != alone[key]), (
+            key
+        )
+    assert [together[k] for k in ("num_requests", "completed", "failed", "rejected", "cancelled")] == [
+        5,
+        1,
+        1,
+        1,
+        2,
+    ]
+
+
+def test_percentiles_interpolate_linearly() -> None:
+    ttfts = [0.1 * i for i in range(1, 11)]
+    got = summarise([record(f"r{i}", [t]) for i, t in enumerate(ttfts)], 1.0)
+    assert got["p90_ttft_s"] == pytest.approx(np.percentile(ttfts, 90))
+    assert got["p99_ttft_s"] == pytest.approx(0.991)
+    assert got["median_ttft_s"] == pytest.approx(0.55)
+
+
+def test_goodput_needs_both_limits_and_includes_them() -> None:
+    records = [
+        record("meets", [1.0, 1.5]),
+        record("late", [1.1, 1.2]),
+        record("slow", [0.5, 1.1]),
+        record("failed", [0.1, 0.2], status=Status.FAILED),
+    ]
+    got = summarise(records, 2.0, SLO(name="mine", ttft_s=1.0, tpot_s=0.5))
+    assert got["request_goodput_req_s"] == 0.5
+    assert (got["slo"], got["slo_ttft_s"], got["slo_tpot_s"]) == ("mine", 1.0, 0.5)
+
+
+def test_presets() -> None:
+    limits = {name: (slo.ttft_s, slo.tpot_s) for name, slo in SLO_PRESETS.items()}
+    assert limits == {
+        "paper": (30, 0.05),
+        "mlperf-r1-server": (2, 0.08),
+        "mlperf-r1-interactive": (1.5, 0.015),
+    }
+    with pytest.raises(ConfigError, match="slo: unknown preset 'mlperf'"):
+        summarise([], 1.0, "mlperf")
+
+
+def test_nothing_to_count() -> None:
+    for records, duration in (([], 0.0), ([record("a", [], status=Status.REJECTED)], 0.0)):
+        got = summarise(records, duration)
+        assert got["completed"] == 0
+        assert math.isnan(got["median_ttft_s"]) and math.isnan(got["output_tokens_per_s"])
+
+
+def test_offered_rate() -> None:
+    records = [record(str(i), [9.0], arrival_s=t) for i, t in enumerate((1.0, 2.0, 5.0))]
+    assert summarise(records, 9.0)["offered_req_s"] == 0.5
+    assert math.isnan(summarise(records[:1], 9.0)["offered_req_s"])
+
+
+def test_frame_and_records_summarise_alike() -> None:
+    records = [record("a", [1.0, 2.0]), record("b", [], status=Status.REJECTED, scheduled_s=None)]
+    frame = requests_frame(records)
+    assert frame["request_id"].tolist() == ["a", "b"]
+    assert frame["output_tokens"].tolist() == [2, 0]
+    assert frame["ttft_s"].isna().tolist() == [False, True]
+    assert str(summarise(frame, 2.0)) == str(summarise(records, 2.0))
+    assert requests_frame([]).empty
+
+
+def test_every_unit_is_in_a_name() -> None:
+    counts = {"num_requests", "completed", "failed", "rejected", "cancelled", "slo"}
+    for key in summarise([record("a", [1.0, 2.0])], 1.0):
+        assert key in counts or key.endswith(("_s", "_tokens")), key
+    assert {"ttft_s", "tpot_s", "itl_s", "e2el_s"} <= set(DEFINITIONS)
