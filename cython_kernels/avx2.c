@@ -148,7 +148,7 @@ INLINE int has_nan_code(__m256i seen) {
 #define VEC __m256
 #define ZERO() _mm256_setzero_ps()
 #define REDUCE(v) reduce(v)
-#define GROUP(m) ((m) == 1 ? 4 : 16)
+#define GROUP(m) ((m) == 1 ? 8 : 16)
 #define PANEL(m) ((m) <= 2 ? 2048 : (m) <= 4 ? 1024 : 512)
 
 #define NAME dot_fp8

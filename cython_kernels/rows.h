@@ -29,6 +29,7 @@ TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _tile)(
         const int rows = (int)(r1 - r < group ? r1 - r : group);
         VEC sum[MAX_GROUP][HL_MAX_TOKENS];
         FLAG flag[MAX_GROUP];
+#pragma GCC unroll 1
         for (int i = 0; i < rows; i++) {
             flag[i] = FLAG_ZERO();
             for (int j = 0; j < m; j++) sum[i][j] = ZERO();

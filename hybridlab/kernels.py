@@ -1,8 +1,8 @@
 """CPU kernels for FP8 and BF16 weights: the only importer of the compiled extension.
 
-Weights stay where they are (a memory-mapped checkpoint, read-only, any alignment): objects keep references, never
-copies. Within one tier a result depends on its own token and weights only: it is bit-identical over the number of
-tokens and threads. `kernels_numpy` is the twin that runs where the extension or AVX2 is missing.
+Weights stay where they are (a memory-mapped checkpoint, read-only, any alignment): objects keep references,
+never copies. Within one compiled tier a result depends on its own token and weights only: it is bit-identical
+over the number of tokens and threads. `kernels_numpy` is the twin for where the extension or AVX2 is missing.
 
 Legend: N rows (outputs), K columns (inputs), T tokens, E experts, k slots, H model width, I expert width.
 """
@@ -27,6 +27,7 @@ except ImportError:  # not built for this platform
 TIERS = ("avx512_vbmi_bf16", "avx2", "numpy")
 BLOCK = kernels_numpy.BLOCK
 MAX_THREADS = 1024
+WEIGHT_DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16))
 
 Array = NDArray[Any]
 
@@ -45,7 +46,7 @@ def tier() -> str:
 
 
 def native_seconds() -> float:
-    """Seconds spent inside compiled calls so far, summed over this process's threads; 0.0 without the extension."""
+    """Seconds spent inside compiled calls by this process's threads so far; 0.0 without the extension."""
     return _kernels.native_seconds() if _kernels else 0.0
 
 
@@ -63,8 +64,8 @@ class Linear:
     def __call__(self, x: Array, out: Array | None = None, *, threads: int) -> NDArray[np.float32]:
         """x float32 [T, K] -> float32 [T, N], written to `out` when given.
 
-        x is rounded to BF16 (nearest even); sums are float32. The GIL is released; concurrent calls are fine. A NaN
-        code in a row of the weight makes that row's results NaN. Raises ValueError naming a wrong argument.
+        x is rounded to BF16 (nearest even); sums are float32. The GIL is released; concurrent calls are fine.
+        A NaN code in a row of the weight makes its results NaN. Raises ValueError for a wrong argument.
         """
         tokens = _check_input("x", x, np.float32, self.shape[1])
         out = _output(out, x, (tokens, self.shape[0]))
@@ -79,8 +80,9 @@ class Linear:
 def linear(weight: Array, scale: Array | None = None, *, tier: str | None = None) -> Linear:
     """Wrap a C-contiguous weight [N, K] without copying it.
 
-    uint8: FP8 E4M3FN codes, with `scale` float32 [ceil(N/128), ceil(K/128)] to multiply by. uint16: BF16 bits, without
-    `scale`; the AVX-512 tier takes BF16 subnormals as zero. Raises ValueError, or KernelError for an unusable tier.
+    uint8: FP8 E4M3FN codes, with `scale` float32 [ceil(N/128), ceil(K/128)] to multiply by.
+    uint16: BF16 bits, without `scale`; the AVX-512 tier takes BF16 subnormals as zero.
+    `tier` defaults to `tier()`. Raises ValueError for a wrong argument, KernelError for an unusable tier.
     """
     return Linear(weight, scale, _choose_tier(tier))
 
@@ -118,8 +120,8 @@ class MoeLayer:
     ) -> NDArray[np.float32]:
         """x float32 [T, H], ids int32 [T, k], weights float32 [T, k] -> float32 [T, H], in `out` when given.
 
-        out = sum over the slots, in slot order, of weight * down(bf16(silu(gate x) * up x)); a negative id skips its
-        slot. The GIL is released. Raises ValueError for a wrong argument, an id >= E, or the id of an absent expert.
+        out = sum over slots, in slot order, of weight * down(bf16(silu(gate x) * up x)); a negative id skips
+        its slot. The GIL is released. Raises ValueError for a wrong argument or the id of an absent expert.
         """
         tokens = _check_input("x", x, np.float32, self._width)
         slots = _check_routing(expert_ids, expert_weights, tokens, self._present)
@@ -143,9 +145,10 @@ def moe_layer(
     *,
     tier: str | None = None,
 ) -> MoeLayer:
-    """Wrap E experts without copying: gate and up [I, H], down [H, I]; None for an expert that is not present.
+    """Wrap E experts without copying: gate and up [I, H], down [H, I]; None for an expert that is absent.
 
-    Weights and scales as for `linear`, the same kind for all. Raises ValueError, or KernelError for an unusable tier.
+    Weights, scales and `tier` as for `linear`, the same kind of weight for all experts.
+    Raises ValueError naming a wrong argument, or KernelError for an unusable tier.
     """
     sides = []
     for name, weights, scales in (
@@ -161,7 +164,7 @@ def moe_layer(
 
 
 def read_bandwidth_bytes(buffer: NDArray[np.uint8], threads: int) -> int:
-    """Read every byte of a C-contiguous uint8 array once with plain vector loads: time it to get the read ceiling.
+    """Read each byte of a C-contiguous uint8 array once, with plain vector loads; timed: the read ceiling.
 
     Returns the sum (mod 2^64) of its 64-bit words, a last partial word padded with zeros.
     """
@@ -201,11 +204,11 @@ def _parts(weight: Array, scale: Array | None) -> tuple[int, int, int, int]:
 
 
 def _check_matrix(name: str, weight: Any, scale: Any) -> None:
-    if not isinstance(weight, np.ndarray) or weight.ndim != 2 or weight.dtype not in (np.uint8, np.uint16):
+    if not isinstance(weight, np.ndarray) or weight.ndim != 2 or weight.dtype not in WEIGHT_DTYPES:
         raise ValueError(
             f"{name}: expected a 2-D array of uint8 (FP8 codes) or uint16 (BF16 bits), got {_kind(weight)}"
         )
-    if not weight.flags.c_contiguous or not all(weight.shape) or not weight.dtype.isnative:
+    if not weight.flags.c_contiguous or not all(weight.shape):
         raise ValueError(f"{name}: expected C-contiguous, non-empty rows, got {_kind(weight)}")
     if weight.dtype == np.uint16:
         if scale is not None:
@@ -248,7 +251,7 @@ def _check_experts(
 
 
 def _check_input(name: str, array: Any, dtype: type, columns: int | None) -> int:
-    good = isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype == dtype and array.dtype.isnative
+    good = isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype == dtype
     if not good or (columns is not None and array.shape[1] != columns):
         width = "" if columns is None else f" with {columns} columns"
         raise ValueError(f"{name}: expected a 2-D {np.dtype(dtype)} array{width}, got {_kind(array)}")

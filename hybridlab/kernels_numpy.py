@@ -1,7 +1,8 @@
 """The NumPy twin of the compiled kernels: slow, short, and the oracle of their tests.
 
-Legend: N rows (outputs), K columns (inputs), T tokens, E experts, H model width, I expert width. The arguments have
-been checked by `hybridlab.kernels`. `dtype` is the arithmetic: float32 as the kernels use, float64 for reference.
+Legend: N rows (outputs), K columns (inputs), T tokens, E experts, k slots, H model width, I expert width.
+Arguments have been checked by `hybridlab.kernels`. `dtype` is the arithmetic: float32, as in the kernels, or
+float64 for reference.
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ def moe(
     down: Sequence[Matrix | None],
     dtype: type = np.float32,
 ) -> NDArray[Any]:
-    """x [T, H], ids and weights [T, k] -> [T, H]: sum in slot order of weight * down(bf16(silu(gate x) * up x))."""
+    """x [T, H], ids and weights [T, k] -> [T, H] of `dtype`.
+
+    The sum, in slot order, of weight * down(bf16(silu(gate x) * up x)); negative ids skip their slot.
+    """
     out_TH = np.zeros(x.shape, dtype)
     y_TkH = np.zeros((*expert_ids.shape, x.shape[1]), dtype)
     for e in np.unique(expert_ids[expert_ids >= 0]):
