@@ -88,7 +88,7 @@ class WeightMaker:
         return fan_in
 
     def _reserve_channel(self, tensor: TensorSpec, out: np.ndarray) -> None:
-        """Keep one hidden channel at 1, to which no layer adds, and make the routers read their bias there."""
+        """Keep one hidden channel at 1, to which no layer adds; the routers read their bias there."""
         one = float32_to_bf16(np.ones(1, np.float32))[0]
         if tensor.kind == "embedding":
             out[:, BIAS_CHANNEL] = one
