@@ -58,12 +58,12 @@ class WeightMaker:
             out[...] = base * (0.75 + 0.5 * rnd.uniform(source, tensor.shape))
             return
         if tensor.dtype == "F8_E4M3":
-            rnd.fill(out, rnd.fp8_table(), source)
+            rnd.fill_signed(out, rnd.fp8_pool(), source)
         elif tensor.kind == "norm":
             mean = QK_GAIN if tensor.name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0
             rnd.fill(out, rnd.bf16_table(NORM_SPREAD * mean, mean), source)
         else:
-            rnd.fill(out, rnd.bf16_table(self._std(tensor.name)), source)
+            rnd.fill_signed(out, rnd.bf16_pool(self._std(tensor.name)), source)
         if self._bias:
             self._reserve_channel(tensor, out)
 
