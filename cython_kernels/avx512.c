@@ -83,6 +83,9 @@ INLINE void add_scaled(__m512 *sum, const __m512 *acc, int m, float scale) {
 
 #define LOAD(offset) _mm512_loadu_si512(w + (offset))
 
+/* gcc would load `v` once for each use; three loads of every weight cost more than the decode. */
+#define LOAD_ONCE(v) __asm__("" : "+v"(v))
+
 INLINE void block_fp8(const uint8_t *w, const uint8_t *const *x, int64_t block, const int m, float scale, __m512 *sum,
                       int *flag) {
     const __m512i low0 = _mm512_load_si512(table_low), low1 = _mm512_load_si512(table_low + 64);
@@ -94,7 +97,8 @@ INLINE void block_fp8(const uint8_t *w, const uint8_t *const *x, int64_t block, 
     for (int j = 0; j < m; j++) first[j] = second[j] = _mm512_setzero_ps();
 #pragma GCC unroll 2
     for (int c = 0; c < 2; c++) {
-        const __m512i v = LOAD(64 * c);
+        __m512i v = LOAD(64 * c);
+        LOAD_ONCE(v);
         const __m512i low = _mm512_permutex2var_epi8(low0, v, low1);
         __m512i high = _mm512_permutex2var_epi8(high0, v, high1);
         high = _mm512_ternarylogic_epi32(high, v, sign, 0xF8); /* high | (v & sign) */

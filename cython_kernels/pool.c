@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -127,6 +128,10 @@ static void *worker(void *raw) {
 
 /* Returns how many threads (caller included) the team can field; thread creation may fail, which only costs speed. */
 static int grow(team *t, int threads) {
+    sigset_t all, old;
+    if (t->started >= threads - 1) return threads;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old); /* workers inherit it: signals stay with Python's threads */
     while (t->started < threads - 1) {
         worker_args *args = malloc(sizeof *args);
         if (!args) break;
@@ -139,6 +144,7 @@ static int grow(team *t, int threads) {
         pthread_detach(id);
         t->started++;
     }
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
     return t->started + 1 < threads ? t->started + 1 : threads;
 }
 
