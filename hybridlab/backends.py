@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,30 +67,8 @@ def checkpoint_of(model: ModelConfig, results: Path, base: Path, *, progress: bo
     name = f"{model.preset}-{model.dtype}{depth}{routing}-seed{model.seed}-{provenance.digest(recipe, 6)}"
     folder = results / "checkpoints" / name
     if not (folder / "config.json").is_file():
-        _make(model, folder, progress)
+        from hybridlab.checkpoint.writer import make_checkpoint
+
+        options = model.model_dump(include={"dtype", "seed", "layers", "routing"})
+        make_checkpoint(folder, model.preset or "", progress=progress, **options)
     return folder
-
-
-def _make(model: ModelConfig, folder: Path, progress: bool) -> None:
-    from hybridlab.checkpoint.writer import make_checkpoint
-
-    part = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Made aside and renamed: a checkpoint cut short by a kill must never be taken for a whole one.
-        part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
-        make_checkpoint(
-            part / folder.name,
-            model.preset,
-            dtype=model.dtype,
-            seed=model.seed,
-            layers=model.layers,
-            routing=model.routing,
-            progress=progress,
-        )
-        os.rename(part / folder.name, folder)
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be made ({error.strerror or error})") from None
-    finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)

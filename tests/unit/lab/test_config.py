@@ -176,9 +176,8 @@ def test_project_is_found_from_the_config_file(tmp_path: Path, monkeypatch: pyte
     elsewhere.mkdir()
     (project / "pyproject.toml").write_text("")
     path = project / "experiments" / "q" / "config.yaml"
-    path.write_text(
-        "experiment: q\nmodel: {preset: tiny}\nworkload: {kind: offline, num_requests: 1, prompt_tokens: 1, output_tokens: 1}\n"
-    )
+    workload = "{kind: offline, num_requests: 1, prompt_tokens: 1, output_tokens: 1}"
+    path.write_text(f"experiment: q\nmodel: {{preset: tiny}}\nworkload: {workload}\n")
     monkeypatch.chdir(elsewhere)
     assert load_config(path).project_dir == project
     assert load_config(path).source == str(path)

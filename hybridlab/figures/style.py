@@ -1,0 +1,112 @@
+"""The one look of all figures: colour-blind-safe colours, print widths, a mark for each kind of evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from hybridlab.errors import ConfigError
+
+ONE_COLUMN_IN = 3.33
+TWO_COLUMNS_IN = 7.0
+GREY = "#5b5b5b"
+
+RC: Mapping[Any, Any] = MappingProxyType(
+    {
+        "axes.prop_cycle": matplotlib.style.library["petroff10"]["axes.prop_cycle"],
+        "figure.figsize": (ONE_COLUMN_IN, 2.6),
+        "figure.dpi": 150,
+        "figure.constrained_layout.use": True,
+        "savefig.dpi": 300,
+        "font.size": 8,
+        "axes.titlesize": 8,
+        "axes.labelsize": 8,
+        "legend.fontsize": 7,
+        "xtick.labelsize": 7,
+        "ytick.labelsize": 7,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.6,
+        "axes.grid": True,
+        "grid.color": "#dddddd",
+        "grid.linewidth": 0.4,
+        "axes.axisbelow": True,
+        "lines.linewidth": 1.2,
+        "lines.markersize": 4.5,
+        "legend.frameon": False,
+        # Embedded TrueType: Type 3 fonts are refused by publishers, outlines cannot be searched.
+        "pdf.fonttype": 42,
+        "ps.fonttype": 42,
+        "svg.fonttype": "none",
+    }
+)
+
+
+@dataclass(frozen=True)
+class EvidenceMark:
+    """How a kind of evidence is drawn; shape and line differ, so that it survives a grey print."""
+
+    fillstyle: Any
+    linestyle: Any
+    marker: str
+
+
+EVIDENCE: Mapping[str, EvidenceMark] = MappingProxyType(
+    {
+        "measured": EvidenceMark("full", "-", "o"),
+        "emulated": EvidenceMark("left", "--", "o"),
+        "simulated": EvidenceMark("none", ":", "o"),
+        "extrapolated": EvidenceMark("none", (0, (1, 3)), "D"),
+        "published": EvidenceMark("none", "none", "*"),
+    }
+)
+
+
+def style() -> AbstractContextManager[None]:
+    """`with style(): ...` for figures of your own; those of this package apply it themselves."""
+    return mpl.rc_context(dict(RC))
+
+
+def new_axes(width_in: float = ONE_COLUMN_IN, height_in: float = 2.6) -> Axes:
+    """Axes of a new figure in the house style."""
+    return plt.subplots(figsize=(width_in, height_in))[1]
+
+
+def evidence_mark(kind: str) -> EvidenceMark:
+    """The mark of a kind of evidence. Raises ConfigError for an unknown kind."""
+    if kind not in EVIDENCE:
+        raise ConfigError(f"evidence: unknown kind {kind!r}; expected one of {', '.join(EVIDENCE)}")
+    return EVIDENCE[kind]
+
+
+def evidence_handle(kind: str) -> Line2D:
+    """A legend entry, in grey, that shows how `kind` is drawn."""
+    mark = evidence_mark(kind)
+    return Line2D(
+        [],
+        [],
+        color=GREY,
+        markerfacecoloralt="white",
+        fillstyle=mark.fillstyle,
+        linestyle=mark.linestyle,
+        marker=mark.marker,
+        label=kind,
+    )
+
+
+def require(frame: Any, columns: tuple[str, ...], what: str) -> None:
+    """Raise ConfigError naming the first column that `what` needs and `frame` lacks, or if it has no rows."""
+    missing = [name for name in columns if name not in frame.columns]
+    if missing:
+        raise ConfigError(f"{what}: no column {missing[0]!r}; expected {', '.join(columns)}")
+    if not len(frame):
+        raise ConfigError(f"{what}: no rows to draw")
