@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from queue import Empty, SimpleQueue
-from time import perf_counter
+from concurrent.futures import Future, wait
+from queue import SimpleQueue
+from time import perf_counter, sleep
 from typing import TypeVar
 
 import torch
@@ -54,8 +54,8 @@ class EngineBackend:
 
     def __init__(self, executor: Executor, worker: WorkerThread) -> None:
         self._executor, self._worker = executor, worker
-        self._done: SimpleQueue[StepResult] = SimpleQueue()
-        self._in_flight = 0
+        # The step in flight, kept until its result is taken: an interrupt at any point loses nothing.
+        self._step_in_flight: Future[StepResult] | None = None
         self._clock_start_s = perf_counter()
 
     @property
@@ -63,27 +63,27 @@ class EngineBackend:
         return perf_counter() - self._clock_start_s
 
     def idle(self) -> tuple[str, ...]:
-        return () if self._in_flight else (WORKER,)
+        return () if self._step_in_flight else (WORKER,)
 
     def submit(self, worker: str, program: Program, batch: StepBatch) -> None:
-        self._in_flight += 1
-        self._worker.call(lambda: self._done.put(self._step(program, batch)))
+        self._step_in_flight = self._worker.call(lambda: self._step(program, batch))
 
     def wait(self, until_s: float | None) -> Sequence[StepResult]:
-        if not self._in_flight and until_s is None:
+        timeout_s = None if until_s is None else max(0.0, until_s - self.now_s)
+        if self._step_in_flight is None:
+            sleep(timeout_s or 0.0)
             return ()
-        timeout = None if until_s is None else max(0.0, until_s - self.now_s)
         try:
-            result = self._done.get(timeout=timeout)
-        except Empty:
+            result = self._step_in_flight.result(timeout_s)
+        except TimeoutError:
             return ()
-        self._in_flight -= 1
+        self._step_in_flight = None
         return (result,)
 
     def drain(self) -> None:
-        while self._in_flight:
-            self._done.get()
-            self._in_flight -= 1
+        if self._step_in_flight is not None:
+            wait([self._step_in_flight])
+            self._step_in_flight = None
 
     def _step(self, program: Program, batch: StepBatch) -> StepResult:
         start_s = self.now_s
