@@ -26,7 +26,7 @@ def draw(result: ExperimentResult, config: Path) -> Path | None:
     path = Path(result.paths[0]).parent / _FIGURE
     ax = ttft_throughput(result.summary)
     run_ids = [Path(run).name for run in result.paths]
-    save_figure(ax.figure, path, run_ids=run_ids, command=f"hybridlab run {config}")
+    save_figure(ax, path, run_ids=run_ids, command=f"hybridlab run {config}")
     return path
 
 
