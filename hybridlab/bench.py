@@ -164,6 +164,7 @@ def _time_decode(
 def _decode_steps(engine: Engine, depth: int, batch: int, seed: int) -> Iterator[tuple[list[set[int]], int]]:
     """Endless decode steps; each yields the experts that every MoE layer used and the context it read."""
     runtime = engine.runtime
+    runtime.wait_mapped()
     runtime.randomise_cache(seed)
     rng = np.random.default_rng(seed)
     last = [int(token) for token in rng.integers(0, engine.spec.vocab, batch)]

@@ -134,6 +134,7 @@ def _strategy_label(value: Any, strategy: Any) -> str:
 
 def _workload_label(config: ExperimentConfig) -> str:
     workload = config.workload
-    scales = {k: getattr(workload, k, 1.0) for k in ("rate_scale", "length_scale")}
-    changed = ", ".join(f"{k}={v:g}" for k, v in scales.items() if v != 1.0)
+    keys = ("rate_scale", "length_scale", "output_length_scale")
+    scales = {key: getattr(workload, key, None) for key in keys}
+    changed = ", ".join(f"{k}={v:g}" for k, v in scales.items() if v not in (None, 1.0))
     return workload.kind + (f" ({changed})" if changed else "")

@@ -206,7 +206,18 @@ class Op:
     slot: SlotUse | None = None
 
 
-OP_KINDS = ("embed", "attention", "router", "load", "experts", "mlp", "all_gather", "reduce", "combine", "head")
+OP_KINDS = (
+    "embed",
+    "attention",
+    "router",
+    "load",
+    "experts",
+    "mlp",
+    "all_gather",
+    "reduce",
+    "combine",
+    "head",
+)
 COLLECTIVE_KINDS = ("all_gather", "reduce")
 
 

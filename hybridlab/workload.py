@@ -47,13 +47,14 @@ class SamplingConfig(Section):
 class _Common(Section):
     """Keys of every workload.
 
-    Lengths are first divided by `length_scale` (rounded up, so that a small machine can serve a trace), then
-    clipped at `max_prompt_tokens` and `max_output_tokens`. No stop tokens are set, so an output is shorter
-    only if the model draws its own eos token.
+    Lengths are first divided by `length_scale` (outputs by `output_length_scale` if given) and rounded up, so
+    that a small machine can serve a trace, then clipped at `max_prompt_tokens` and `max_output_tokens`. No stop
+    tokens are set, so an output is shorter only if the model draws its own eos token.
     """
 
     num_requests: int = Field(gt=0, le=1_000_000)
     length_scale: float = Field(default=1.0, gt=0)
+    output_length_scale: float | None = Field(default=None, gt=0)
     max_prompt_tokens: Count | None = None
     max_output_tokens: Count | None = None
     seed: int = Field(default=0, ge=0)
@@ -61,9 +62,12 @@ class _Common(Section):
 
     def _shape(self, prompt: float, output: float) -> tuple[int, int]:
         lengths = []
-        for tokens, limit in ((prompt, self.max_prompt_tokens), (output, self.max_output_tokens)):
-            tokens = max(1, math.ceil(tokens / self.length_scale))
-            lengths.append(min(tokens, limit) if limit else tokens)
+        for tokens, scale, limit in (
+            (prompt, self.length_scale, self.max_prompt_tokens),
+            (output, self.output_length_scale or self.length_scale, self.max_output_tokens),
+        ):
+            scaled = max(1, math.ceil(tokens / scale))
+            lengths.append(min(scaled, limit) if limit else scaled)
         return lengths[0], lengths[1]
 
 

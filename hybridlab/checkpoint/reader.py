@@ -18,6 +18,7 @@ from hybridlab.checkpoint.config import read_config
 from hybridlab.checkpoint.files import tensor_files
 from hybridlab.checkpoint.formats import bf16_to_float32
 from hybridlab.checkpoint.jsonfile import shown
+from hybridlab.checkpoint.residency import populate
 from hybridlab.checkpoint.schema import SCALE_SUFFIX, TensorSpec, expected_tensors
 from hybridlab.errors import CheckpointError
 from hybridlab.spec import ModelSpec
@@ -73,6 +74,10 @@ class Checkpoint:
         """The linear layer with this module name, such as "model.layers.0.self_attn.q_proj"."""
         name = f"{prefix}.weight"
         return LinearWeights(prefix, self.tensor(name), self._scales.get(name + SCALE_SUFFIX))
+
+    def populate(self) -> bool:
+        """Map all weights ahead of use (`residency.populate`); reads from disk what is not in the page cache."""
+        return populate(self._files.view(name) for name in self._tensors)
 
     def verify(self, progress: bool = True, num_threads: int = 2) -> None:
         """Read every weight once and raise CheckpointError on the first tensor that holds NaN or infinity."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 
 import torch
 
@@ -56,6 +57,13 @@ class Runtime:
         self._cache = KVCache(checkpoint.spec, self.num_kv_blocks, kv_block_tokens, numerics.kv_dtype)
         self._executor = Executor(model, self._cache, TurnTakingLanes())
         self._worker = WorkerThread(threads)
+        # Beside the first prompts: an unmapped page costs a fault in the middle of a kernel.
+        self._mapping = threading.Thread(target=checkpoint.populate, name="hybridlab-map", daemon=True)
+        self._mapping.start()
+
+    def wait_mapped(self) -> None:
+        """Wait until the weights' pages are mapped: benchmarks start from there."""
+        self._mapping.join()
 
     def backend(self) -> EngineBackend:
         """A backend whose clock starts now."""
