@@ -24,7 +24,7 @@ from hybridlab.checkpoint.schema import TensorSpec, expected_tensors
 from hybridlab.errors import CheckpointError
 from hybridlab.spec import ModelSpec
 
-SHARD_BYTES = 512 << 20
+SHARD_BYTES = 256 << 20
 """Default size of a file. Two of them are held in memory: one being filled while the other is written."""
 
 NUM_THREADS = 2
@@ -76,6 +76,9 @@ def make_checkpoint(
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         partial.mkdir(parents=True)
+    except OSError as e:
+        raise CheckpointError(f"{partial}: cannot be made ({e.strerror or e})") from None
+    try:
         _write_shards(partial, shards, WeightMaker(spec, seed, routing), progress)
         _write_json(partial / "config.json", config)
         _write_json(partial / "generation_config.json", _generation_config(spec))
