@@ -61,7 +61,9 @@ class ExperimentResult:
             if c != "experiment"
         ]
         distinct = {name: len(set(self.summary[name].tolist())) for name in named}
-        axes = [name for name in named if distinct[name] > 1 or name == "scheduler"]
+        # The label of the workload repeats what its swept keys say.
+        told = {"workload"} if any(name.startswith("workload.") for name in named) else set()
+        axes = [name for name in named if name == "scheduler" or (distinct[name] > 1 and name not in told)]
         return self.summary.loc[:, [*axes, *TABLE_COLUMNS]]
 
     def _repr_html_(self) -> str:

@@ -134,7 +134,8 @@ def _strategy_label(value: Any, strategy: Any) -> str:
 
 def _workload_label(config: ExperimentConfig) -> str:
     workload = config.workload
-    keys = ("rate_scale", "length_scale", "output_length_scale")
-    scales = {key: getattr(workload, key, None) for key in keys}
-    changed = ", ".join(f"{k}={v:g}" for k, v in scales.items() if v not in (None, 1.0))
+    scales = {"rate_scale": getattr(workload, "rate_scale", 1.0), "length_scale": workload.length_scale}
+    if workload.output_length_scale is not None:
+        scales["output_length_scale"] = workload.output_length_scale
+    changed = ", ".join(f"{k}={v:g}" for k, v in scales.items() if v != 1.0 or k == "output_length_scale")
     return workload.kind + (f" ({changed})" if changed else "")

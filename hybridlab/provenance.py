@@ -16,7 +16,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 # What draws, prints or stores cannot change a measurement; strategies are identified one by one.
-NOT_MEASURED = {"cli.py", "widgets.py", "figures", "strategies", "results.py", "provenance.py", "sections.py"}
+NOT_MEASURED = ("cli", "widgets", "figures", "strategies", "results", "provenance", "sections", "__main__")
 LIBRARIES = ("numpy", "torch", "jax", "pandas", "pyarrow", "safetensors", "pydantic")
 
 
@@ -30,7 +30,7 @@ def digest(value: Any, length: int = 12) -> str:
 def code_hash() -> str:
     """Hash of the package's Python sources and compiled kernels that can influence a measurement."""
     files = (f for f in PACKAGE.rglob("*") if f.suffix in (".py", ".so") and "__pycache__" not in f.parts)
-    return _files_hash(f for f in files if f.relative_to(PACKAGE).parts[0] not in NOT_MEASURED)
+    return _files_hash(f for f in files if not f.relative_to(PACKAGE).parts[0].startswith(NOT_MEASURED))
 
 
 def strategy_files_hash(strategy: Any) -> str:

@@ -48,8 +48,8 @@ class _Common(Section):
     """Keys of every workload.
 
     Lengths are first divided by `length_scale` (outputs by `output_length_scale` if given) and rounded up, so
-    that a small machine can serve a trace, then clipped at `max_prompt_tokens` and `max_output_tokens`. No stop
-    tokens are set, so an output is shorter only if the model draws its own eos token.
+    that a small machine can serve a trace, then clipped at `max_prompt_tokens` and `max_output_tokens`. No
+    stop tokens are set, so an output is shorter only if the model draws its own eos token.
     """
 
     num_requests: int = Field(gt=0, le=1_000_000)

@@ -10,6 +10,7 @@ from matplotlib.patches import Patch
 
 from hybridlab.errors import ConfigError
 from hybridlab.figures.style import TWO_COLUMNS_IN, new_axes, require, style
+from hybridlab.plan import OP_KINDS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,14 +47,12 @@ def timeline(
     later = spans["microbatch"].to_numpy(np.int64)[shown] > 0
     lanes = sorted(set(lane))
     row = np.array([lanes.index(name) for name in lane])
-    kinds = list(dict.fromkeys(spans["kind"].tolist()))  # of all spans, so that windows share their colours
     handles = []
     with style():
         ax = new_axes(TWO_COLUMNS_IN, 1.0 + 0.35 * len(lanes)) if ax is None else ax
-        for number, name in enumerate(kinds):
-            if not (kind == name).any():
-                continue
-            handles.append(Patch(color=f"C{number % 10}", label=name))
+        for name in sorted(set(kind), key=_order):
+            color = f"C{_order(name) % 10}"
+            handles.append(Patch(color=color, label=name))
             for hatch, batch in (("", ~later), ("////", later)):
                 part = (kind == name) & batch
                 ax.barh(
@@ -61,7 +60,7 @@ def timeline(
                     width_ms[part],
                     left=left_ms[part],
                     height=0.7,
-                    color=f"C{number % 10}",
+                    color=color,
                     edgecolor="white",
                     linewidth=0.3,
                     hatch=hatch,
@@ -78,3 +77,8 @@ def timeline(
         columns = max(1, min(len(handles), int(ax.bbox.width / ax.figure.dpi / 0.85)))
         ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
     return ax
+
+
+def _order(kind: str) -> int:
+    """Fixed by the kind, so that all timelines share their colours."""
+    return OP_KINDS.index(kind) if kind in OP_KINDS else len(OP_KINDS)

@@ -54,13 +54,14 @@ def ttft_throughput(
                 part = [row for row in rows if row[by] == name and row["evidence"] == kind]
                 missed |= bool(part) and _draw(ax, _points(part, load), f"C{number % 10}", kind)
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_xlim(left=0)
         ax.set_xlabel("output throughput (tokens/s)")
         ax.set_ylabel("TTFT (s), median and p90")
         _draw_slo(ax, rows)
+        bottom, top = ax.get_ylim()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top > 10 * bottom else (1, 1.5, 2, 3, 5, 7)))
         handles += [evidence_handle(kind) for kind in kinds]
         if missed:
             handles.append(_ring([], [], label="median TPOT misses SLO"))

@@ -56,6 +56,14 @@ def test_time_and_length_scaling_and_clipping() -> None:
     assert plain[0].arrival_s == 0.0
 
 
+def test_output_lengths_may_keep_their_own_scale() -> None:
+    keys: dict[str, Any] = {"kind": "offline", "num_requests": 1, "prompt_tokens": 80, "output_tokens": 80}
+    (both,) = make_requests(workload(**keys, length_scale=8.0), vocab=9)
+    (own,) = make_requests(workload(**keys, length_scale=8.0, output_length_scale=2.0), vocab=9)
+    assert (len(both.prompt), both.max_tokens) == (10, 10)
+    assert (len(own.prompt), own.max_tokens) == (10, 40)
+
+
 def test_tokens_depend_on_seed_and_index_alone() -> None:
     keys: dict[str, Any] = {"kind": "offline", "prompt_tokens": 8, "output_tokens": 4}
     many = make_requests(workload(num_requests=5, **keys), vocab=1000)
