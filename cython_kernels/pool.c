@@ -14,7 +14,7 @@
 #define RELAX() ((void)0)
 #endif
 
-enum { TEAMS = 8, MAX_THREADS = 1024, SPIN_NS = 40000 };
+enum { TEAMS = 8, MAX_THREADS = 1024, SPIN_NS = 100000 };
 
 /* `word` packs (generation << 16 | active threads) so that a worker learns in one load both that there is new work
    and whether it takes part; the caller waits for participants only, so other workers must not read the task. */

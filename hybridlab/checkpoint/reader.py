@@ -77,7 +77,7 @@ class Checkpoint:
 
     def populate(self) -> bool:
         """Map all weights ahead of use (`residency.populate`); reads from disk what is not in the page cache."""
-        return populate(self._files.view(name) for name in self._tensors)
+        return populate({self._files.path(name) for name in self._tensors})
 
     def verify(self, progress: bool = True, num_threads: int = 2) -> None:
         """Read every weight once and raise CheckpointError on the first tensor that holds NaN or infinity."""

@@ -53,10 +53,10 @@ class Runtime:
             print(f"hybridlab: {self.memory}", file=sys.stderr)
         self.num_kv_blocks = self.memory.kv_tokens // kv_block_tokens
         self.kv_block_tokens = kv_block_tokens
-        model = build_model(checkpoint, numerics)
+        model = build_model(checkpoint, numerics, threads)
         self._cache = KVCache(checkpoint.spec, self.num_kv_blocks, kv_block_tokens, numerics.kv_dtype)
         self._executor = Executor(model, self._cache, TurnTakingLanes())
-        self._worker = WorkerThread(threads)
+        self._worker = WorkerThread()
         # Beside the first prompts: an unmapped page costs a fault in the middle of a kernel.
         self._mapping = threading.Thread(target=checkpoint.populate, name="hybridlab-map", daemon=True)
         self._mapping.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from time import perf_counter, sleep
 from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -21,14 +23,17 @@ WORKER = "main"
 
 
 class WorkerThread:
-    """Runs calls one after another on a thread whose torch pool has `threads` threads (that is per thread)."""
+    """Runs calls one after another on a thread of its own.
 
-    def __init__(self, threads: int) -> None:
+    torch runs single-threaded on it: OpenMP threads that spin after each small op would take the cores from the
+    kernels' pool (measured: attention layers 8x slower on 2 cores).
+    """
+
+    def __init__(self) -> None:
         self._calls: SimpleQueue[tuple[Callable, Future] | None] = SimpleQueue()
-        self._thread = threading.Thread(
-            target=self._loop, args=(threads,), name="hybridlab-worker", daemon=True
-        )
+        self._thread = threading.Thread(target=self._loop, name="hybridlab-worker", daemon=True)
         self._thread.start()
+        _WORKERS.add(self)
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
@@ -39,14 +44,24 @@ class WorkerThread:
         self._calls.put(None)
         self._thread.join()
 
-    def _loop(self, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def _loop(self) -> None:
+        torch.set_num_threads(1)
         while (item := self._calls.get()) is not None:
             function, future = item
             try:
                 future.set_result(function())
             except BaseException as error:  # handed to the waiting thread, which decides
                 future.set_exception(error)
+
+
+_WORKERS: WeakSet[WorkerThread] = WeakSet()
+
+
+@atexit.register
+def _close_workers() -> None:
+    # A thread that is still inside torch when the interpreter ends would abort the process.
+    for worker in tuple(_WORKERS):
+        worker.close()
 
 
 class EngineBackend:

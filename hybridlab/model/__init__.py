@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hybridlab.model.numerics import Numerics
 
 
-def build_model(checkpoint: Checkpoint, numerics: Numerics) -> Model:
+def build_model(checkpoint: Checkpoint, numerics: Numerics, threads: int) -> Model:
     """The model of a checkpoint, its weights still in the memory map; raises `CheckpointError` for other families."""
     from hybridlab.model.qwen3_moe import Qwen3Moe
 
@@ -22,4 +22,4 @@ def build_model(checkpoint: Checkpoint, numerics: Numerics) -> Model:
         raise CheckpointError(
             f"{checkpoint.folder}: no model for family {family!r}; known: {', '.join(families)}"
         )
-    return families[family](checkpoint, numerics)
+    return families[family](checkpoint, numerics, threads)

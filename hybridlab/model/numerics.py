@@ -19,9 +19,6 @@ from hybridlab.kernels_numpy import dequantize
 LinearFn = Callable[[torch.Tensor], torch.Tensor]
 ExpertsFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-QUERY_BLOCK = 512
-"""Query rows per attention call: bounds the score matrix of a long prompt."""
-
 
 WIDE_CACHE_BYTES = 2**28
 """float64 weights that `Exact` keeps."""
@@ -144,31 +141,3 @@ def rms_norm(numerics: Numerics, x: torch.Tensor, weight: torch.Tensor, eps: flo
     wide = numerics.up(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale * weight).float()
-
-
-def attend(
-    numerics: Numerics, q_THD: torch.Tensor, k_CGD: torch.Tensor, v_CGD: torch.Tensor, start: int
-) -> torch.Tensor:
-    """Causal grouped-query attention of one request: T queries at positions `start`.. over C cached tokens.
-
-    H query heads share G key/value heads in runs of H / G. Returns float32 [T, H, D].
-    """
-    num_queries, num_heads, head_dim = q_THD.shape
-    groups = k_CGD.shape[1]
-    q_GTD = numerics.up(q_THD).view(num_queries, groups, num_heads // groups, head_dim).permute(1, 2, 0, 3)
-    k_GDC = numerics.up(k_CGD).permute(1, 2, 0)
-    v_GCD = numerics.up(v_CGD).transpose(0, 1)
-    if num_queries == 1:
-        scores = torch.matmul(q_GTD.squeeze(2), k_GDC) * head_dim**-0.5
-        return torch.matmul(scores.softmax(-1), v_GCD).float().view(1, num_heads, head_dim)
-    outs = []
-    for first in range(0, num_queries, QUERY_BLOCK):
-        q = q_GTD[:, :, first : first + QUERY_BLOCK]
-        seen = start + first + q.shape[2]
-        hidden = torch.ones(q.shape[2], seen, dtype=torch.bool).triu_(start + first + 1)
-        rows = q.reshape(groups, -1, head_dim)
-        scores = torch.bmm(rows, k_GDC[:, :, :seen]).mul_(head_dim**-0.5).view(*q.shape[:3], seen)
-        probs = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
-        out = torch.bmm(probs.view(groups, -1, seen), v_GCD[:, :seen]).view(q.shape)
-        outs.append(out.permute(2, 0, 1, 3).reshape(-1, num_heads, head_dim).float())
-    return torch.cat(outs)

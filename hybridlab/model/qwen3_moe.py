@@ -10,8 +10,9 @@ import torch
 
 from hybridlab.checkpoint.reader import Checkpoint
 from hybridlab.kernels_numpy import bf16_to_float32
+from hybridlab.model.attention import Attention
 from hybridlab.model.base import KVStore, MicroBatch, Routed
-from hybridlab.model.numerics import ExpertsFn, LinearFn, Numerics, attend, rms_norm
+from hybridlab.model.numerics import ExpertsFn, LinearFn, Numerics, rms_norm
 from hybridlab.model.rope import Rope, rotate
 
 
@@ -20,10 +21,11 @@ class Qwen3Moe:
 
     cache: KVStore
 
-    def __init__(self, checkpoint: Checkpoint, numerics: Numerics) -> None:
+    def __init__(self, checkpoint: Checkpoint, numerics: Numerics, threads: int) -> None:
         self.spec = spec = checkpoint.spec
         self._numerics = numerics
         self._embedding = checkpoint.tensor("model.embed_tokens.weight")
+        self._attention = Attention(numerics, threads)
         self._rope = Rope(spec.rope, spec.head_dim)
         self._final_norm = _vector(checkpoint, "model.norm.weight")
         self._head = numerics.linear(
@@ -45,11 +47,7 @@ class Qwen3Moe:
         q = self._rotated(q, weights.q_norm, cos, sin)
         k = self._rotated(k, weights.k_norm, cos, sin)
         self.cache.write(layer, batch.slots, k, v)
-        out = torch.empty(tokens, spec.num_heads, spec.head_dim)
-        for context in batch.contexts:
-            cached_k, cached_v = self.cache.read(layer, context.cached)
-            rows = slice(context.first, context.last)
-            out[rows] = attend(self._numerics, q[rows], cached_k, cached_v, context.start)
+        out = self._attention(q, self.cache, layer, batch)
         return x_TH + weights.o_proj(out.view(tokens, -1))
 
     def mlp(self, layer: int, x_TH: torch.Tensor) -> torch.Tensor:
