@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, binding=True
 """Thin wrapper of the C kernels. It trusts its arguments: hybridlab/kernels.py checks them and keeps arrays alive."""
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
@@ -23,6 +23,43 @@ cdef extern from "kernels.h" nogil:
     int hl_moe_forward(const hl_tier *, const hl_moe *, const float *, int64_t, int64_t, const int32_t *,
                        const float *, float *, int)
     uint64_t hl_read(const hl_tier *, const uint8_t *, int64_t, int)
+
+cdef extern from "glue.h" nogil:
+    ctypedef struct hl_attend:
+        const float *q
+        const uint16_t *keys
+        const uint16_t *values
+        const int64_t *slots
+        int64_t first, count, n, g, d
+        float *out
+        float *scratch
+    void hl_rms_norm(const float *, const float *, float, int64_t, int64_t, float *)
+    void hl_norm_rope(const float *, const float *, float, const float *, const float *, int64_t, int64_t, int64_t,
+                      float *)
+    void hl_route(const float *, int64_t, int64_t, int64_t, int, int32_t *, float *)
+    int hl_attend_one(hl_attend *, int)
+    ctypedef struct hl_attention:
+        const hl_tier *tier
+        hl_matrix q, k, v, o
+        const float *input_norm
+        const float *q_norm
+        const float *k_norm
+        float eps
+        int64_t n, g, d
+    ctypedef struct hl_attention_call:
+        const float *x
+        const float *cosines
+        const float *sines
+        int64_t tokens
+        uint16_t *keys
+        uint16_t *values
+        const int64_t *slots
+        const int64_t *tables
+        const int64_t *first
+        const int64_t *count
+        float *out
+        int threads
+    int hl_attention_step(const hl_attention *, const hl_attention_call *)
 
 
 cdef double _native_s = 0.0
@@ -132,6 +169,40 @@ cdef class MoeLayer:
             raise MemoryError("no memory for the scratch space of a MoE layer")
 
 
+cdef class AttentionStep:
+    """An attention layer for decoding tokens; matrices = parts of q, k, v, o; norms = addresses of input, q, k."""
+    cdef hl_attention layer
+
+    def __init__(self, str tier, tuple matrices, tuple norms, float eps, int64_t n, int64_t g, int64_t d):
+        cdef uintptr_t input_norm = norms[0], q_norm = norms[1], k_norm = norms[2]
+        self.layer.tier = _tier(tier)
+        self.layer.q, self.layer.k = _matrix(matrices[0]), _matrix(matrices[1])
+        self.layer.v, self.layer.o = _matrix(matrices[2]), _matrix(matrices[3])
+        self.layer.input_norm, self.layer.q_norm = <const float *> input_norm, <const float *> q_norm
+        self.layer.k_norm, self.layer.eps = <const float *> k_norm, eps
+        self.layer.n, self.layer.g, self.layer.d = n, g, d
+
+    def run(self, uintptr_t x, uintptr_t cosines, uintptr_t sines, int64_t tokens, uintptr_t keys, uintptr_t values,
+            uintptr_t slots, uintptr_t tables, uintptr_t first, uintptr_t count, uintptr_t out, int threads):
+        """out[T, H] = x + attention(x), new entries written to the cache."""
+        global _native_s
+        cdef hl_attention_call call
+        cdef int status
+        cdef double start
+        call.x, call.cosines, call.sines = <const float *> x, <const float *> cosines, <const float *> sines
+        call.tokens, call.keys, call.values = tokens, <uint16_t *> keys, <uint16_t *> values
+        call.slots, call.tables = <const int64_t *> slots, <const int64_t *> tables
+        call.first, call.count = <const int64_t *> first, <const int64_t *> count
+        call.out, call.threads = <float *> out, threads
+        with nogil:
+            start = _now()
+            status = hl_attention_step(&self.layer, &call)
+            start = _now() - start
+        _native_s += start
+        if status:
+            raise MemoryError("no memory for the scratch space of an attention layer")
+
+
 def read_words(str tier, uintptr_t address, int64_t words, int threads):
     """Sum (mod 2^64) of the 64-bit words at `address`."""
     global _native_s
@@ -144,3 +215,59 @@ def read_words(str tier, uintptr_t address, int64_t words, int threads):
         start = _now() - start
     _native_s += start
     return total
+
+
+def rms_norm(uintptr_t x, uintptr_t w, float eps, int64_t tokens, int64_t h, uintptr_t out):
+    """out[T, H] = w * x / rms(x)."""
+    global _native_s
+    cdef double start
+    with nogil:
+        start = _now()
+        hl_rms_norm(<const float *> x, <const float *> w, eps, tokens, h, <float *> out)
+        start = _now() - start
+    _native_s += start
+
+
+def norm_rope(uintptr_t x, uintptr_t w, float eps, uintptr_t cosines, uintptr_t sines, int64_t tokens, int64_t heads,
+              int64_t d, uintptr_t out):
+    """out[T, N, D]: the norm of each head of x, rotated."""
+    global _native_s
+    cdef double start
+    with nogil:
+        start = _now()
+        hl_norm_rope(<const float *> x, <const float *> w, eps, <const float *> cosines, <const float *> sines, tokens,
+                     heads, d, <float *> out)
+        start = _now() - start
+    _native_s += start
+
+
+def route(uintptr_t logits, int64_t tokens, int64_t experts, int64_t k, bint normalise, uintptr_t ids,
+          uintptr_t weights):
+    """ids int32 [T, k] and weights [T, k] of the k largest of softmax(logits [T, E])."""
+    global _native_s
+    cdef double start
+    with nogil:
+        start = _now()
+        hl_route(<const float *> logits, tokens, experts, k, normalise, <int32_t *> ids, <float *> weights)
+        start = _now() - start
+    _native_s += start
+
+
+def attend_one(uintptr_t q, uintptr_t keys, uintptr_t values, uintptr_t slots, int64_t first, int64_t count, int64_t n,
+               int64_t g, int64_t d, uintptr_t out, int threads):
+    """out[N, D]: one query over `count` cached tokens of keys, values BF16 [slots, G, D]."""
+    global _native_s
+    cdef hl_attend call
+    cdef int status
+    cdef double start
+    call.q, call.keys, call.values = <const float *> q, <const uint16_t *> keys, <const uint16_t *> values
+    call.slots = <const int64_t *> slots
+    call.first, call.count, call.n, call.g, call.d = first, count, n, g, d
+    call.out = <float *> out
+    with nogil:
+        start = _now()
+        status = hl_attend_one(&call, threads)
+        start = _now() - start
+    _native_s += start
+    if status:
+        raise MemoryError("no memory for the scores of a query")

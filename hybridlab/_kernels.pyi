@@ -5,6 +5,26 @@ MatrixParts = tuple[int, int, int, int]
 def supported() -> tuple[str, ...]: ...
 def native_seconds() -> float: ...
 def read_words(tier: str, address: int, words: int, threads: int) -> int: ...
+def rms_norm(x: int, w: int, eps: float, tokens: int, h: int, out: int) -> None: ...
+def norm_rope(
+    x: int, w: int, eps: float, cosines: int, sines: int, tokens: int, heads: int, d: int, out: int
+) -> None: ...
+def route(
+    logits: int, tokens: int, experts: int, k: int, normalise: bool, ids: int, weights: int
+) -> None: ...
+def attend_one(
+    q: int,
+    keys: int,
+    values: int,
+    slots: int,
+    first: int,
+    count: int,
+    n: int,
+    g: int,
+    d: int,
+    out: int,
+    threads: int,
+) -> None: ...
 
 class Linear:
     def __init__(self, tier: str, parts: MatrixParts) -> None: ...
@@ -16,4 +36,31 @@ class MoeLayer:
     ) -> None: ...
     def run(
         self, x: int, tokens: int, slots: int, ids: int, weights: int, out: int, threads: int
+    ) -> None: ...
+
+class AttentionStep:
+    def __init__(
+        self,
+        tier: str,
+        matrices: tuple[MatrixParts, MatrixParts, MatrixParts, MatrixParts],
+        norms: tuple[int, int, int],
+        eps: float,
+        n: int,
+        g: int,
+        d: int,
+    ) -> None: ...
+    def run(
+        self,
+        x: int,
+        cosines: int,
+        sines: int,
+        tokens: int,
+        keys: int,
+        values: int,
+        slots: int,
+        tables: int,
+        first: int,
+        count: int,
+        out: int,
+        threads: int,
     ) -> None: ...

@@ -18,6 +18,18 @@ from numpy.typing import NDArray
 
 from hybridlab import kernels_numpy
 from hybridlab.errors import KernelError
+from hybridlab.kernel_checks import (
+    Array,
+    check_cached,
+    check_experts,
+    check_float32,
+    check_input,
+    check_matrix,
+    check_routing,
+    check_threads,
+    kind_of,
+    output,
+)
 
 try:
     from hybridlab import _kernels
@@ -25,16 +37,14 @@ except ImportError:  # not built for this platform
     _kernels = None
 
 TIERS = ("avx512_vbmi_bf16", "avx2", "numpy")
-BLOCK = kernels_numpy.BLOCK
-MAX_THREADS = 1024
-WEIGHT_DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16))
 
-Array = NDArray[Any]
+
+_SUPPORTED = (*(_kernels.supported() if _kernels else ()), "numpy")
 
 
 def supported_tiers() -> tuple[str, ...]:
     """The tiers that this CPU and build can run, best first; "numpy" always ends the list."""
-    return (*(_kernels.supported() if _kernels else ()), "numpy")
+    return _SUPPORTED
 
 
 def tier() -> str:
@@ -54,9 +64,10 @@ class Linear:
     """A weight matrix [N, K] ready to multiply; make it with `linear(...)`."""
 
     def __init__(self, weight: Array, scale: Array | None, tier: str) -> None:
-        _check_matrix("weight", weight, scale)
+        check_matrix("weight", weight, scale)
         self._matrix: kernels_numpy.Matrix = (weight, scale)  # keeps the memory alive
-        self._native = _kernels.Linear(tier, _parts(weight, scale)) if _kernels and tier != "numpy" else None
+        self.native_parts = _parts(weight, scale)
+        self._native = _kernels.Linear(tier, self.native_parts) if _kernels and tier != "numpy" else None
         self.tier = tier
         self.shape: tuple[int, int] = weight.shape
         self.weight_bytes: int = weight.nbytes + (0 if scale is None else scale.nbytes)
@@ -67,9 +78,9 @@ class Linear:
         x is rounded to BF16 (nearest even); sums are float32. The GIL is released; concurrent calls are fine.
         A NaN code in a row of the weight makes its results NaN. Raises ValueError for a wrong argument.
         """
-        tokens = _check_input("x", x, np.float32, self.shape[1])
-        out = _output(out, x, (tokens, self.shape[0]))
-        threads = _check_threads(threads)
+        tokens = check_input("x", x, np.float32, self.shape[1])
+        out = output(out, x, (tokens, self.shape[0]))
+        threads = check_threads(threads)
         if self._native is None:
             out[...] = kernels_numpy.linear(x, self._matrix)
         elif tokens:
@@ -92,7 +103,7 @@ class MoeLayer:
 
     def __init__(self, gate: Sequence[kernels_numpy.Matrix | None], up: Sequence[kernels_numpy.Matrix | None],
                  down: Sequence[kernels_numpy.Matrix | None], tier: str) -> None:  # fmt: skip
-        h, i = _check_experts(gate, up, down)
+        h, i = check_experts(gate, up, down)
         self._gate, self._up, self._down = gate, up, down  # keeps the memory alive
         self._present = np.array([g is not None for g in gate])
         self._width = h
@@ -123,10 +134,10 @@ class MoeLayer:
         out = sum over slots, in slot order, of weight * down(bf16(silu(gate x) * up x)); a negative id skips
         its slot. The GIL is released. Raises ValueError for a wrong argument or the id of an absent expert.
         """
-        tokens = _check_input("x", x, np.float32, self._width)
-        slots = _check_routing(expert_ids, expert_weights, tokens, self._present)
-        out = _output(out, x, (tokens, self._width))
-        threads = _check_threads(threads)
+        tokens = check_input("x", x, np.float32, self._width)
+        slots = check_routing(expert_ids, expert_weights, tokens, self._present)
+        out = output(out, x, (tokens, self._width))
+        threads = check_threads(threads)
         if self._native is None:
             out[...] = kernels_numpy.moe(x, expert_ids, expert_weights, self._gate, self._up, self._down)
         elif tokens:
@@ -163,6 +174,142 @@ def moe_layer(
     return MoeLayer(*sides, tier=_choose_tier(tier))
 
 
+def rms_norm(x: Array, weight: Array, eps: float) -> NDArray[np.float32]:
+    """x float32 [T, H] / sqrt(mean(x^2) + eps) * weight [H]. Raises ValueError for a wrong argument."""
+    tokens = check_input("x", x, np.float32, None)
+    check_float32("weight", weight, x.shape[1:])
+    if not _use_compiled():
+        return kernels_numpy.rms_norm(x, weight, eps)
+    out = np.empty_like(x)
+    _kernels.rms_norm(_address(x), _address(weight), eps, tokens, x.shape[1], _address(out))
+    return out
+
+
+def norm_rope(x: Array, weight: Array, eps: float, cosines: Array, sines: Array) -> NDArray[np.float32]:
+    """RMS norm of each head of x float32 [T, N, D] by weight [D], then rotation by cosines and sines [T, D/2].
+
+    Halves of a head are rotated against each other (Llama's layout). Raises ValueError for a wrong argument.
+    """
+    tokens, heads, size = x.shape if isinstance(x, np.ndarray) and x.ndim == 3 else (0, 0, 0)
+    check_float32("x", x, (tokens, heads, size // 2 * 2))
+    check_float32("weight", weight, (size,))
+    check_float32("cosines", cosines, (tokens, size // 2))
+    check_float32("sines", sines, (tokens, size // 2))
+    if not _use_compiled():
+        return kernels_numpy.norm_rope(x, weight, eps, cosines, sines)
+    out = np.empty_like(x)
+    _kernels.norm_rope(_address(x), _address(weight), eps, _address(cosines), _address(sines), tokens, heads, size,
+                       _address(out))  # fmt: skip
+    return out
+
+
+def route(logits: Array, top_k: int, normalise: bool) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The `top_k` largest of softmax(logits float32 [T, E]): ids int32 and weights float32, [T, top_k], descending.
+
+    The lower id comes first among equals; `normalise` makes the weights of a token sum to 1.
+    """
+    tokens = check_input("logits", logits, np.float32, None)
+    if not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(f"top_k: expected 1 to {logits.shape[1]}, got {top_k}")
+    if not _use_compiled():
+        return kernels_numpy.route(logits, top_k, normalise)
+    ids, weights = np.empty((tokens, top_k), np.int32), np.empty((tokens, top_k), np.float32)
+    _kernels.route(_address(logits), tokens, logits.shape[1], top_k, normalise, _address(ids), _address(weights))
+    return ids, weights
+
+
+def attend_one(q: Array, keys: Array, values: Array, cached: slice | Array, *, threads: int) -> NDArray[np.float32]:
+    """One query's attention: q float32 [N, D] over the slots `cached` (a slice or int64 array) of keys and values.
+
+    keys and values are BF16 bits (uint16) [slots, G, D]; N / G query heads share a key/value head.
+    """
+    check_float32("q", q, (q.shape[0], keys.shape[2]))
+    count = check_cached(keys, values, cached, q.shape[0])
+    if not _use_compiled() or q.shape[1] % 8:
+        return kernels_numpy.attend_one(q, keys[cached], values[cached])
+    out = np.empty_like(q)
+    slots, first = (0, cached.start) if isinstance(cached, slice) else (_address(cached), 0)
+    _kernels.attend_one(_address(q), _address(keys), _address(values), slots, first, count, *q.shape[:1],
+                        *keys.shape[1:], _address(out), check_threads(threads))  # fmt: skip
+    return out
+
+
+class AttentionStep:
+    """A whole attention layer for tokens that decode, in one compiled call; see `attention_step`."""
+
+    def __init__(self, q: Linear, k: Linear, v: Linear, o: Linear, norms: Sequence[Array], eps: float) -> None:
+        self._keep = (q, k, v, o, *norms)
+        self._hidden, self._head_dim = q.shape[1], norms[1].shape[0]
+        self._groups = k.shape[0] // self._head_dim
+        check_float32("input norm", norms[0], (self._hidden,))
+        check_float32("k norm", norms[2], (self._head_dim,))
+        if k.shape != v.shape or o.shape != q.shape[::-1] or self._head_dim % 8:
+            raise ValueError(f"q, k, v, o: {q.shape}, {k.shape}, {v.shape}, {o.shape} do not fit together")
+        matrices = tuple(linear.native_parts for linear in (q, k, v, o))
+        addresses = tuple(_address(norm) for norm in norms)
+        heads = q.shape[0] // self._head_dim
+        self._native = _kernels.AttentionStep(q.tier, matrices, addresses, eps, heads, self._groups, self._head_dim)
+
+    def __call__(
+        self,
+        x: Array,
+        cosines: Array,
+        sines: Array,
+        keys: Array,
+        values: Array,
+        slots: Array,
+        runs: DecodeRuns,
+        *,
+        threads: int,
+    ) -> NDArray[np.float32]:
+        """x float32 [T, H] -> x + attention(x), [T, H]; writes keys and values, BF16 [slots, G, D], at `slots` [T].
+
+        `runs` says what each token sees, itself included; cosines and sines are float32 [T, D/2].
+        """
+        tokens = check_input("x", x, np.float32, self._hidden)
+        check_float32("cosines", cosines, (tokens, self._head_dim // 2))
+        check_float32("sines", sines, (tokens, self._head_dim // 2))
+        for name, array in (("keys", keys), ("values", values)):
+            if array.dtype != np.uint16 or array.shape[1:] != (self._groups, self._head_dim):
+                raise ValueError(f"{name}: expected uint16 [slots, {self._groups}, {self._head_dim}]")
+        if slots.shape != (tokens,) or runs.count.shape != (tokens,) or runs.last_slot >= len(keys):
+            raise ValueError(f"slots, runs: expected {tokens} tokens and slots below {len(keys)}")
+        out = np.empty_like(x)
+        self._native.run(
+            _address(x), _address(cosines), _address(sines), tokens, _address(keys), _address(values), _address(slots),
+            _address(runs.tables), _address(runs.first), _address(runs.count), _address(out), check_threads(threads),
+        )  # fmt: skip
+        return out
+
+
+class DecodeRuns:
+    """The cached slots that each decoding token sees: runs where slots are neighbours, tables elsewhere."""
+
+    def __init__(self, cached: Sequence[slice | Array], slots: Array) -> None:
+        is_run = [isinstance(c, slice) for c in cached]
+        self._keep = cached
+        self.tables = np.array([0 if isinstance(c, slice) else _address(c) for c in cached], np.int64)
+        self.first = np.array([c.start if isinstance(c, slice) else 0 for c in cached], np.int64)
+        self.count = np.array([c.stop - c.start if isinstance(c, slice) else c.size for c in cached], np.int64)
+        lowest = min(int(slots.min()), *(c.start if r else int(c.min()) for c, r in zip(cached, is_run, strict=True)))
+        highest = [c.stop - 1 if r else int(c.max()) for c, r in zip(cached, is_run, strict=True)]
+        self.last_slot = max(int(slots.max()), *highest)
+        if lowest < 0 or slots.dtype != np.int64 or self.count.min() < 1:
+            raise ValueError("cached: expected non-empty int64 slots >= 0")
+
+
+def attention_step(
+    q: Linear, k: Linear, v: Linear, o: Linear, norms: Sequence[Array], eps: float
+) -> AttentionStep | None:
+    """Join the linear layers and norms (input [H], q [D], k [D]) of an attention layer; None without the kernels.
+
+    Then the caller composes the layer of `rms_norm`, `Linear`, `norm_rope` and `attend_one`, its twin.
+    """
+    if _kernels is None or q.tier == "numpy" or norms[1].shape[0] % 8:
+        return None
+    return AttentionStep(q, k, v, o, norms, eps)
+
+
 def read_bandwidth_bytes(buffer: NDArray[np.uint8], threads: int) -> int:
     """Read each byte of a C-contiguous uint8 array once, with plain vector loads; timed: the read ceiling.
 
@@ -170,7 +317,7 @@ def read_bandwidth_bytes(buffer: NDArray[np.uint8], threads: int) -> int:
     """
     if not isinstance(buffer, np.ndarray) or buffer.dtype != np.uint8 or not buffer.flags.c_contiguous:
         raise ValueError("buffer: expected a C-contiguous uint8 array")
-    threads = _check_threads(threads)
+    threads = check_threads(threads)
     flat = buffer.reshape(-1)
     words = flat.size // 8
     tail = int.from_bytes(flat[8 * words :].tobytes(), "little")
@@ -191,6 +338,10 @@ def _usable_tier(name: str, source: str) -> str:
     return name
 
 
+def _use_compiled() -> bool:
+    return _kernels is not None and tier() != "numpy"
+
+
 def _choose_tier(name: str | None) -> str:
     return tier() if name is None else _usable_tier(name, "tier")
 
@@ -201,97 +352,3 @@ def _address(array: Array) -> int:
 
 def _parts(weight: Array, scale: Array | None) -> tuple[int, int, int, int]:
     return _address(weight), 0 if scale is None else _address(scale), weight.shape[0], weight.shape[1]
-
-
-def _check_matrix(name: str, weight: Any, scale: Any) -> None:
-    if not isinstance(weight, np.ndarray) or weight.ndim != 2 or weight.dtype not in WEIGHT_DTYPES:
-        raise ValueError(
-            f"{name}: expected a 2-D array of uint8 (FP8 codes) or uint16 (BF16 bits), got {_kind(weight)}"
-        )
-    if not weight.flags.c_contiguous or not all(weight.shape):
-        raise ValueError(f"{name}: expected C-contiguous, non-empty rows, got {_kind(weight)}")
-    if weight.dtype == np.uint16:
-        if scale is not None:
-            raise ValueError(f"{name}: BF16 weights take no scale")
-        return
-    grid = tuple(-(-size // BLOCK) for size in weight.shape)
-    if not isinstance(scale, np.ndarray) or scale.dtype != np.float32 or not scale.flags.c_contiguous:
-        raise ValueError(f"{name} scale: expected C-contiguous float32 {list(grid)}, got {_kind(scale)}")
-    if scale.shape != grid:
-        raise ValueError(f"{name} scale: expected shape {list(grid)} for a weight {list(weight.shape)}, "
-                         f"got {list(scale.shape)}")  # fmt: skip
-
-
-def _check_experts(
-    gate: Sequence[kernels_numpy.Matrix | None],
-    up: Sequence[kernels_numpy.Matrix | None],
-    down: Sequence[kernels_numpy.Matrix | None],
-) -> tuple[int, int]:
-    """Checks that the experts fit together; returns (H, I)."""
-    if not gate or not len(gate) == len(up) == len(down):
-        raise ValueError(
-            f"gate, up, down: expected equally many experts, got {len(gate)}, {len(up)}, {len(down)}"
-        )
-    first: Array | None = None
-    for e, expert in enumerate(zip(gate, up, down, strict=True)):
-        if all(matrix is None for matrix in expert):
-            continue
-        for side, matrix in zip(("gate", "up", "down"), expert, strict=True):
-            name = f"{side}[{e}]"
-            if matrix is None:
-                raise ValueError(f"{name}: missing, but expert {e} has other weights")
-            _check_matrix(name, *matrix)
-            first = matrix[0] if first is None else first
-            shape = first.shape[::-1] if side == "down" else first.shape
-            if matrix[0].shape != shape or matrix[0].dtype != first.dtype:
-                raise ValueError(f"{name}: expected {first.dtype} {list(shape)}, got {_kind(matrix[0])}")
-    if first is None:
-        raise ValueError("gate: no expert is present")
-    return first.shape[1], first.shape[0]
-
-
-def _check_input(name: str, array: Any, dtype: type, columns: int | None) -> int:
-    good = isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype == dtype
-    if not good or (columns is not None and array.shape[1] != columns):
-        width = "" if columns is None else f" with {columns} columns"
-        raise ValueError(f"{name}: expected a 2-D {np.dtype(dtype)} array{width}, got {_kind(array)}")
-    if not array.flags.c_contiguous or not array.flags.aligned:
-        raise ValueError(f"{name}: expected an aligned C-contiguous array")
-    return array.shape[0]
-
-
-def _check_routing(ids: Any, weights: Any, tokens: int, present: NDArray[np.bool_]) -> int:
-    for name, array, dtype in (("expert_ids", ids, np.int32), ("expert_weights", weights, np.float32)):
-        if _check_input(name, array, dtype, None) != tokens or array.shape != ids.shape or not array.shape[1]:
-            raise ValueError(
-                f"{name}: expected shape [{tokens}, k], k >= 1, the same for both, got {_kind(array)}"
-            )
-    if ids.size and ids.max() >= len(present):
-        raise ValueError(f"expert_ids: {ids.max()} is out of range for {len(present)} experts")
-    # Indexing by -1 would wrap around: a skipped slot counts as present.
-    absent = (ids >= 0) & ~present[np.maximum(ids, 0)]
-    if absent.any():
-        raise ValueError(f"expert_ids: expert {ids[absent][0]} is not present")
-    return ids.shape[1]
-
-
-def _output(out: Any, x: Array, shape: tuple[int, int]) -> NDArray[np.float32]:
-    if out is None:
-        return np.empty(shape, np.float32)
-    if _check_input("out", out, np.float32, shape[1]) != shape[0]:
-        raise ValueError(f"out: expected shape {list(shape)}, got {list(out.shape)}")
-    if not out.flags.writeable:
-        raise ValueError("out: expected a writeable array")
-    if np.may_share_memory(out, x):
-        raise ValueError("out: must not share memory with x")
-    return out
-
-
-def _check_threads(threads: Any) -> int:
-    if not isinstance(threads, int | np.integer) or not 1 <= threads <= MAX_THREADS:
-        raise ValueError(f"threads: expected an integer from 1 to {MAX_THREADS}, got {threads!r}")
-    return int(threads)
-
-
-def _kind(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__

@@ -96,6 +96,48 @@ def moe(
     return out_TH
 
 
+def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], eps: float) -> NDArray[np.float32]:
+    """x [..., H] / sqrt(mean(x^2) + eps) * weight."""
+    scale = 1 / np.sqrt(np.square(x).mean(-1, keepdims=True, dtype=np.float32) + np.float32(eps))
+    return x * scale * weight
+
+
+def norm_rope(
+    x: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    eps: float,
+    cosines: NDArray[np.float32],
+    sines: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """RMS norm of each head of x [T, N, D], then rotation of (first half, second half) by angles [T, D/2]."""
+    a, b = np.split(rms_norm(x, weight, eps), 2, axis=-1)
+    c, s = cosines[:, None], sines[:, None]
+    return np.concatenate((a * c - b * s, b * c + a * s), axis=-1)
+
+
+def route(
+    logits: NDArray[np.float32], top_k: int, normalise: bool
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The top_k largest of softmax(logits [T, E]), descending, the lower id first among equals."""
+    exp = np.exp(logits - logits.max(-1, keepdims=True))
+    ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
+    weights = np.take_along_axis(exp / exp.sum(-1, keepdims=True), ids, axis=-1)
+    if normalise:
+        weights = weights / weights.sum(-1, keepdims=True)
+    return ids.astype(np.int32), weights
+
+
+def attend_one(
+    q: NDArray[np.float32], keys: NDArray[np.uint16], values: NDArray[np.uint16]
+) -> NDArray[np.float32]:
+    """q [N, D] over the cached BF16 keys and values [C, G, D], N / G query heads to each of the G."""
+    heads, size = q.shape
+    k_GDC, v_GCD = bf16_to_float32(keys).transpose(1, 2, 0), bf16_to_float32(values).transpose(1, 0, 2)
+    scores = q.reshape(keys.shape[1], -1, size) @ k_GDC / np.float32(np.sqrt(size))
+    exp = np.exp(scores - scores.max(-1, keepdims=True))
+    return (exp / exp.sum(-1, keepdims=True) @ v_GCD).reshape(heads, size).astype(np.float32)
+
+
 def read_words(words: NDArray[np.uint64]) -> int:
     """Sum (mod 2^64) of 64-bit words."""
     return int(words.sum(dtype=np.uint64))

@@ -26,9 +26,9 @@ class KVCache:
         for storage, entry in zip(self._layers[layer], entries, strict=True):
             storage.index_copy_(0, slots_T, entry.to(storage.dtype))
 
-    def read(self, layer: int, cached: slice | torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The entries at the slots of a `Context`; a view where the slots are neighbours."""
-        return tuple(storage[cached] for storage in self._layers[layer])
+    def entries(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """This layer's storage, one tensor [slots, *shape] per entry; index it with `Context.cached`."""
+        return self._layers[layer]
 
     def randomise(self, seed: int) -> None:
         """Fill with standard normal values."""

@@ -36,15 +36,18 @@ class Attention:
         work: list[Callable[[], None]] = []
         size = 0
         for context in batch.contexts:
-            k_CGD, v_CGD = cache.read(layer, context.cached)
-            k_GDC = self._numerics.up(k_CGD).permute(1, 2, 0)
-            v_GCD = self._numerics.up(v_CGD).transpose(0, 1)
+            keys, values = cache.entries(layer)
+            if context.last - context.first == 1:
+                one = self._numerics.attend_one(q_TND[context.first], keys, values, context.cached)
+                out_TND[context.first] = one
+                continue
+            k_GDC = self._numerics.up(keys[context.cached]).permute(1, 2, 0)
+            v_GCD = self._numerics.up(values[context.cached]).transpose(0, 1)
             for first in range(context.first, context.last, QUERY_BLOCK):
                 rows = slice(first, min(first + QUERY_BLOCK, context.last))
                 seen = context.start + rows.stop - context.first
-                keys, values = k_GDC[:, :, :seen], v_GCD[:, :seen]
                 size += (rows.stop - first) * seen * q_TND.shape[1] * q_TND.shape[2]
-                work.append(lambda r=rows, k=keys, v=values: self._block(q_TND[r], k, v, out_TND[r]))
+                work.append(lambda r=rows, k=k_GDC[:, :, :seen], v=v_GCD[:, :seen]: self._block(q_TND[r], k, v, out_TND[r]))
         if self._threads > 1 and len(work) > 1 and size > PARALLEL_FROM:
             # The last blocks of a prompt see the most keys: longest first.
             list(self._pool.map(lambda piece: piece(), reversed(work)))
@@ -62,9 +65,7 @@ class Attention:
             q_GRD = self._numerics.up(q_TND).view(num_queries, groups, -1, head_dim).transpose(0, 1)
             q_GRD = q_GRD.reshape(groups, -1, head_dim) * head_dim**-0.5
             scores = torch.bmm(q_GRD, k_GDC)
-            if num_queries > 1:
-                first = seen - num_queries
-                hidden = torch.ones(num_queries, seen, dtype=torch.bool).triu_(first + 1)
-                scores.view(groups, num_queries, -1, seen).masked_fill_(hidden[None, :, None], float("-inf"))
+            hidden = torch.ones(num_queries, seen, dtype=torch.bool).triu_(seen - num_queries + 1)
+            scores.view(groups, num_queries, -1, seen).masked_fill_(hidden[None, :, None], float("-inf"))
             out = torch.bmm(scores.softmax(-1), v_GCD)
             out_TND.copy_(out.view(groups, num_queries, -1, head_dim).transpose(0, 1).reshape(out_TND.shape))

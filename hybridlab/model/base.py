@@ -6,10 +6,12 @@ Shape suffixes: T tokens of a microbatch, H hidden, K experts per token, V vocab
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 
+from hybridlab.kernels import DecodeRuns
 from hybridlab.spec import ModelSpec
 
 
@@ -27,7 +29,7 @@ class Context:
     cached: slice | torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MicroBatch:
     """Tokens that go through a layer together: `token_ids`, `positions`, `slots` are int64 [T]."""
 
@@ -35,6 +37,14 @@ class MicroBatch:
     positions: torch.Tensor
     slots: torch.Tensor
     contexts: tuple[Context, ...]
+
+    @cached_property
+    def decode_runs(self) -> DecodeRuns | None:
+        """What each token sees, if every one is a decoding request of its own; else None."""
+        if len(self.contexts) != len(self.token_ids):
+            return None
+        cached = [c.cached if isinstance(c.cached, slice) else c.cached.numpy() for c in self.contexts]
+        return DecodeRuns(cached, self.slots.numpy())
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +61,7 @@ class KVStore(Protocol):
 
     def write(self, layer: int, slots_T: torch.Tensor, *entries: torch.Tensor) -> None: ...
 
-    def read(self, layer: int, cached: slice | torch.Tensor) -> tuple[torch.Tensor, ...]: ...
+    def entries(self, layer: int) -> tuple[torch.Tensor, ...]: ...
 
 
 class Model(Protocol):

@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from hybridlab import kernels
 from hybridlab.checkpoint.reader import LinearWeights
 from hybridlab.kernels_numpy import dequantize
+from hybridlab.model.base import MicroBatch
 
 LinearFn = Callable[[torch.Tensor], torch.Tensor]
 ExpertsFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+StepFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, MicroBatch], torch.Tensor]
 
 
 WIDE_CACHE_BYTES = 2**28
@@ -33,6 +36,15 @@ class Numerics(Protocol):
         """x [T, K] -> [T, N]."""
         ...
 
+    def attention_step(
+        self, projections: Sequence[LinearWeights], norms: Sequence[torch.Tensor], eps: float
+    ) -> StepFn | None:
+        """A whole attention layer for decoding tokens from its q, k, v, o and input, q, k norms, if there is one.
+
+        (x [T, H], cos, sin, keys, values, batch) -> [T, H], residual added; `batch.decode_runs` is not None.
+        """
+        ...
+
     def experts(
         self, gate: Sequence[LinearWeights], up: Sequence[LinearWeights], down: Sequence[LinearWeights]
     ) -> ExpertsFn:
@@ -40,7 +52,27 @@ class Numerics(Protocol):
         ...
 
     def up(self, x: torch.Tensor) -> torch.Tensor:
-        """Into the type that elementwise maths and attention use."""
+        """Into the type that attention of many queries uses."""
+        ...
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / rms(x) * weight."""
+        ...
+
+    def norm_rope(
+        self, x_TND: torch.Tensor, weight_D: torch.Tensor, eps: float, cos_TF: torch.Tensor, sin_TF: torch.Tensor
+    ) -> torch.Tensor:
+        """RMS norm of each head, then rotation of (first half, second half) pairs, F = D / 2."""
+        ...
+
+    def route(self, logits_TE: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids int32 and weights of the `top_k` largest of softmax(logits), [T, top_k]."""
+        ...
+
+    def attend_one(
+        self, q_ND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cached: slice | torch.Tensor
+    ) -> torch.Tensor:
+        """One query over the slots `cached` of keys and values [slots, G, D] -> [N, D]."""
         ...
 
 
@@ -87,8 +119,35 @@ class Exact:
 
         return apply
 
+    def attention_step(
+        self, projections: Sequence[LinearWeights], norms: Sequence[torch.Tensor], eps: float
+    ) -> StepFn | None:
+        return None
+
     def up(self, x: torch.Tensor) -> torch.Tensor:
         return x.double()
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x_TH.double()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight_H).float()
+
+    def norm_rope(
+        self, x_TND: torch.Tensor, weight_D: torch.Tensor, eps: float, cos_TF: torch.Tensor, sin_TF: torch.Tensor
+    ) -> torch.Tensor:
+        a, b = self.rms_norm(x_TND, weight_D, eps).double().chunk(2, dim=-1)
+        c, s = cos_TF.unsqueeze(1), sin_TF.unsqueeze(1)
+        return torch.cat((a * c - b * s, b * c + a * s), dim=-1).float()
+
+    def route(self, logits_TE: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = logits_TE.double().softmax(-1).float().topk(top_k, dim=-1)
+        return ids.int(), weights / weights.sum(-1, keepdim=True) if normalise else weights
+
+    def attend_one(
+        self, q_ND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cached: slice | torch.Tensor
+    ) -> torch.Tensor:
+        k_GDC, v_GCD = keys[cached].double().permute(1, 2, 0), values[cached].double().transpose(0, 1)
+        q_GRD = q_ND.double().view(k_GDC.shape[0], -1, q_ND.shape[1]) * q_ND.shape[1] ** -0.5
+        return ((q_GRD @ k_GDC).softmax(-1) @ v_GCD).view(q_ND.shape).float()
 
 
 class Bf16:
@@ -123,8 +182,51 @@ class Bf16:
 
         return apply
 
+    def attention_step(
+        self, projections: Sequence[LinearWeights], norms: Sequence[torch.Tensor], eps: float
+    ) -> StepFn | None:
+        q, k, v, o = (kernels.linear(w.weight, w.scale) for w in projections)
+        step = kernels.attention_step(q, k, v, o, [norm.numpy() for norm in norms], eps)
+        if step is None:
+            return None
+
+        def apply(
+            x_TH: torch.Tensor,
+            cos_TF: torch.Tensor,
+            sin_TF: torch.Tensor,
+            keys: torch.Tensor,
+            values: torch.Tensor,
+            batch: MicroBatch,
+        ) -> torch.Tensor:
+            runs = batch.decode_runs
+            assert runs is not None
+            arrays = (x_TH.numpy(), cos_TF.numpy(), sin_TF.numpy(), _bits(keys), _bits(values), batch.slots.numpy())
+            return torch.from_numpy(step(*arrays, runs, threads=self.threads))
+
+        return apply
+
     def up(self, x: torch.Tensor) -> torch.Tensor:
         return x.float()
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+        return torch.from_numpy(kernels.rms_norm(x_TH.numpy(), weight_H.numpy(), eps))
+
+    def norm_rope(
+        self, x_TND: torch.Tensor, weight_D: torch.Tensor, eps: float, cos_TF: torch.Tensor, sin_TF: torch.Tensor
+    ) -> torch.Tensor:
+        arrays = (x_TND.numpy(), weight_D.numpy(), eps, cos_TF.numpy(), sin_TF.numpy())
+        return torch.from_numpy(kernels.norm_rope(*arrays))
+
+    def route(self, logits_TE: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, weights = kernels.route(logits_TE.numpy(), top_k, normalise)
+        return torch.from_numpy(ids), torch.from_numpy(weights)
+
+    def attend_one(
+        self, q_ND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cached: slice | torch.Tensor
+    ) -> torch.Tensor:
+        slots = cached if isinstance(cached, slice) else cached.numpy()
+        out = kernels.attend_one(q_ND.numpy(), _bits(keys), _bits(values), slots, threads=self.threads)
+        return torch.from_numpy(out)
 
 
 def make_numerics(precision: str, threads: int) -> Numerics:
@@ -136,8 +238,6 @@ def make_numerics(precision: str, threads: int) -> Numerics:
     raise ValueError(f"precision {precision!r} is unknown, expected 'exact' or 'bf16'")
 
 
-def rms_norm(numerics: Numerics, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) * weight over the last axis, float32 in and out."""
-    wide = numerics.up(x)
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * weight).float()
+def _bits(bf16: torch.Tensor) -> np.ndarray:
+    """BF16 storage as the uint16 view that NumPy can hold."""
+    return bf16.view(torch.uint16).numpy()

@@ -12,8 +12,8 @@ from hybridlab.checkpoint.reader import Checkpoint
 from hybridlab.kernels_numpy import bf16_to_float32
 from hybridlab.model.attention import Attention
 from hybridlab.model.base import KVStore, MicroBatch, Routed
-from hybridlab.model.numerics import ExpertsFn, LinearFn, Numerics, rms_norm
-from hybridlab.model.rope import Rope, rotate
+from hybridlab.model.numerics import ExpertsFn, LinearFn, Numerics, StepFn
+from hybridlab.model.rope import Rope
 
 
 class Qwen3Moe:
@@ -38,32 +38,32 @@ class Qwen3Moe:
 
     def attention(self, layer: int, x_TH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         spec, weights = self.spec, self._layers[layer]
-        normed = rms_norm(self._numerics, x_TH, weights.input_norm, spec.rms_norm_eps)
+        cos, sin = self._rope.tables(batch.positions)
+        if weights.step is not None and batch.decode_runs is not None:
+            keys, values = self.cache.entries(layer)
+            return weights.step(x_TH, cos, sin, keys, values, batch)
+        normed = self._numerics.rms_norm(x_TH, weights.input_norm, spec.rms_norm_eps)
         tokens = len(normed)
         q = weights.q_proj(normed).view(tokens, spec.num_heads, spec.head_dim)
         k = weights.k_proj(normed).view(tokens, spec.num_kv_heads, spec.head_dim)
         v = weights.v_proj(normed).view(tokens, spec.num_kv_heads, spec.head_dim)
-        cos, sin = self._rope.tables(batch.positions)
-        q = self._rotated(q, weights.q_norm, cos, sin)
-        k = self._rotated(k, weights.k_norm, cos, sin)
+        q = self._numerics.norm_rope(q, weights.q_norm, spec.rms_norm_eps, cos, sin)
+        k = self._numerics.norm_rope(k, weights.k_norm, spec.rms_norm_eps, cos, sin)
         self.cache.write(layer, batch.slots, k, v)
         out = self._attention(q, self.cache, layer, batch)
         return x_TH + weights.o_proj(out.view(tokens, -1))
 
     def mlp(self, layer: int, x_TH: torch.Tensor) -> torch.Tensor:
         weights = self._layers[layer]
-        normed = rms_norm(self._numerics, x_TH, weights.mlp_norm, self.spec.rms_norm_eps)
+        normed = self._numerics.rms_norm(x_TH, weights.mlp_norm, self.spec.rms_norm_eps)
         first = torch.zeros(len(normed), 1, dtype=torch.int32)
         return x_TH + weights.experts(normed, first, torch.ones(len(normed), 1))
 
     def router(self, layer: int, x_TH: torch.Tensor) -> Routed:
         weights = self._layers[layer]
-        normed = rms_norm(self._numerics, x_TH, weights.mlp_norm, self.spec.rms_norm_eps)
-        probs = self._numerics.up(weights.gate(normed)).softmax(-1).float()
-        chosen, ids = probs.topk(self.spec.top_k, dim=-1)
-        if self.spec.norm_topk_prob:
-            chosen = chosen / chosen.sum(-1, keepdim=True)
-        return Routed(normed, ids.int(), chosen)
+        normed = self._numerics.rms_norm(x_TH, weights.mlp_norm, self.spec.rms_norm_eps)
+        ids, chosen = self._numerics.route(weights.gate(normed), self.spec.top_k, self.spec.norm_topk_prob)
+        return Routed(normed, ids, chosen)
 
     def experts(self, layer: int, routed: Routed, experts: tuple[int, ...]) -> torch.Tensor:
         ids = routed.expert_ids
@@ -74,13 +74,7 @@ class Qwen3Moe:
         return self._layers[layer].experts(routed.x_TH, ids, routed.weights)
 
     def head(self, x_RH: torch.Tensor) -> torch.Tensor:
-        return self._head(rms_norm(self._numerics, x_RH, self._final_norm, self.spec.rms_norm_eps))
-
-    def _rotated(
-        self, x_TND: torch.Tensor, norm: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        normed = rms_norm(self._numerics, x_TND, norm, self.spec.rms_norm_eps)
-        return rotate(self._numerics.up(normed), cos, sin).float()
+        return self._head(self._numerics.rms_norm(x_RH, self._final_norm, self.spec.rms_norm_eps))
 
 
 class _Layer:
@@ -95,9 +89,15 @@ class _Layer:
         self.mlp_norm = _vector(checkpoint, f"{prefix}.post_attention_layernorm.weight")
         self.q_norm = _vector(checkpoint, f"{prefix}.self_attn.q_norm.weight")
         self.k_norm = _vector(checkpoint, f"{prefix}.self_attn.k_norm.weight")
+        projections = [f"{prefix}.self_attn.{name}_proj" for name in "qkvo"]
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            _projection(checkpoint, numerics, f"{prefix}.self_attn.{name}_proj") for name in "qkvo"
+            _projection(checkpoint, numerics, name) for name in projections
         )
+        self.step: StepFn | None = None  # the same layer in one call, where there are no biases
+        if not spec.attention_bias:
+            norms = (self.input_norm, self.q_norm, self.k_norm)
+            weights = [checkpoint.linear(name) for name in projections]
+            self.step = numerics.attention_step(weights, norms, spec.rms_norm_eps)
         if index in spec.dense_layers:
             groups = [[checkpoint.linear(f"{prefix}.mlp.{name}_proj")] for name in ("gate", "up", "down")]
         else:

@@ -15,22 +15,21 @@ class Rope:
     def __init__(self, spec: RopeSpec, head_dim: int) -> None:
         self._inv_freq, self._factor = _frequencies(spec, head_dim)
         self._cos = self._sin = torch.empty(0, head_dim // 2)
+        self._last = (self._cos, self._sin)
+        self._last_positions: torch.Tensor | None = None
 
     def tables(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each [T, 1, head_dim / 2], to be applied over heads."""
-        needed = int(positions_T.max()) + 1
-        if needed > len(self._cos):
-            # Angles in float32, as the reference implementation has them.
-            size = max(needed, 2 * len(self._cos), 1024)
-            angles = torch.arange(size, dtype=torch.float32)[:, None] * self._inv_freq
-            self._cos, self._sin = angles.cos() * self._factor, angles.sin() * self._factor
-        return self._cos[positions_T].unsqueeze(1), self._sin[positions_T].unsqueeze(1)
-
-
-def rotate(x_TND: torch.Tensor, cos_T1F: torch.Tensor, sin_T1F: torch.Tensor) -> torch.Tensor:
-    """Rotate (first half, second half) pairs of the last axis."""
-    a, b = x_TND.chunk(2, dim=-1)
-    return torch.cat((a * cos_T1F - b * sin_T1F, b * cos_T1F + a * sin_T1F), dim=-1)
+        """(cos, sin), each [T, head_dim / 2]. The last result is kept: all layers of a step ask alike."""
+        if positions_T is not self._last_positions:
+            needed = int(positions_T.max()) + 1
+            if needed > len(self._cos):
+                # Angles in float32, as the reference implementation has them.
+                size = max(needed, 2 * len(self._cos), 1024)
+                angles = torch.arange(size, dtype=torch.float32)[:, None] * self._inv_freq
+                self._cos, self._sin = angles.cos() * self._factor, angles.sin() * self._factor
+            self._last_positions = positions_T
+            self._last = self._cos[positions_T], self._sin[positions_T]
+        return self._last
 
 
 def _frequencies(spec: RopeSpec, dim: int) -> tuple[torch.Tensor, float]:
