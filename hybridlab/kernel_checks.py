@@ -1,4 +1,4 @@
-"""What the kernels accept: each check raises ValueError naming the argument, since C code must never see a wrong one."""
+"""What the kernels accept: each check raises ValueError naming the argument: C code must never see a wrong one."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ def check_experts(
 ) -> tuple[int, int]:
     """Checks that the experts fit together; returns (H, I)."""
     if not gate or not len(gate) == len(up) == len(down):
-        raise ValueError(
-            f"gate, up, down: expected equally many experts, got {len(gate)}, {len(up)}, {len(down)}"
-        )
+        raise ValueError(f"gate, up, down: expected equally many experts, got {len(gate)}, {len(up)}, {len(down)}")
     first: Array | None = None
     for e, expert in enumerate(zip(gate, up, down, strict=True)):
         if all(matrix is None for matrix in expert):
@@ -77,9 +75,7 @@ def check_input(name: str, array: Any, dtype: type, columns: int | None) -> int:
 def check_routing(ids: Any, weights: Any, tokens: int, present: NDArray[np.bool_]) -> int:
     for name, array, dtype in (("expert_ids", ids, np.int32), ("expert_weights", weights, np.float32)):
         if check_input(name, array, dtype, None) != tokens or array.shape != ids.shape or not array.shape[1]:
-            raise ValueError(
-                f"{name}: expected shape [{tokens}, k], k >= 1, the same for both, got {kind_of(array)}"
-            )
+            raise ValueError(f"{name}: expected shape [{tokens}, k], k >= 1, the same for both, got {kind_of(array)}")
     if ids.size and ids.max() >= len(present):
         raise ValueError(f"expert_ids: {ids.max()} is out of range for {len(present)} experts")
     # Indexing by -1 would wrap around: a skipped slot counts as present.

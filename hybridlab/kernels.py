@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,26 +19,24 @@ from hybridlab import kernels_numpy
 from hybridlab.errors import KernelError
 from hybridlab.kernel_checks import (
     Array,
-    check_cached,
     check_experts,
     check_float32,
     check_input,
     check_matrix,
     check_routing,
     check_threads,
-    kind_of,
     output,
 )
 
 try:
-    from hybridlab import _kernels
+    from hybridlab import _kernels as native
 except ImportError:  # not built for this platform
-    _kernels = None
+    native = None
 
 TIERS = ("avx512_vbmi_bf16", "avx2", "numpy")
 
 
-_SUPPORTED = (*(_kernels.supported() if _kernels else ()), "numpy")
+_SUPPORTED = (*(native.supported() if native else ()), "numpy")
 
 
 def supported_tiers() -> tuple[str, ...]:
@@ -57,7 +54,7 @@ def tier() -> str:
 
 def native_seconds() -> float:
     """Seconds spent inside compiled calls by this process's threads so far; 0.0 without the extension."""
-    return _kernels.native_seconds() if _kernels else 0.0
+    return native.native_seconds() if native else 0.0
 
 
 class Linear:
@@ -67,7 +64,7 @@ class Linear:
         check_matrix("weight", weight, scale)
         self._matrix: kernels_numpy.Matrix = (weight, scale)  # keeps the memory alive
         self.native_parts = _parts(weight, scale)
-        self._native = _kernels.Linear(tier, self.native_parts) if _kernels and tier != "numpy" else None
+        self._native = native.Linear(tier, self.native_parts) if native and tier != "numpy" else None
         self.tier = tier
         self.shape: tuple[int, int] = weight.shape
         self.weight_bytes: int = weight.nbytes + (0 if scale is None else scale.nbytes)
@@ -84,7 +81,7 @@ class Linear:
         if self._native is None:
             out[...] = kernels_numpy.linear(x, self._matrix)
         elif tokens:
-            self._native.run(_address(x), tokens, _address(out), threads)
+            self._native.run(address(x), tokens, address(out), threads)
         return out
 
 
@@ -108,12 +105,12 @@ class MoeLayer:
         self._present = np.array([g is not None for g in gate])
         self._width = h
         self._native = None
-        if _kernels and tier != "numpy":
+        if native and tier != "numpy":
             parts = [
                 None if g is None or u is None or d is None else (_parts(*g), _parts(*u), _parts(*d))
                 for g, u, d in zip(gate, up, down, strict=True)
             ]
-            self._native = _kernels.MoeLayer(tier, parts, h, i)
+            self._native = native.MoeLayer(tier, parts, h, i)
         self.tier = tier
         self.expert_bytes: list[int] = [
             sum(array.nbytes for matrix in expert if matrix for array in matrix if array is not None)
@@ -141,8 +138,8 @@ class MoeLayer:
         if self._native is None:
             out[...] = kernels_numpy.moe(x, expert_ids, expert_weights, self._gate, self._up, self._down)
         elif tokens:
-            self._native.run(_address(x), tokens, slots, _address(expert_ids), _address(expert_weights),
-                             _address(out), threads)  # fmt: skip
+            self._native.run(address(x), tokens, slots, address(expert_ids), address(expert_weights),
+                             address(out), threads)  # fmt: skip
         return out
 
 
@@ -178,28 +175,10 @@ def rms_norm(x: Array, weight: Array, eps: float) -> NDArray[np.float32]:
     """x float32 [T, H] / sqrt(mean(x^2) + eps) * weight [H]. Raises ValueError for a wrong argument."""
     tokens = check_input("x", x, np.float32, None)
     check_float32("weight", weight, x.shape[1:])
-    if not _use_compiled():
+    if not uses_compiled():
         return kernels_numpy.rms_norm(x, weight, eps)
     out = np.empty_like(x)
-    _kernels.rms_norm(_address(x), _address(weight), eps, tokens, x.shape[1], _address(out))
-    return out
-
-
-def norm_rope(x: Array, weight: Array, eps: float, cosines: Array, sines: Array) -> NDArray[np.float32]:
-    """RMS norm of each head of x float32 [T, N, D] by weight [D], then rotation by cosines and sines [T, D/2].
-
-    Halves of a head are rotated against each other (Llama's layout). Raises ValueError for a wrong argument.
-    """
-    tokens, heads, size = x.shape if isinstance(x, np.ndarray) and x.ndim == 3 else (0, 0, 0)
-    check_float32("x", x, (tokens, heads, size // 2 * 2))
-    check_float32("weight", weight, (size,))
-    check_float32("cosines", cosines, (tokens, size // 2))
-    check_float32("sines", sines, (tokens, size // 2))
-    if not _use_compiled():
-        return kernels_numpy.norm_rope(x, weight, eps, cosines, sines)
-    out = np.empty_like(x)
-    _kernels.norm_rope(_address(x), _address(weight), eps, _address(cosines), _address(sines), tokens, heads, size,
-                       _address(out))  # fmt: skip
+    native.rms_norm(address(x), address(weight), eps, tokens, x.shape[1], address(out))
     return out
 
 
@@ -211,103 +190,11 @@ def route(logits: Array, top_k: int, normalise: bool) -> tuple[NDArray[np.int32]
     tokens = check_input("logits", logits, np.float32, None)
     if not 1 <= top_k <= logits.shape[1]:
         raise ValueError(f"top_k: expected 1 to {logits.shape[1]}, got {top_k}")
-    if not _use_compiled():
+    if not uses_compiled():
         return kernels_numpy.route(logits, top_k, normalise)
     ids, weights = np.empty((tokens, top_k), np.int32), np.empty((tokens, top_k), np.float32)
-    _kernels.route(_address(logits), tokens, logits.shape[1], top_k, normalise, _address(ids), _address(weights))
+    native.route(address(logits), tokens, logits.shape[1], top_k, normalise, address(ids), address(weights))
     return ids, weights
-
-
-def attend_one(q: Array, keys: Array, values: Array, cached: slice | Array, *, threads: int) -> NDArray[np.float32]:
-    """One query's attention: q float32 [N, D] over the slots `cached` (a slice or int64 array) of keys and values.
-
-    keys and values are BF16 bits (uint16) [slots, G, D]; N / G query heads share a key/value head.
-    """
-    check_float32("q", q, (q.shape[0], keys.shape[2]))
-    count = check_cached(keys, values, cached, q.shape[0])
-    if not _use_compiled() or q.shape[1] % 8:
-        return kernels_numpy.attend_one(q, keys[cached], values[cached])
-    out = np.empty_like(q)
-    slots, first = (0, cached.start) if isinstance(cached, slice) else (_address(cached), 0)
-    _kernels.attend_one(_address(q), _address(keys), _address(values), slots, first, count, *q.shape[:1],
-                        *keys.shape[1:], _address(out), check_threads(threads))  # fmt: skip
-    return out
-
-
-class AttentionStep:
-    """A whole attention layer for tokens that decode, in one compiled call; see `attention_step`."""
-
-    def __init__(self, q: Linear, k: Linear, v: Linear, o: Linear, norms: Sequence[Array], eps: float) -> None:
-        self._keep = (q, k, v, o, *norms)
-        self._hidden, self._head_dim = q.shape[1], norms[1].shape[0]
-        self._groups = k.shape[0] // self._head_dim
-        check_float32("input norm", norms[0], (self._hidden,))
-        check_float32("k norm", norms[2], (self._head_dim,))
-        if k.shape != v.shape or o.shape != q.shape[::-1] or self._head_dim % 8:
-            raise ValueError(f"q, k, v, o: {q.shape}, {k.shape}, {v.shape}, {o.shape} do not fit together")
-        matrices = tuple(linear.native_parts for linear in (q, k, v, o))
-        addresses = tuple(_address(norm) for norm in norms)
-        heads = q.shape[0] // self._head_dim
-        self._native = _kernels.AttentionStep(q.tier, matrices, addresses, eps, heads, self._groups, self._head_dim)
-
-    def __call__(
-        self,
-        x: Array,
-        cosines: Array,
-        sines: Array,
-        keys: Array,
-        values: Array,
-        slots: Array,
-        runs: DecodeRuns,
-        *,
-        threads: int,
-    ) -> NDArray[np.float32]:
-        """x float32 [T, H] -> x + attention(x), [T, H]; writes keys and values, BF16 [slots, G, D], at `slots` [T].
-
-        `runs` says what each token sees, itself included; cosines and sines are float32 [T, D/2].
-        """
-        tokens = check_input("x", x, np.float32, self._hidden)
-        check_float32("cosines", cosines, (tokens, self._head_dim // 2))
-        check_float32("sines", sines, (tokens, self._head_dim // 2))
-        for name, array in (("keys", keys), ("values", values)):
-            if array.dtype != np.uint16 or array.shape[1:] != (self._groups, self._head_dim):
-                raise ValueError(f"{name}: expected uint16 [slots, {self._groups}, {self._head_dim}]")
-        if slots.shape != (tokens,) or runs.count.shape != (tokens,) or runs.last_slot >= len(keys):
-            raise ValueError(f"slots, runs: expected {tokens} tokens and slots below {len(keys)}")
-        out = np.empty_like(x)
-        self._native.run(
-            _address(x), _address(cosines), _address(sines), tokens, _address(keys), _address(values), _address(slots),
-            _address(runs.tables), _address(runs.first), _address(runs.count), _address(out), check_threads(threads),
-        )  # fmt: skip
-        return out
-
-
-class DecodeRuns:
-    """The cached slots that each decoding token sees: runs where slots are neighbours, tables elsewhere."""
-
-    def __init__(self, cached: Sequence[slice | Array], slots: Array) -> None:
-        is_run = [isinstance(c, slice) for c in cached]
-        self._keep = cached
-        self.tables = np.array([0 if isinstance(c, slice) else _address(c) for c in cached], np.int64)
-        self.first = np.array([c.start if isinstance(c, slice) else 0 for c in cached], np.int64)
-        self.count = np.array([c.stop - c.start if isinstance(c, slice) else c.size for c in cached], np.int64)
-        lowest = min(int(slots.min()), *(c.start if r else int(c.min()) for c, r in zip(cached, is_run, strict=True)))
-        highest = [c.stop - 1 if r else int(c.max()) for c, r in zip(cached, is_run, strict=True)]
-        self.last_slot = max(int(slots.max()), *highest)
-        if lowest < 0 or slots.dtype != np.int64 or self.count.min() < 1:
-            raise ValueError("cached: expected non-empty int64 slots >= 0")
-
-
-def attention_step(
-    q: Linear, k: Linear, v: Linear, o: Linear, norms: Sequence[Array], eps: float
-) -> AttentionStep | None:
-    """Join the linear layers and norms (input [H], q [D], k [D]) of an attention layer; None without the kernels.
-
-    Then the caller composes the layer of `rms_norm`, `Linear`, `norm_rope` and `attend_one`, its twin.
-    """
-    if _kernels is None or q.tier == "numpy" or norms[1].shape[0] % 8:
-        return None
-    return AttentionStep(q, k, v, o, norms, eps)
 
 
 def read_bandwidth_bytes(buffer: NDArray[np.uint8], threads: int) -> int:
@@ -322,33 +209,33 @@ def read_bandwidth_bytes(buffer: NDArray[np.uint8], threads: int) -> int:
     words = flat.size // 8
     tail = int.from_bytes(flat[8 * words :].tobytes(), "little")
     chosen = tier()
-    if _kernels is None or chosen == "numpy":
+    if native is None or chosen == "numpy":
         total = kernels_numpy.read_words(flat[: 8 * words].view(np.uint64))
     else:
-        total = _kernels.read_words(chosen, _address(flat), words, threads)
+        total = native.read_words(chosen, address(flat), words, threads)
     return (total + tail) % 2**64
 
 
 def _usable_tier(name: str, source: str) -> str:
     if name not in supported_tiers():
         known = "" if name in TIERS else f" (not one of {', '.join(TIERS)})"
-        raise KernelError(
-            f"{source}: tier {name!r} cannot run here{known}; usable: {', '.join(supported_tiers())}"
-        )
+        raise KernelError(f"{source}: tier {name!r} cannot run here{known}; usable: {', '.join(supported_tiers())}")
     return name
 
 
-def _use_compiled() -> bool:
-    return _kernels is not None and tier() != "numpy"
+def uses_compiled() -> bool:
+    """Whether the active tier is a compiled one."""
+    return native is not None and tier() != "numpy"
 
 
 def _choose_tier(name: str | None) -> str:
     return tier() if name is None else _usable_tier(name, "tier")
 
 
-def _address(array: Array) -> int:
+def address(array: Array) -> int:
+    """Where an array's data begins; the caller keeps the array alive."""
     return array.__array_interface__["data"][0]
 
 
 def _parts(weight: Array, scale: Array | None) -> tuple[int, int, int, int]:
-    return _address(weight), 0 if scale is None else _address(scale), weight.shape[0], weight.shape[1]
+    return address(weight), 0 if scale is None else address(scale), weight.shape[0], weight.shape[1]

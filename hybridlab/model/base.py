@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from hybridlab.kernels import DecodeRuns
+from hybridlab.kernels_attention import DecodeRuns
 from hybridlab.spec import ModelSpec
 
 

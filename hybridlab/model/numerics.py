@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hybridlab import kernels
+from hybridlab import kernels, kernels_attention
 from hybridlab.checkpoint.reader import LinearWeights
 from hybridlab.kernels_numpy import dequantize
 from hybridlab.model.base import MicroBatch
@@ -176,9 +176,7 @@ class Bf16:
         threads = self.threads
 
         def apply(x_TH: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(
-                kernel(x_TH.numpy(), expert_ids.numpy(), weights.numpy(), threads=threads)
-            )
+            return torch.from_numpy(kernel(x_TH.numpy(), expert_ids.numpy(), weights.numpy(), threads=threads))
 
         return apply
 
@@ -186,7 +184,7 @@ class Bf16:
         self, projections: Sequence[LinearWeights], norms: Sequence[torch.Tensor], eps: float
     ) -> StepFn | None:
         q, k, v, o = (kernels.linear(w.weight, w.scale) for w in projections)
-        step = kernels.attention_step(q, k, v, o, [norm.numpy() for norm in norms], eps)
+        step = kernels_attention.attention_step(q, k, v, o, [norm.numpy() for norm in norms], eps)
         if step is None:
             return None
 
@@ -215,7 +213,7 @@ class Bf16:
         self, x_TND: torch.Tensor, weight_D: torch.Tensor, eps: float, cos_TF: torch.Tensor, sin_TF: torch.Tensor
     ) -> torch.Tensor:
         arrays = (x_TND.numpy(), weight_D.numpy(), eps, cos_TF.numpy(), sin_TF.numpy())
-        return torch.from_numpy(kernels.norm_rope(*arrays))
+        return torch.from_numpy(kernels_attention.norm_rope(*arrays))
 
     def route(self, logits_TE: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
         ids, weights = kernels.route(logits_TE.numpy(), top_k, normalise)
@@ -225,7 +223,7 @@ class Bf16:
         self, q_ND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cached: slice | torch.Tensor
     ) -> torch.Tensor:
         slots = cached if isinstance(cached, slice) else cached.numpy()
-        out = kernels.attend_one(q_ND.numpy(), _bits(keys), _bits(values), slots, threads=self.threads)
+        out = kernels_attention.attend_one(q_ND.numpy(), _bits(keys), _bits(values), slots, threads=self.threads)
         return torch.from_numpy(out)
 
 
