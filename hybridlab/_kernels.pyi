@@ -9,9 +9,7 @@ def rms_norm(x: int, w: int, eps: float, tokens: int, h: int, out: int) -> None:
 def norm_rope(
     x: int, w: int, eps: float, cosines: int, sines: int, tokens: int, heads: int, d: int, out: int
 ) -> None: ...
-def route(
-    logits: int, tokens: int, experts: int, k: int, normalise: bool, ids: int, weights: int
-) -> None: ...
+def route(logits: int, tokens: int, experts: int, k: int, normalise: bool, ids: int, weights: int) -> None: ...
 def attend_one(
     q: int,
     keys: int,
@@ -34,9 +32,7 @@ class MoeLayer:
     def __init__(
         self, tier: str, experts: list[tuple[MatrixParts, MatrixParts, MatrixParts] | None], h: int, i: int
     ) -> None: ...
-    def run(
-        self, x: int, tokens: int, slots: int, ids: int, weights: int, out: int, threads: int
-    ) -> None: ...
+    def run(self, x: int, tokens: int, slots: int, ids: int, weights: int, out: int, threads: int) -> None: ...
 
 class AttentionStep:
     def __init__(

@@ -29,9 +29,7 @@ class Bench(Protocol):
 class EngineBench:
     """Runs on this machine, for real."""
 
-    def __init__(
-        self, config: ExperimentConfig, checkpoint: Path, placement: Any, overlap: Any, quiet: bool
-    ) -> None:
+    def __init__(self, config: ExperimentConfig, checkpoint: Path, placement: Any, overlap: Any, quiet: bool) -> None:
         from hybridlab.session import load
 
         given = config.engine.model_dump(exclude_none=True)

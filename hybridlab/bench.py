@@ -64,7 +64,8 @@ class DecodeBench:
                 f"  tokens/s            {self.tokens_per_s:8.2f}   ({self.step_s * 1e3:.2f} ms a step)",
                 f"  bytes per token     {self.bytes_per_token / 1e9:8.3f} GB",
                 f"  weights and KV      {self.gb_s:8.1f} GB/s",
-                f"  read loop           {self.read_gb_s:8.1f} GB/s   ({self.read_gb_s_min:.1f} to {self.read_gb_s_max:.1f})",
+                f"  read loop           {self.read_gb_s:8.1f} GB/s   "
+                f"({self.read_gb_s_min:.1f} to {self.read_gb_s_max:.1f})",
                 f"  fraction of it      {self.fraction:8.2f}",
                 f"  Python's share      {self.python_share:8.2f}",
             )
@@ -173,13 +174,10 @@ def _decode_steps(engine: Engine, depth: int, batch: int, seed: int) -> Iterator
     step = StepPlan("decode", {str(i): 1 for i in range(batch)})
     program = engine.planner.program(engine.planner.shape(WORKER, step))
     for context in range(depth, per_request * runtime.kv_block_tokens):
-        entries = (
-            Entry(str(i), (last[i],), context, tables[i], Sampling(), wants_token=True) for i in range(batch)
-        )
+        entries = (Entry(str(i), (last[i],), context, tables[i], Sampling(), wants_token=True) for i in range(batch))
         used: dict[int, set[int]] = defaultdict(set)
-        tokens = runtime.step(
-            program, StepBatch(WORKER, step, tuple(entries)), lambda layer, ids: used[layer].update(ids)
-        )
+        batch_now = StepBatch(WORKER, step, tuple(entries))
+        tokens = runtime.step(program, batch_now, lambda layer, ids, used=used: used[layer].update(ids))
         last = [tokens[str(i)] for i in range(batch)]
         yield list(used.values()), context + 1
 

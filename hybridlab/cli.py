@@ -62,9 +62,7 @@ def doctor(
 def run(
     config: Annotated[Path, typer.Argument(help="An experiment's YAML file.")],
     force: Annotated[bool, typer.Option("--force", help="Run again what results/ already holds.")] = False,
-    results_dir: Annotated[
-        Path | None, typer.Option(help="Default: the project's results.")
-    ] = None,
+    results_dir: Annotated[Path | None, typer.Option(help="Default: the project's results.")] = None,
     figure: Annotated[bool, typer.Option(help="Draw TTFT against throughput.")] = True,
     json: Json = False,
 ) -> None:

@@ -41,9 +41,7 @@ class ModelConfig(Section):
             raise ValueError("expected either 'path' of a checkpoint or 'preset' of one to make")
         extra = self.model_fields_set - {"path"}
         if self.path is not None and extra:
-            raise ValueError(
-                f"{sorted(extra)[0]!r} belongs to a preset; with 'path' the checkpoint decides it"
-            )
+            raise ValueError(f"{sorted(extra)[0]!r} belongs to a preset; with 'path' the checkpoint decides it")
         return self
 
 
@@ -103,13 +101,9 @@ class ExperimentConfig(Section):
     @classmethod
     def _strategy(cls, value: Any) -> Any:
         if value is None or isinstance(value, bool | int | float | list | tuple):
-            raise ValueError(
-                f"expected a name, a mapping with 'name' or 'class', or an object, got {value!r}"
-            )
+            raise ValueError(f"expected a name, a mapping with 'name' or 'class', or an object, got {value!r}")
         if isinstance(value, Mapping) and ("name" in value) == ("class" in value):
-            raise ValueError(
-                f"expected a mapping with either 'name' or 'class', got keys {sorted(map(str, value))}"
-            )
+            raise ValueError(f"expected a mapping with either 'name' or 'class', got keys {sorted(map(str, value))}")
         return value
 
     @property
@@ -124,11 +118,7 @@ class ExperimentConfig(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """The keys that were set, as plain data; strategy objects stay objects."""
-        return {
-            name: _plain(getattr(self, name))
-            for name in type(self).model_fields
-            if name in self.model_fields_set
-        }
+        return {name: _plain(getattr(self, name)) for name in type(self).model_fields if name in self.model_fields_set}
 
     def replaced(self, strategies: Mapping[str, Any]) -> ExperimentConfig:
         """A copy with other strategies; sweep axes over the replaced ones are dropped."""
@@ -161,9 +151,7 @@ def load_config(source: str | Path | Mapping[str, Any] | ExperimentConfig) -> Ex
     if isinstance(source, Mapping):
         return _checked(dict(source), None)
     if not isinstance(source, str | Path):
-        raise ConfigError(
-            f"config: expected a path, a mapping or an ExperimentConfig, got {type(source).__name__}"
-        )
+        raise ConfigError(f"config: expected a path, a mapping or an ExperimentConfig, got {type(source).__name__}")
     path = Path(source)
     return _checked(read_yaml(path), path)
 

@@ -55,11 +55,7 @@ class ExperimentResult:
     @property
     def table(self) -> pd.DataFrame:
         """The columns of `summary` that differ between runs, and the metrics that one looks at first."""
-        named = [
-            c
-            for c in self.summary.columns[: self.summary.columns.get_loc("num_requests")]
-            if c != "experiment"
-        ]
+        named = [c for c in self.summary.columns[: self.summary.columns.get_loc("num_requests")] if c != "experiment"]
         distinct = {name: len(set(self.summary[name].tolist())) for name in named}
         # The label of the workload repeats what its swept keys say.
         told = {"workload"} if any(name.startswith("workload.") for name in named) else set()
@@ -116,9 +112,7 @@ def _find(folder: Path) -> StoredRun | None:
         return None  # a damaged run counts as missing and is written anew
 
 
-def _execute(
-    jobs: Sequence[Job], backend: str, folder: Path, progress: bool
-) -> Iterator[tuple[Job, StoredRun]]:
+def _execute(jobs: Sequence[Job], backend: str, folder: Path, progress: bool) -> Iterator[tuple[Job, StoredRun]]:
     from tqdm.auto import tqdm
 
     groups: dict[str, list[Job]] = {}

@@ -175,7 +175,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> NDArray[np.float32]:
     """x float32 [T, H] / sqrt(mean(x^2) + eps) * weight [H]. Raises ValueError for a wrong argument."""
     tokens = check_input("x", x, np.float32, None)
     check_float32("weight", weight, x.shape[1:])
-    if not uses_compiled():
+    if native is None or not uses_compiled():
         return kernels_numpy.rms_norm(x, weight, eps)
     out = np.empty_like(x)
     native.rms_norm(address(x), address(weight), eps, tokens, x.shape[1], address(out))
@@ -190,7 +190,7 @@ def route(logits: Array, top_k: int, normalise: bool) -> tuple[NDArray[np.int32]
     tokens = check_input("logits", logits, np.float32, None)
     if not 1 <= top_k <= logits.shape[1]:
         raise ValueError(f"top_k: expected 1 to {logits.shape[1]}, got {top_k}")
-    if not uses_compiled():
+    if native is None or not uses_compiled():
         return kernels_numpy.route(logits, top_k, normalise)
     ids, weights = np.empty((tokens, top_k), np.int32), np.empty((tokens, top_k), np.float32)
     native.route(address(logits), tokens, logits.shape[1], top_k, normalise, address(ids), address(weights))

@@ -25,7 +25,7 @@ def norm_rope(x: Array, weight: Array, eps: float, cosines: Array, sines: Array)
     check_float32("weight", weight, (size,))
     check_float32("cosines", cosines, (tokens, size // 2))
     check_float32("sines", sines, (tokens, size // 2))
-    if not uses_compiled():
+    if native is None or not uses_compiled():
         return kernels_numpy.norm_rope(x, weight, eps, cosines, sines)
     out = np.empty_like(x)
     native.norm_rope(address(x), address(weight), eps, address(cosines), address(sines), tokens, heads, size,
@@ -40,12 +40,12 @@ def attend_one(q: Array, keys: Array, values: Array, cached: slice | Array, *, t
     """
     check_float32("q", q, (q.shape[0], keys.shape[2]))
     count = check_cached(keys, values, cached, q.shape[0])
-    if not uses_compiled() or q.shape[1] % 8:
+    if native is None or not uses_compiled() or q.shape[1] % 8:
         return kernels_numpy.attend_one(q, keys[cached], values[cached])
     out = np.empty_like(q)
     slots, first = (0, cached.start) if isinstance(cached, slice) else (address(cached), 0)
-    native.attend_one(address(q), address(keys), address(values), slots, first, count, *q.shape[:1],
-                        *keys.shape[1:], address(out), check_threads(threads))  # fmt: skip
+    native.attend_one(address(q), address(keys), address(values), slots, first, count, q.shape[0],
+                        keys.shape[1], keys.shape[2], address(out), check_threads(threads))  # fmt: skip
     return out
 
 
@@ -60,8 +60,9 @@ class AttentionStep:
         check_float32("k norm", norms[2], (self._head_dim,))
         if k.shape != v.shape or o.shape != q.shape[::-1] or self._head_dim % 8:
             raise ValueError(f"q, k, v, o: {q.shape}, {k.shape}, {v.shape}, {o.shape} do not fit together")
-        matrices = tuple(linear.native_parts for linear in (q, k, v, o))
-        addresses = tuple(address(norm) for norm in norms)
+        assert native is not None
+        matrices = (q.native_parts, k.native_parts, v.native_parts, o.native_parts)
+        addresses = (address(norms[0]), address(norms[1]), address(norms[2]))
         heads = q.shape[0] // self._head_dim
         self._native = native.AttentionStep(q.tier, matrices, addresses, eps, heads, self._groups, self._head_dim)
 
@@ -101,13 +102,12 @@ class DecodeRuns:
     """The cached slots that each decoding token sees: runs where slots are neighbours, tables elsewhere."""
 
     def __init__(self, cached: Sequence[slice | Array], slots: Array) -> None:
-        is_run = [isinstance(c, slice) for c in cached]
         self._keep = cached
         self.tables = np.array([0 if isinstance(c, slice) else address(c) for c in cached], np.int64)
         self.first = np.array([c.start if isinstance(c, slice) else 0 for c in cached], np.int64)
         self.count = np.array([c.stop - c.start if isinstance(c, slice) else c.size for c in cached], np.int64)
-        lowest = min(int(slots.min()), *(c.start if r else int(c.min()) for c, r in zip(cached, is_run, strict=True)))
-        highest = [c.stop - 1 if r else int(c.max()) for c, r in zip(cached, is_run, strict=True)]
+        lowest = min(int(slots.min()), *(c.start if isinstance(c, slice) else int(c.min()) for c in cached))
+        highest = [c.stop - 1 if isinstance(c, slice) else int(c.max()) for c in cached]
         self.last_slot = max(int(slots.max()), *highest)
         if lowest < 0 or slots.dtype != np.int64 or self.count.min() < 1:
             raise ValueError("cached: expected non-empty int64 slots >= 0")

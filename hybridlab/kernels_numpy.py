@@ -61,9 +61,7 @@ def linear(x: NDArray[np.float32], matrix: Matrix, dtype: type = np.float32) -> 
     out_TN = np.empty((len(x), len(matrix[0])), dtype)
     with np.errstate(invalid="ignore", over="ignore"):  # NaN codes and infinities are the caller's data
         for n in range(0, out_TN.shape[1], ROWS_AT_A_TIME):
-            out_TN[:, n : n + ROWS_AT_A_TIME] = (
-                x_TK @ dequantize(matrix, n, n + ROWS_AT_A_TIME).astype(dtype).T
-            )
+            out_TN[:, n : n + ROWS_AT_A_TIME] = x_TK @ dequantize(matrix, n, n + ROWS_AT_A_TIME).astype(dtype).T
     return out_TN
 
 
@@ -112,12 +110,10 @@ def norm_rope(
     """RMS norm of each head of x [T, N, D], then rotation of (first half, second half) by angles [T, D/2]."""
     a, b = np.split(rms_norm(x, weight, eps), 2, axis=-1)
     c, s = cosines[:, None], sines[:, None]
-    return np.concatenate((a * c - b * s, b * c + a * s), axis=-1)
+    return np.concatenate((a * c - b * s, b * c + a * s), axis=-1, dtype=np.float32)
 
 
-def route(
-    logits: NDArray[np.float32], top_k: int, normalise: bool
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def route(logits: NDArray[np.float32], top_k: int, normalise: bool) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """The top_k largest of softmax(logits [T, E]), descending, the lower id first among equals."""
     exp = np.exp(logits - logits.max(-1, keepdims=True))
     ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
@@ -127,9 +123,7 @@ def route(
     return ids.astype(np.int32), weights
 
 
-def attend_one(
-    q: NDArray[np.float32], keys: NDArray[np.uint16], values: NDArray[np.uint16]
-) -> NDArray[np.float32]:
+def attend_one(q: NDArray[np.float32], keys: NDArray[np.uint16], values: NDArray[np.uint16]) -> NDArray[np.float32]:
     """q [N, D] over the cached BF16 keys and values [C, G, D], N / G query heads to each of the G."""
     heads, size = q.shape
     k_GDC, v_GCD = bf16_to_float32(keys).transpose(1, 2, 0), bf16_to_float32(values).transpose(1, 0, 2)

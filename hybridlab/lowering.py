@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from hybridlab.errors import PlanError, StrategyError
 from hybridlab.plan import (
@@ -79,9 +80,7 @@ def lower(shape: Shape, model: ModelSpec) -> tuple[Op, ...]:
     return tuple(builder.ops)
 
 
-def parts_of(
-    placed: PlacementPlan, model: ModelSpec, layer: int, rank: int, tier: Tier
-) -> list[tuple[int, ...]]:
+def parts_of(placed: PlacementPlan, model: ModelSpec, layer: int, rank: int, tier: Tier) -> list[tuple[int, ...]]:
     """The expert groups of one layer and tier on one rank: streamed ones cut into parts, others whole."""
     experts = [
         e
@@ -92,7 +91,7 @@ def parts_of(
         return []
     num_parts = min(placed.parts_per_layer, len(experts)) if tier is Tier.STREAMED else 1
     bounds = [len(experts) * p // num_parts for p in range(num_parts + 1)]
-    return [tuple(experts[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [tuple(experts[a:b]) for a, b in pairwise(bounds)]
 
 
 def check_arranged(lowered: Sequence[Op], arranged: Sequence[Op], overlap_name: str) -> tuple[Op, ...]:
@@ -101,25 +100,17 @@ def check_arranged(lowered: Sequence[Op], arranged: Sequence[Op], overlap_name: 
     seen: set[int] = set()
     for op in arranged:
         if not isinstance(op, Op) or op.id not in before:
-            raise StrategyError(
-                f"overlap {overlap_name}: arrange() returned an op that it was not given: {op!r}"
-            )
+            raise StrategyError(f"overlap {overlap_name}: arrange() returned an op that it was not given: {op!r}")
         if op.id in seen:
             raise StrategyError(f"overlap {overlap_name}: arrange() returned op {op.id} ({op.kind}) twice")
         seen.add(op.id)
         if lost := set(before[op.id].needs) - set(op.needs):
-            raise StrategyError(
-                f"overlap {overlap_name}: arrange() dropped need {min(lost)} of op {op.id} ({op.kind})"
-            )
+            raise StrategyError(f"overlap {overlap_name}: arrange() dropped need {min(lost)} of op {op.id} ({op.kind})")
         if replace(op, needs=before[op.id].needs) != before[op.id]:
-            raise StrategyError(
-                f"overlap {overlap_name}: arrange() changed op {op.id} ({op.kind}) beyond its needs"
-            )
+            raise StrategyError(f"overlap {overlap_name}: arrange() changed op {op.id} ({op.kind}) beyond its needs")
     if missing := before.keys() - seen:
         op = before[min(missing)]
-        raise StrategyError(
-            f"overlap {overlap_name}: arrange() lost op {op.id} ({op.kind} of layer {op.layer})"
-        )
+        raise StrategyError(f"overlap {overlap_name}: arrange() lost op {op.id} ({op.kind} of layer {op.layer})")
     return tuple(arranged)
 
 
@@ -230,9 +221,7 @@ class _Builder:
             needs = (reduced,)
         self.add("combine", self.compute, rank, layer=layer, microbatch=microbatch, needs=needs)
 
-    def _groups(
-        self, layer: int, rank: int, loads: dict[int, int]
-    ) -> list[tuple[Tier, int, tuple[int, ...]]]:
+    def _groups(self, layer: int, rank: int, loads: dict[int, int]) -> list[tuple[Tier, int, tuple[int, ...]]]:
         """(tier, part, experts) of every experts op; the CPU's op also takes streamed experts that may stay behind."""
         placed = self.shape.placement
         groups = [(Tier.RESIDENT, 0, e) for e in parts_of(placed, self.model, layer, rank, Tier.RESIDENT)]

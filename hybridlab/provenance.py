@@ -114,8 +114,7 @@ def code_version() -> dict[str, str]:
     commit = (_git(root, "rev-parse", "HEAD") or b"").decode().strip()
     result = {"commit": commit or "none", "code_hash": code_hash()}
     untracked = [
-        root / name
-        for name in (_git(root, "ls-files", "-o", "--exclude-standard") or b"").decode().split("\n")
+        root / name for name in (_git(root, "ls-files", "-o", "--exclude-standard") or b"").decode().split("\n")
     ]
     changes = (_git(root, "diff", "HEAD", "--binary") or b"") + _files_hash(
         f for f in untracked if f.is_file()

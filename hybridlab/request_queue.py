@@ -80,9 +80,7 @@ class RequestQueue:
     Requests that can never be served are rejected at once; the others are not touched by it.
     """
 
-    def __init__(
-        self, requests: Iterable[Request], pool: BlockPool, model: ModelSpec, token_budget: int
-    ) -> None:
+    def __init__(self, requests: Iterable[Request], pool: BlockPool, model: ModelSpec, token_budget: int) -> None:
         self._pool, self._eos = pool, frozenset(model.eos_token_ids)
         self._budget = token_budget
         limits = Limits(token_budget, pool.num_blocks * pool.block_tokens, model.max_positions, model.vocab)

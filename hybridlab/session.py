@@ -148,11 +148,7 @@ class Engine:
         """Up to `max_tokens` new tokens: text for a text prompt, else token ids, ending with an eos token if drawn."""
         sampling = Sampling(temperature, top_p, seed)
         tokens = list(self._token_stream(prompt, max_tokens, sampling, stop_token_ids))
-        return (
-            self._text.decode(self._without_stop(tokens, stop_token_ids))
-            if isinstance(prompt, str)
-            else tokens
-        )
+        return self._text.decode(self._without_stop(tokens, stop_token_ids)) if isinstance(prompt, str) else tokens
 
     def stream(
         self,
@@ -175,7 +171,7 @@ class Engine:
         """Logits after every token of the prompt, float32 [T, V]."""
         ids = self._token_ids(prompt)
         request = Request("logits", ids, max_tokens=1)
-        with self._run((request,), None) as (runtime, queue):
+        with self._run((request,), None) as (runtime, _):
             pool = self._pool(runtime)
             table: list[int] = []
             pool.grow(table, len(ids))
@@ -220,9 +216,7 @@ class Engine:
     def _token_stream(
         self, prompt: Prompt, max_tokens: int, sampling: Sampling, stop_token_ids: Sequence[int]
     ) -> Iterator[int]:
-        request = Request(
-            "generate", self._token_ids(prompt), max_tokens, 0.0, sampling, tuple(stop_token_ids)
-        )
+        request = Request("generate", self._token_ids(prompt), max_tokens, 0.0, sampling, tuple(stop_token_ids))
         if reason := why_refused(request, self._limits()):
             raise RequestError(reason)
         return self._drawn(request)
@@ -237,9 +231,7 @@ class Engine:
                 raise HybridlabError(f"generation failed: {record.error}")
 
     @contextmanager
-    def _run(
-        self, requests: Sequence[Request], token_budget: int | None
-    ) -> Iterator[tuple[Runtime, RequestQueue]]:
+    def _run(self, requests: Sequence[Request], token_budget: int | None) -> Iterator[tuple[Runtime, RequestQueue]]:
         runtime = self.runtime
         # Not blocking: the holder may be a half-read stream of this very thread.
         if not self._turn.acquire(blocking=False):
@@ -264,9 +256,7 @@ class Engine:
         try:
             ids = tuple(int(token) for token in prompt)
         except (TypeError, ValueError):
-            raise RequestError(
-                f"prompt is {prompt!r:.80}, expected text or a sequence of token ids"
-            ) from None
+            raise RequestError(f"prompt is {prompt!r:.80}, expected text or a sequence of token ids") from None
         if reason := why_refused(Request("prompt", ids, 1), self._limits()):
             raise RequestError(reason)
         return ids

@@ -23,9 +23,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror or error}); expected a YAML file"
-        ) from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); expected a YAML file") from None
     if len(raw) > MAX_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_BYTES:,} bytes; expected a small YAML file")
     try:

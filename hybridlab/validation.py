@@ -33,9 +33,7 @@ def execution_order(ops: Sequence[Op]) -> tuple[Op, ...]:
                 ready.append(nxt)
     if len(order) < len(ops):
         stuck = [_describe(op) for op in ops if missing[op.id] > 0]
-        raise PlanError(
-            f"cycle across lanes: none of {', '.join(stuck[:6])} can start ({len(stuck)} ops wait)"
-        )
+        raise PlanError(f"cycle across lanes: none of {', '.join(stuck[:6])} can start ({len(stuck)} ops wait)")
     return tuple(order)
 
 
@@ -51,9 +49,7 @@ def validate(ops: Sequence[Op], *, ring_slots: int, ranks: Sequence[int]) -> tup
     known = set(ids)
     for op in ops:
         if op.kind not in OP_KINDS:
-            raise PlanError(
-                f"{_describe(op)} has unknown kind {op.kind!r}; expected one of {', '.join(OP_KINDS)}"
-            )
+            raise PlanError(f"{_describe(op)} has unknown kind {op.kind!r}; expected one of {', '.join(OP_KINDS)}")
         if op.kind == "load" and op.lane.kind is not LaneKind.H2D:
             raise PlanError(f"{_describe(op)} loads weights and belongs on an h2d lane, not {op.lane}")
         if unknown := [need for need in op.needs if need not in known]:
@@ -83,9 +79,7 @@ def check_step(view: QueueView, step: StepPlan) -> list[str]:
     for rid in step.preempt:
         if rid in step.tokens:
             problems.append(f"request {rid!r} is both preempted and computed")
-        elif (rid not in running and rid not in waiting) or (
-            running.get(rid) or waiting[rid]
-        ).allocated_kv_tokens == 0:
+        elif (rid not in running and rid not in waiting) or (running.get(rid) or waiting[rid]).allocated_kv_tokens == 0:
             problems.append(f"preempt names {rid!r}, which holds no KV cache here")
     for rid, count in step.tokens.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
@@ -97,9 +91,7 @@ def check_step(view: QueueView, step: StepPlan) -> list[str]:
                 problems.append(f"role is prefill, but {rid!r} is running")
         elif rid in waiting:
             if count > waiting[rid].remaining_prompt:
-                problems.append(
-                    f"request {rid!r} gets {count} tokens, {waiting[rid].remaining_prompt} remain"
-                )
+                problems.append(f"request {rid!r} gets {count} tokens, {waiting[rid].remaining_prompt} remain")
             if step.role == "decode":
                 problems.append(f"role is decode, but {rid!r} is waiting")
         else:
@@ -132,9 +124,7 @@ def _check_collectives(ops: Sequence[Op], ranks: Sequence[int]) -> None:
             odd = sorted(set(met[rank]) ^ set(first))[:1]
             raise PlanError(f"unpaired collective: rank {rank} and rank {ranks[0]} do not share {odd}")
         if met[rank] != first:
-            raise PlanError(
-                f"ranks {ranks[0]} and {rank} meet their collectives in different orders: deadlock"
-            )
+            raise PlanError(f"ranks {ranks[0]} and {rank} meet their collectives in different orders: deadlock")
 
 
 def _check_slots(ops: Sequence[Op], order: Sequence[Op], ring_slots: int) -> None:
@@ -158,20 +148,14 @@ def _check_slots(ops: Sequence[Op], order: Sequence[Op], ring_slots: int) -> Non
             loads[key] = op
     for key, readers in users.items():
         if key not in loads:
-            raise PlanError(
-                f"{_describe(readers[0])} reads slot {key[1]} generation {key[2]}, which nothing loads"
-            )
+            raise PlanError(f"{_describe(readers[0])} reads slot {key[1]} generation {key[2]}, which nothing loads")
         for op in readers:
             if not ancestors[op.id] & bit[loads[key].id]:
-                raise PlanError(
-                    f"{_describe(op)} may read slot {key[1]} before {_describe(loads[key])} is done"
-                )
+                raise PlanError(f"{_describe(op)} may read slot {key[1]} before {_describe(loads[key])} is done")
     for (rank, slot, generation), load in loads.items():
         for op in users.get((rank, slot, generation - 1), ()):
             if not ancestors[load.id] & bit[op.id]:
-                raise PlanError(
-                    f"{_describe(load)} may overwrite slot {slot} while {_describe(op)} still reads it"
-                )
+                raise PlanError(f"{_describe(load)} may overwrite slot {slot} while {_describe(op)} still reads it")
 
 
 def _ancestors(ops: Sequence[Op], order: Sequence[Op]) -> dict[int, int]:

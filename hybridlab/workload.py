@@ -26,9 +26,7 @@ def _range(value: Any) -> Any:
     pair = (value, value) if isinstance(value, int) else value
     whole = isinstance(pair, list | tuple) and all(type(n) is int for n in pair)
     if not whole or len(pair) != 2 or not 1 <= pair[0] <= pair[1]:
-        raise ValueError(
-            f"expected a positive number of tokens or [low, high] with 1 <= low <= high, got {value!r}"
-        )
+        raise ValueError(f"expected a positive number of tokens or [low, high] with 1 <= low <= high, got {value!r}")
     return tuple(pair)
 
 
@@ -104,9 +102,7 @@ Workload = Annotated[AzureWorkload | PoissonWorkload | OfflineWorkload, Field(di
 WORKLOAD_KINDS = ("azure", "poisson", "offline")
 
 
-def load_rows(
-    workload: AzureWorkload | PoissonWorkload | OfflineWorkload, base: Path
-) -> list[tuple[float, int, int]]:
+def load_rows(workload: AzureWorkload | PoissonWorkload | OfflineWorkload, base: Path) -> list[tuple[float, int, int]]:
     """Arrival (s), prompt and output tokens of each request, before lengths are scaled and clipped."""
     if isinstance(workload, AzureWorkload):
         return _azure_rows(workload, base)
@@ -163,9 +159,7 @@ def _synthetic_rows(workload: PoissonWorkload | OfflineWorkload) -> list[tuple[f
     def draw(lengths: tuple[int, int]) -> list[int]:
         return rng.integers(*lengths, n, endpoint=True).tolist()
 
-    return list(
-        zip(arrivals.tolist(), draw(workload.prompt_tokens), draw(workload.output_tokens), strict=True)
-    )
+    return list(zip(arrivals.tolist(), draw(workload.prompt_tokens), draw(workload.output_tokens), strict=True))
 
 
 def _azure_rows(workload: AzureWorkload, base: Path) -> list[tuple[float, int, int]]:
@@ -188,9 +182,7 @@ def _azure_rows(workload: AzureWorkload, base: Path) -> list[tuple[float, int, i
                 origin = origin or time
                 arrival_s = (time - origin).total_seconds() / workload.rate_scale
                 if arrival_s < (rows[-1][0] if rows else 0.0):
-                    raise ConfigError(
-                        f"{path}: line {reader.line_num}: TIMESTAMP goes back; expected arrival order"
-                    )
+                    raise ConfigError(f"{path}: line {reader.line_num}: TIMESTAMP goes back; expected arrival order")
                 rows.append((arrival_s, prompt, output))
     except OSError as error:
         raise ConfigError(f"workload.path: {path}: cannot be read ({error.strerror or error})") from None

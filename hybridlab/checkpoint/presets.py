@@ -86,9 +86,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Name -> config.json. Layers can be cut with `layers=`; the weights' format is chosen with `dtype=`."""
 
 
-def preset_config(
-    preset: str | Mapping[str, Any], *, dtype: str = "fp8", layers: int | None = None
-) -> dict[str, Any]:
+def preset_config(preset: str | Mapping[str, Any], *, dtype: str = "fp8", layers: int | None = None) -> dict[str, Any]:
     """The config.json of a checkpoint in that format; `preset` is a name of `PRESETS` or a config itself."""
     if isinstance(preset, str):
         if preset not in PRESETS:
@@ -115,9 +113,7 @@ def preset_config(
     return config
 
 
-def preset_spec(
-    preset: str | Mapping[str, Any], *, dtype: str = "fp8", layers: int | None = None
-) -> ModelSpec:
+def preset_spec(preset: str | Mapping[str, Any], *, dtype: str = "fp8", layers: int | None = None) -> ModelSpec:
     """ModelSpec of a preset: sizes for plans and simulations, without a checkpoint on disk."""
     name = preset if isinstance(preset, str) else "config"
     return parse_config(preset_config(preset, dtype=dtype, layers=layers), f"preset {name}")

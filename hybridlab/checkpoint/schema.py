@@ -42,8 +42,7 @@ def is_quantised(spec: ModelSpec, module: str) -> bool:
     if spec.weight_dtype != "fp8":
         return False
     return not any(
-        module == entry or module.startswith(f"{entry}.") or module.endswith(f".{entry}")
-        for entry in spec.unquantised
+        module == entry or module.startswith(f"{entry}.") or module.endswith(f".{entry}") for entry in spec.unquantised
     )
 
 

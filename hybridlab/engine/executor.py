@@ -91,9 +91,9 @@ class Executor:
                 case "embed":
                     micro.x_TH = model.embed(micro.batch)
                 case "head":
-                    rows = slice(None) if all_rows else _last_rows(micro)
-                    if all_rows or len(rows):
-                        micro.logits = model.head(micro.x_TH[rows])
+                    rows = range(len(micro.x_TH)) if all_rows else _last_rows(micro)
+                    if rows:
+                        micro.logits = model.head(micro.x_TH if all_rows else micro.x_TH[rows])
                 case _:
                     raise PlanError(f"device 'cpu' cannot run op {op.id} ({op.kind} on {op.lane}) yet")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -43,9 +44,7 @@ class KVCache:
         """The `Context` of a request's new rows, and the slots (int64) that they are written to."""
         size, total = self.block_tokens, start + num_new
         table = block_table[: -(-total // size)]
-        if table[-1] - table[0] == len(table) - 1 and all(
-            b - a == 1 for a, b in zip(table, table[1:], strict=False)
-        ):
+        if table[-1] - table[0] == len(table) - 1 and all(b - a == 1 for a, b in pairwise(table)):
             base = table[0] * size
             cached: slice | torch.Tensor = slice(base, base + total)
             new = torch.arange(base + start, base + total)

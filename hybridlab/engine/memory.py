@@ -27,9 +27,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         items = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts.items())
-        return (
-            f"memory plan (GiB): {items}; total {self.total_bytes / GIB:.2f} of {self.budget_bytes / GIB:.2f}"
-        )
+        return f"memory plan (GiB): {items}; total {self.total_bytes / GIB:.2f} of {self.budget_bytes / GIB:.2f}"
 
     def _repr_html_(self) -> str:
         rows = "".join(

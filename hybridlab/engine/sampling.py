@@ -21,8 +21,4 @@ def draw(logits_V: torch.Tensor, sampling: Sampling, position: int) -> int:
     kept = order[: int(np.searchsorted(mass, sampling.top_p)) + 1]
     generator = np.random.Generator(np.random.Philox(key=[sampling.seed % 2**64, position]))
     cumulative = np.cumsum(probs[kept])
-    return int(
-        kept[
-            min(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"), len(kept) - 1)
-        ]
-    )
+    return int(kept[min(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"), len(kept) - 1)])

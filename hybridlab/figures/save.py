@@ -17,9 +17,7 @@ from hybridlab.figures.style import RC
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def save_figure(
-    drawn: Axes | Figure, path: str | Path, *, run_ids: Sequence[str], command: str
-) -> dict[str, Path]:
+def save_figure(drawn: Axes | Figure, path: str | Path, *, run_ids: Sequence[str], command: str) -> dict[str, Path]:
     """Write PNG, SVG, PDF and a JSON sidecar beside each other; returns the paths by suffix.
 
     `path` may carry one of those suffixes or none. The run ids and the command that made the figure go into

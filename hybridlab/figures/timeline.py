@@ -31,9 +31,7 @@ def timeline(
     require(spans, COLUMNS, "timeline")
     runs = list(dict.fromkeys(spans["run_id"].tolist())) if "run_id" in spans.columns else []
     if len(runs) > 1:
-        raise ConfigError(
-            f"timeline: spans of {len(runs)} runs ({', '.join(runs[:3])}, ...); pass those of one"
-        )
+        raise ConfigError(f"timeline: spans of {len(runs)} runs ({', '.join(runs[:3])}, ...); pass those of one")
     begin, finish = spans["start_s"].to_numpy(np.float64), spans["end_s"].to_numpy(np.float64)
     end_s = float(finish.max()) if end_s is None else end_s
     start_s = max(float(begin.min()), end_s - WINDOW_S) if start_s is None else start_s
@@ -66,9 +64,7 @@ def timeline(
                     hatch=hatch,
                 )
         if later.any():
-            handles.append(
-                Patch(facecolor="white", edgecolor="black", hatch="////", label="later microbatch")
-            )
+            handles.append(Patch(facecolor="white", edgecolor="black", hatch="////", label="later microbatch"))
         ax.set_yticks(range(len(lanes)), lanes)
         ax.set_ylim(len(lanes) - 0.4, -0.6)
         ax.set_xlim(0, (end_s - start_s) * 1000)

@@ -45,8 +45,7 @@ def ttft_throughput(
         own = ax is None
         ax = new_axes(ONE_COLUMN_IN, 3.2) if ax is None else ax
         handles: list[Any] = [
-            Line2D([], [], color=f"C{number % 10}", linewidth=2.5, label=str(name))
-            for number, name in enumerate(names)
+            Line2D([], [], color=f"C{number % 10}", linewidth=2.5, label=str(name)) for number, name in enumerate(names)
         ]
         missed = False
         for number, name in enumerate(names):

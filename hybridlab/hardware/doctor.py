@@ -22,7 +22,15 @@ from hybridlab.hardware.read_bandwidth import BandwidthProbe, read_bandwidth_gb_
 
 _PACKAGES = ("torch", "numpy", "pandas", "safetensors", "tokenizers", "Cython", "jax", "jaxlib")
 _ISA_FLAGS = (
-    "avx2", "avx512f", "avx512bw", "avx512vbmi", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "sve",
+    "avx2",
+    "avx512f",
+    "avx512bw",
+    "avx512vbmi",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_bf16",
+    "sve",
 )
 
 

@@ -54,6 +54,4 @@ def probe_link(gpu: int = 0, *, repeats: int = 7, buffer_bytes: int = 256 << 20)
         return found[1:]  # the first one wakes the link from its low-power state
 
     h2d, d2h = rates(there, host), rates(host, there)
-    return LinkProbe(
-        gpu, median(h2d), median(d2h), (min(h2d), max(h2d)), (min(d2h), max(d2h)), repeats, buffer_bytes
-    )
+    return LinkProbe(gpu, median(h2d), median(d2h), (min(h2d), max(h2d)), (min(d2h), max(d2h)), repeats, buffer_bytes)

@@ -19,7 +19,5 @@ def build_model(checkpoint: Checkpoint, numerics: Numerics, threads: int) -> Mod
     families = {"qwen3_moe": Qwen3Moe}
     family = checkpoint.spec.family
     if family not in families:
-        raise CheckpointError(
-            f"{checkpoint.folder}: no model for family {family!r}; known: {', '.join(families)}"
-        )
+        raise CheckpointError(f"{checkpoint.folder}: no model for family {family!r}; known: {', '.join(families)}")
     return families[family](checkpoint, numerics, threads)

@@ -47,7 +47,9 @@ class Attention:
                 rows = slice(first, min(first + QUERY_BLOCK, context.last))
                 seen = context.start + rows.stop - context.first
                 size += (rows.stop - first) * seen * q_TND.shape[1] * q_TND.shape[2]
-                work.append(lambda r=rows, k=k_GDC[:, :, :seen], v=v_GCD[:, :seen]: self._block(q_TND[r], k, v, out_TND[r]))
+                work.append(
+                    lambda r=rows, k=k_GDC[:, :, :seen], v=v_GCD[:, :seen]: self._block(q_TND[r], k, v, out_TND[r])
+                )
         if self._threads > 1 and len(work) > 1 and size > PARALLEL_FROM:
             # The last blocks of a prompt see the most keys: longest first.
             list(self._pool.map(lambda piece: piece(), reversed(work)))
@@ -58,7 +60,7 @@ class Attention:
 
     def _block(self, q_TND: torch.Tensor, k_GDC: torch.Tensor, v_GCD: torch.Tensor, out_TND: torch.Tensor) -> None:
         """Queries of neighbouring positions, the last of which sees all keys given."""
-        num_queries, num_heads, head_dim = q_TND.shape
+        num_queries, _, head_dim = q_TND.shape
         groups, _, seen = k_GDC.shape
         with torch.inference_mode():
             # The query heads that share a key/value head are rows of one product.

@@ -28,9 +28,7 @@ class Qwen3Moe:
         self._attention = Attention(numerics, threads)
         self._rope = Rope(spec.rope, spec.head_dim)
         self._final_norm = _vector(checkpoint, "model.norm.weight")
-        self._head = numerics.linear(
-            checkpoint.linear("model.embed_tokens" if spec.tie_embeddings else "lm_head")
-        )
+        self._head = numerics.linear(checkpoint.linear("model.embed_tokens" if spec.tie_embeddings else "lm_head"))
         self._layers = [_Layer(checkpoint, numerics, i) for i in range(spec.num_layers)]
 
     def embed(self, batch: MicroBatch) -> torch.Tensor:

@@ -39,11 +39,7 @@ def _frequencies(spec: RopeSpec, dim: int) -> tuple[torch.Tensor, float]:
 
     # YaRN (arXiv 2309.00071): low frequencies are interpolated, high ones kept, a ramp between.
     def correction(rotations: float) -> float:
-        return (
-            dim
-            * math.log(spec.original_max_positions / (rotations * 2 * math.pi))
-            / (2 * math.log(spec.theta))
-        )
+        return dim * math.log(spec.original_max_positions / (rotations * 2 * math.pi)) / (2 * math.log(spec.theta))
 
     low = max(math.floor(correction(spec.beta_fast)), 0)
     high = min(math.ceil(correction(spec.beta_slow)), dim - 1)

@@ -73,24 +73,18 @@ def check_scheduler(scheduler: Any, *, seed: int = 0, num_trials: int = 20) -> N
         try:
             _drain(scheduler, rng, budget, kv_blocks)
         except Exception as error:
-            problems.append(
-                f"trial {trial} (token_budget {budget}, {kv_blocks * _BLOCK} KV tokens): {_words(error)}"
-            )
+            problems.append(f"trial {trial} (token_budget {budget}, {kv_blocks * _BLOCK} KV tokens): {_words(error)}")
     _report(f"scheduler {type(scheduler).__name__}", problems)
 
 
 def check_placement(placement: Any) -> None:
-    """Call `placement` for machines with and without a GPU: plans must name real experts, tiers and ranks, and lower."""
+    """Call `placement` for machines with and without a GPU: plans must name real experts and ranks, and lower."""
     placement = resolve("placement", placement)
     problems: list[str] = []
-    routing = RoutingStats(
-        tuple((10, 5, 1, 1, 0, 0, 0, 3) for _ in TOY_MODEL.moe_layers), "toy", TOY_MODEL.moe_layers
-    )
+    routing = RoutingStats(tuple((10, 5, 1, 1, 0, 0, 0, 3) for _ in TOY_MODEL.moe_layers), "toy", TOY_MODEL.moe_layers)
     for hardware in (TOY_CPU, TOY_GPU):
         for stats in (RoutingStats(), routing):
-            _collect(
-                problems, f"{hardware.name}: ", lambda h=hardware, s=stats: _try_placement(placement, h, s)
-            )
+            _collect(problems, f"{hardware.name}: ", lambda h=hardware, s=stats: _try_placement(placement, h, s))
     _collect(problems, "", lambda: _try_update(placement, routing))
     _report(f"placement {type(placement).__name__}", problems)
 
@@ -103,24 +97,18 @@ def check_overlap(overlap: Any) -> None:
         PlacementPlan(),
         PlacementPlan(default_tier=Tier.RESIDENT),
         PlacementPlan(default_tier=Tier.STREAMED, ring_slots=2, parts_per_layer=2),
-        PlacementPlan(
-            default_tier=Tier.STREAMED, ring_slots=4, parts_per_layer=2, tier_of={(1, 0): Tier.HOST}
-        ),
+        PlacementPlan(default_tier=Tier.STREAMED, ring_slots=4, parts_per_layer=2, tier_of={(1, 0): Tier.HOST}),
     )
     for role in ("prefill", "decode", "mixed"):
         for num_requests in (1, 4):
             step = StepPlan(role, {str(i): 1 for i in range(num_requests)})
             for placed in placements:
                 planner = Planner(TOY_MODEL, TOY_GPU, AllHost(), overlap, placed)
-                where = (
-                    f"{role} of {num_requests}, experts {placed.default_tier}, ring of {placed.ring_slots}: "
-                )
+                where = f"{role} of {num_requests}, experts {placed.default_tier}, ring of {placed.ring_slots}: "
                 _collect(problems, where, lambda p=planner, s=step: p.program(p.shape("main", s)))
     ops = lower(Shape("decode", "main", LaneKind.GPU, ExpertPath(), 2, (0,), placements[0]), TOY_MODEL)
     if not problems and list(overlap.arrange(ops)) != list(overlap.arrange(ops)):
-        problems.append(
-            "arrange() gives different orders for the same ops; programs are cached, so it must not"
-        )
+        problems.append("arrange() gives different orders for the same ops; programs are cached, so it must not")
     _report(f"overlap {type(overlap).__name__}", problems)
 
 
@@ -143,15 +131,11 @@ def _drain(scheduler: Any, rng: random.Random, budget: int, kv_blocks: int) -> N
             now_s,
             "main",
             tuple(
-                WaitingRequest(
-                    rid, arrival[rid], known[rid] - computed[rid], blocks[rid] * _BLOCK, computed[rid]
-                )
+                WaitingRequest(rid, arrival[rid], known[rid] - computed[rid], blocks[rid] * _BLOCK, computed[rid])
                 for rid in here
                 if not is_running[rid]
             ),
-            tuple(
-                RunningRequest(rid, computed[rid], blocks[rid] * _BLOCK) for rid in here if is_running[rid]
-            ),
+            tuple(RunningRequest(rid, computed[rid], blocks[rid] * _BLOCK) for rid in here if is_running[rid]),
             budget,
             capacity - sum(blocks.values()) * _BLOCK,
             _BLOCK,
@@ -159,14 +143,10 @@ def _drain(scheduler: Any, rng: random.Random, budget: int, kv_blocks: int) -> N
         )
         step = scheduler.schedule(view)
         if step != scheduler.schedule(view):
-            raise StrategyError(
-                "schedule() gives two different steps for the same queue; it must not keep state"
-            )
+            raise StrategyError("schedule() gives two different steps for the same queue; it must not keep state")
         if step is None or (isinstance(step, StepPlan) and not step.tokens):
             if len(here) == len(live):
-                raise StrategyError(
-                    f"waits for nothing: {len(view.waiting)} waiting, {len(view.running)} running"
-                )
+                raise StrategyError(f"waits for nothing: {len(view.waiting)} waiting, {len(view.running)} running")
             continue
         if wrong := check_step(view, step):
             raise StrategyError("; ".join(wrong))
@@ -195,9 +175,7 @@ def _try_placement(placement: Any, hardware: HardwareSpec, routing: RoutingStats
         raise StrategyError(f"place() returned {type(placed).__name__}, expected PlacementPlan")
     for layer, expert in (*placed.tier_of, *placed.rank_of):
         if layer not in TOY_MODEL.moe_layers or not 0 <= expert < TOY_MODEL.num_experts:
-            raise StrategyError(
-                f"place() names (layer {layer}, expert {expert}), which the model does not have"
-            )
+            raise StrategyError(f"place() names (layer {layer}, expert {expert}), which the model does not have")
     if not 1 <= placed.parts_per_layer <= 8:
         raise StrategyError(f"parts_per_layer is {placed.parts_per_layer}, expected 1 to 8")
     tiers = {placed.tier(layer, e) for layer in TOY_MODEL.moe_layers for e in range(TOY_MODEL.num_experts)}
@@ -206,9 +184,7 @@ def _try_placement(placement: Any, hardware: HardwareSpec, routing: RoutingStats
     for num_tokens in (1, 64, 8192):
         path = placement.expert_path(num_tokens, placed, hardware)
         if not isinstance(path, ExpertPath):
-            raise StrategyError(
-                f"expert_path({num_tokens}) returned {type(path).__name__}, expected ExpertPath"
-            )
+            raise StrategyError(f"expert_path({num_tokens}) returned {type(path).__name__}, expected ExpertPath")
         if path.prefetch is not None and len(path.prefetch) != TOY_MODEL.num_layers:
             raise StrategyError(
                 f"expert_path() prefetches for {len(path.prefetch)} layers, the model has {TOY_MODEL.num_layers}"

@@ -56,7 +56,10 @@ def describe(strategy: Any) -> dict[str, Any]:
     cannot be had (a class made by `exec`), the code objects stand for it.
     """
     cls = type(strategy)
-    fields = dataclasses.asdict(strategy) if dataclasses.is_dataclass(strategy) else dict(vars(strategy))
+    if dataclasses.is_dataclass(strategy) and not isinstance(strategy, type):
+        fields = dataclasses.asdict(strategy)
+    else:
+        fields = dict(vars(strategy))
     return {
         "class": f"{cls.__module__}:{cls.__qualname__}",
         "fields": {k: _plain(v) for k, v in fields.items()},
@@ -132,11 +135,7 @@ def _referenced_globals(cls: type) -> dict[str, str]:
     for function in (f for f in vars(cls).values() if inspect.isfunction(f)):
         for name in function.__code__.co_names:
             value = function.__globals__.get(name)
-            if (
-                value is None
-                or inspect.ismodule(value)
-                or getattr(value, "__module__", "").startswith("hybridlab")
-            ):
+            if value is None or inspect.ismodule(value) or getattr(value, "__module__", "").startswith("hybridlab"):
                 continue
             if inspect.isfunction(value):
                 try:

@@ -41,7 +41,9 @@ def test_norm_rope(tier, heads, size):
     cos, sin = np.cos(angles), np.sin(angles)
     wide = x.astype(np.float64)
     normed = wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + 1e-6) * w
-    turned = (normed[..., : size // 2] + 1j * normed[..., size // 2 :]) * np.exp(1j * angles.astype(np.float64))[:, None]
+    turned = (normed[..., : size // 2] + 1j * normed[..., size // 2 :]) * np.exp(1j * angles.astype(np.float64))[
+        :, None
+    ]
     expected = np.concatenate((turned.real, turned.imag), -1)
     np.testing.assert_allclose(kernels_attention.norm_rope(x, w, 1e-6, cos, sin), expected, rtol=1e-5, atol=1e-5)
 
@@ -115,9 +117,7 @@ def test_a_whole_attention_step_equals_its_parts(fp8, threads, tokens):
     cos, sin = np.cos(angles), np.sin(angles)
     keys, values = bf16_bits(normal(10, slots, groups, size)), bf16_bits(normal(11, slots, groups, size))
     # Odd tokens have scattered contexts; each sees its own slot last.
-    cached = [
-        np.array([50, 3, 40 + t], np.int64) if t % 2 else slice(4 * t, 4 * t + 4) for t in range(tokens)
-    ]
+    cached = [np.array([50, 3, 40 + t], np.int64) if t % 2 else slice(4 * t, 4 * t + 4) for t in range(tokens)]
     new = np.array([c.stop - 1 if isinstance(c, slice) else c[-1] for c in cached], np.int64)
 
     want_keys, want_values = keys.copy(), values.copy()
@@ -141,11 +141,10 @@ def test_a_whole_attention_step_equals_its_parts(fp8, threads, tokens):
     [
         (lambda: kernels.rms_norm(np.ones((2, 3)), normal(0, 3), 1e-6), "x: expected a 2-D float32"),
         (lambda: kernels.rms_norm(normal(0, 2, 3), normal(0, 4), 1e-6), r"weight: expected float32 \[3\]"),
-        (lambda: kernels_attention.norm_rope(normal(0, 2, 3), *[normal(0, 3)] * 1, 1e-6, *[normal(0, 1)] * 2), "x: expected"),
-        (lambda: kernels_attention.norm_rope(normal(0, 2, 1, 4), normal(0, 4), 1e-6, normal(0, 2, 2), normal(0, 2, 3)), "sines"),
+        (lambda: _norm_rope(normal(0, 2, 3), normal(0, 3), normal(0, 1), normal(0, 1)), "x: expected"),
+        (lambda: _norm_rope(normal(0, 2, 1, 4), normal(0, 4), normal(0, 2, 2), normal(0, 2, 3)), "sines"),
         (lambda: kernels.route(normal(0, 2, 3), 4, True), "top_k: expected 1 to 3, got 4"),
-        (lambda: kernels_attention.attend_one(normal(0, 4, 8), normal(0, 9, 2, 8), normal(0, 9, 2, 8), slice(0, 1), threads=1),
-         "keys: expected uint16"),
+        (lambda: _attend(slice(0, 1), dtype="float32"), "keys: expected uint16"),
         (lambda: _attend(slice(0, 10)), "not a run of the 9 slots"),
         (lambda: _attend(np.array([0, 9])), "slots from 0 to 8"),
         (lambda: _attend(np.array([-1])), "slots from 0 to 8"),
@@ -157,6 +156,10 @@ def test_wrong_arguments_are_named(call, words):
         call()
 
 
-def _attend(cached):
-    keys = np.zeros((9, 2, 8), np.uint16)
+def _norm_rope(x, weight, cosines, sines):
+    return kernels_attention.norm_rope(x, weight, 1e-6, cosines, sines)
+
+
+def _attend(cached, dtype="uint16"):
+    keys = np.zeros((9, 2, 8), dtype)
     return kernels_attention.attend_one(normal(0, 4, 8), keys, keys, cached, threads=1)

@@ -106,9 +106,7 @@ def test_error_bound_holds_for_tiny_and_huge_activations(tier: str, magnitude: f
 
 @pytest.mark.parametrize("tier", TIERS)
 @settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1), n=st.integers(1, 300), k=st.integers(1, 400), tokens=st.integers(1, 10)
-)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 300), k=st.integers(1, 400), tokens=st.integers(1, 10))
 def test_error_bound_on_any_shape(tier: str, seed: int, n: int, k: int, tokens: int) -> None:
     rng = np.random.default_rng(seed)
     for kind in ("fp8", "bf16"):

@@ -75,9 +75,7 @@ def test_bits_do_not_depend_on_companions_or_threads(tier: str, kind: str) -> No
     rng = np.random.default_rng(2)
     x = bf16(rng.standard_normal((33, H)))
     ids, weights = routing(rng, 33, low=-1)
-    alone = np.concatenate(
-        [moe(x[t : t + 1], ids[t : t + 1], weights[t : t + 1], threads=1) for t in range(len(x))]
-    )
+    alone = np.concatenate([moe(x[t : t + 1], ids[t : t + 1], weights[t : t + 1], threads=1) for t in range(len(x))])
     for tokens in (1, 2, 9, 33):
         for threads in (1, 2, 3):
             y = moe(x[:tokens], ids[:tokens], weights[:tokens], threads=threads)
@@ -132,7 +130,5 @@ def test_more_slots_than_one_pass_takes(tier: str) -> None:
     x = bf16(rng.standard_normal((tokens, H)))
     ids, weights = routing(rng, tokens)
     y = moe(x, ids, weights, threads=2)
-    np.testing.assert_array_equal(
-        y[1360:1370], moe(x[1360:1370], ids[1360:1370], weights[1360:1370], threads=1)
-    )
+    np.testing.assert_array_equal(y[1360:1370], moe(x[1360:1370], ids[1360:1370], weights[1360:1370], threads=1))
     assert_close(y[1300:1400], layer.reference(x[1300:1400], ids[1300:1400], weights[1300:1400]))

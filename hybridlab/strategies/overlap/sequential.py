@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from hybridlab.plan import Op, StepPlan
 
@@ -17,7 +18,7 @@ class Sequential:
 
     def arrange(self, ops: Sequence[Op]) -> Sequence[Op]:
         chained = [*ops[:1]]
-        for previous, op in zip(ops, ops[1:], strict=False):
+        for previous, op in pairwise(ops):
             needs = op.needs if previous.id in op.needs else (*op.needs, previous.id)
             chained.append(replace(op, needs=needs))
         return chained

@@ -77,9 +77,7 @@ def edit_tensors(oracles: Path, tmp_path: Path) -> Callable[..., Path]:
         source, folder = oracles / "qwen3_fp8_128", tmp_path / "edited"
         folder.mkdir()
         shutil.copy(source / "config.json", folder)
-        tensors = {
-            k: v for f in source.glob("model-*.safetensors") for k, v in load_file(f).items()
-        } | changes
+        tensors = {k: v for f in source.glob("model-*.safetensors") for k, v in load_file(f).items()} | changes
         save_file({k: v for k, v in tensors.items() if v is not None}, folder / "model.safetensors")
         return folder
 

@@ -30,9 +30,7 @@ def test_fp8_values_are_torchs() -> None:
 
 def test_bf16_rounding_is_torchs() -> None:
     x = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
-    np.testing.assert_array_equal(
-        float32_to_bf16(x), torch.from_numpy(x).bfloat16().view(torch.uint16).numpy()
-    )
+    np.testing.assert_array_equal(float32_to_bf16(x), torch.from_numpy(x).bfloat16().view(torch.uint16).numpy())
     np.testing.assert_array_equal(bf16_to_float32(float32_to_bf16(x)), torch.from_numpy(x).bfloat16().float())
 
 
@@ -70,10 +68,7 @@ def test_ragged_grid(ragged: Path) -> None:
     down = open_checkpoint(ragged).linear("model.layers.1.mlp.experts.2.down_proj")
     assert down.scale is not None and (down.weight.shape, down.scale.shape) == ((200, 136), (2, 2))
     values = dequantise(down.weight, down.scale)
-    assert (
-        values.shape == (200, 136)
-        and values[199, 135] == fp8_values()[down.weight[199, 135]] * down.scale[1, 1]
-    )
+    assert values.shape == (200, 136) and values[199, 135] == fp8_values()[down.weight[199, 135]] * down.scale[1, 1]
 
 
 def test_views_are_read_only_and_not_copied(tmp_path: Path) -> None:
@@ -94,15 +89,11 @@ def _anonymous_kb() -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         pytest.skip("needs /proc")
-    return next(
-        int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssAnon")
-    )
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssAnon"))
 
 
 def test_tied_embeddings_need_no_head(tmp_path: Path, ragged_config: dict) -> None:
-    checkpoint = make_checkpoint(
-        tmp_path / "t", ragged_config | {"tie_word_embeddings": True}, progress=False
-    )
+    checkpoint = make_checkpoint(tmp_path / "t", ragged_config | {"tie_word_embeddings": True}, progress=False)
     assert checkpoint.spec.tie_embeddings and not checkpoint.has("lm_head.weight")
 
 
@@ -287,9 +278,7 @@ def test_unlisted_shard(copy: Path) -> None:
         open_checkpoint(copy)
 
 
-@pytest.mark.parametrize(
-    "name", ["../out.safetensors", "/etc/x.safetensors", "a/b.safetensors", "x.bin", "", 7]
-)
+@pytest.mark.parametrize("name", ["../out.safetensors", "/etc/x.safetensors", "a/b.safetensors", "x.bin", "", 7])
 def test_escaping_shard_name(copy: Path, name: object) -> None:
     path = copy / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -331,9 +320,7 @@ def test_hub_cache_links_are_followed(ragged: Path, tmp_path: Path) -> None:
     open_checkpoint(tmp_path / "alias")
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "generation_config.json", "model.safetensors.index.json", None]
-)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json", None])
 def test_link_out_of_the_hub_cache_is_refused(ragged: Path, tmp_path: Path, name: str | None) -> None:
     snapshot = hub_cache(ragged, tmp_path)
     link = snapshot / (name or shards(snapshot)[0].name)

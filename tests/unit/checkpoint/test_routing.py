@@ -36,9 +36,7 @@ def test_recorded_curves_span_flat_and_skewed() -> None:
 
 
 @pytest.mark.parametrize("routing", ["uniform", "olmoe", "mixtral"])
-@pytest.mark.parametrize(
-    ("experts", "top_k"), [(64, 8), (128, 8), (16, 4), (8, 2), (3, 2), (4, 4), (1, 1), (256, 1)]
-)
+@pytest.mark.parametrize(("experts", "top_k"), [(64, 8), (128, 8), (16, 4), (8, 2), (3, 2), (4, 4), (1, 1), (256, 1)])
 def test_inclusion_sums_to_top_k(routing: str, experts: int, top_k: int) -> None:
     for depth in (0, 0.4, 1):
         share = inclusion(routing, experts, top_k, depth)

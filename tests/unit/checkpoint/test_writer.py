@@ -28,9 +28,7 @@ def digest(folder: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
 
 
-def test_same_arguments_same_bytes(
-    tmp_path: Path, ragged_config: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_same_arguments_same_bytes(tmp_path: Path, ragged_config: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     make_checkpoint(tmp_path / "a", ragged_config, routing="olmoe", progress=False)
     monkeypatch.setattr(writer, "NUM_THREADS", 5)
     make_checkpoint(tmp_path / "b", ragged_config, routing="olmoe", progress=False)
@@ -90,9 +88,7 @@ def check_behaviour(model: Any) -> None:
     prompts = torch.randint(0, 2048, (PROMPTS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = model(prompts).logits
-        greedy = model.generate(prompts, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)[
-            :, PROMPT_TOKENS:
-        ]
+        greedy = model.generate(prompts, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)[:, PROMPT_TOKENS:]
     assert torch.isfinite(logits).all() and 2 < logits.std() < 4
     assert len(greedy.unique()) > PROMPTS * NEW_TOKENS // 2
 

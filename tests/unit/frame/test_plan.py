@@ -15,10 +15,11 @@ from hybridlab.strategies.placement.all_host import AllHost
 from hybridlab.validation import execution_order, validate
 
 GPU, CPU, H2D, NET = (Lane("main", kind) for kind in (LaneKind.GPU, LaneKind.CPU, LaneKind.H2D, LaneKind.NET))
+HOST, ANY_PATH = PlacementPlan(), ExpertPath()
 STREAMED = PlacementPlan(default_tier=Tier.STREAMED, ring_slots=3, parts_per_layer=2)
 
 
-def shape(placed=PlacementPlan(), microbatches=1, path=ExpertPath(), ranks=(0,)):
+def shape(placed=HOST, microbatches=1, path=ANY_PATH, ranks=(0,)):
     return Shape("decode", "main", LaneKind.GPU, path, microbatches, ranks, placed)
 
 

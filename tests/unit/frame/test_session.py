@@ -68,7 +68,7 @@ def test_text_in_text_out(engine, tmp_path):
     with hl.load(folder, precision="exact", quiet=True, kv_tokens=512) as speaking:
         text = speaking.generate("w5 w6 w7 w8", max_tokens=6)
         assert text == " ".join(f"w{t}" for t in engine.generate(PROMPT, max_tokens=6))
-        assert "".join(speaking.stream("w5 w6 w7 w8", max_tokens=6)) == text
+        assert "".join(map(str, speaking.stream("w5 w6 w7 w8", max_tokens=6))) == text
     with pytest.raises(RequestError, match=r"tokenizer\.json: not found"):
         engine.generate("hello")
 
@@ -137,7 +137,9 @@ def test_a_users_placement_and_overlap_run(engine):
 
     requests = [hl.Request(str(i), tuple(PROMPT[: i + 1]), 9) for i in range(4)]
     plain = engine.serve(requests)
-    with hl.load(ORACLE, precision="exact", quiet=True, placement=SomeResident(), overlap=Dual(), kv_tokens=512) as dual:
+    with hl.load(
+        ORACLE, precision="exact", quiet=True, placement=SomeResident(), overlap=Dual(), kv_tokens=512
+    ) as dual:
         served = dual.serve(requests)
     assert [r.output for r in served.records] == [r.output for r in plain.records]
     assert {span.op.microbatch for span in served.spans} == {0, 1}

@@ -31,9 +31,7 @@ class FakeBench:
             start = max(clock, request.arrival_s)
             first = start + 0.001 * len(request.prompt)
             times = [first + 0.010 * i for i in range(request.max_tokens)]
-            records.append(
-                RequestRecord(request, Status.FINISHED, [7] * len(times), times, start, times[-1], "length")
-            )
+            records.append(RequestRecord(request, Status.FINISHED, [7] * len(times), times, start, times[-1], "length"))
             op = Op(len(spans), "experts", Lane("main", LaneKind.CPU), layer=0, tier=Tier.HOST)
             spans.append(Span(op, start, first))
             clock = times[-1]

@@ -101,9 +101,7 @@ def test_engines_are_per_engine_setting(bench: list[str], config: dict[str, Any]
     ]  # the order of the sweep, not of execution
 
 
-def test_killed_sweep_resumes(
-    bench: list[str], config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_sweep_resumes(bench: list[str], config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     import hybridlab.experiment as module
 
     whole = module.write_run

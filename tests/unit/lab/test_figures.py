@@ -122,9 +122,7 @@ def test_timeline_has_a_row_per_lane_and_a_window() -> None:
 
 
 def test_saved_figures_say_where_they_come_from(tmp_path: Path) -> None:
-    written = save_figure(
-        ttft_throughput(summary()), tmp_path / "new" / "fig.png", run_ids=["abc"], command="make it"
-    )
+    written = save_figure(ttft_throughput(summary()), tmp_path / "new" / "fig.png", run_ids=["abc"], command="make it")
     assert sorted(written) == [".json", ".pdf", ".png", ".svg"]
     assert all(path.parent == tmp_path / "new" and path.stem == "fig" for path in written.values())
     sidecar = json.loads(written[".json"].read_text())

@@ -63,9 +63,7 @@ def test_only_finished_requests_count() -> None:
     alone, together = summarise([good], 10.0), summarise([good, *others], 10.0)
     same = [key for key in alone if key not in ("num_requests", "failed", "rejected", "cancelled")]
     for key in same:
-        assert together[key] == alone[key] or (together[key] != together[key] and alone[key] != alone[key]), (
-            key
-        )
+        assert together[key] == alone[key] or (together[key] != together[key] and alone[key] != alone[key]), key
     assert [together[k] for k in ("num_requests", "completed", "failed", "rejected", "cancelled")] == [
         5,
         1,

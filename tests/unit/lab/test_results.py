@@ -55,9 +55,7 @@ def test_damaged_runs_are_skipped_by_name(stored: list[Path], how: str) -> None:
 
 
 @pytest.mark.parametrize("how", BREAKS)
-def test_damaged_runs_run_again(
-    stored: list[Path], config: dict[str, Any], bench: list[str], how: str
-) -> None:
+def test_damaged_runs_run_again(stored: list[Path], config: dict[str, Any], bench: list[str], how: str) -> None:
     _break(stored[0], how)
     bench.clear()
     again = {**config, "sweep": {"workload.num_requests": [1, 2]}}
