@@ -15,7 +15,10 @@ PACKAGE = ROOT / "hybridlab"
 FLOORS = {
     0: {"errors", "plan", "request", "spec", "validation"},
     1: {"batch", "kv_blocks", "lowering", "strategies"},
-    2: {"checkpoint", "engine", "hardware", "kernels", "kernel_checks", "kernels_numpy", "model", "simulator", "text"},
+    2: {
+        "checkpoint", "engine", "hardware", "kernel_checks", "kernels", "kernels_attention", "kernels_numpy", "model",
+        "simulator", "text",
+    },
     3: {
         "backends", "bench", "config", "experiment", "jobs", "metrics", "provenance", "request_queue",
         "results", "run", "sections", "serving", "session", "strict_yaml", "sweep", "workload",
