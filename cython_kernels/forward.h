@@ -9,8 +9,8 @@
 /* 64-byte aligned scratch memory, released with free(); NULL when there is none. */
 void *hl_scratch(size_t bytes);
 
-/* Rows of `w` that one task computes. */
-int64_t hl_chunk_rows(const hl_matrix *w, int64_t tokens);
+/* Rows of `w` that one task computes, when `matrices` like it are shared out to `threads`. */
+int64_t hl_chunk_rows(const hl_matrix *w, int64_t matrices, int threads);
 
 typedef struct {
     const hl_tier *tier;

@@ -85,8 +85,8 @@ static void combine_task(void *raw, int64_t t) {
     }
 }
 
-/* Stable counting sort of the slots by expert; returns the number of slots that are not skipped. */
-static int64_t group_slots(moe_call *c, const int32_t *ids, int64_t *count) {
+/* Stable counting sort of the slots by expert. */
+static void group_slots(moe_call *c, const int32_t *ids, int64_t *count) {
     const int64_t experts = c->moe->experts, slots = c->tokens * c->k;
     int64_t used = 0;
     memset(count, 0, sizeof(int64_t) * (size_t)experts);
@@ -105,13 +105,12 @@ static int64_t group_slots(moe_call *c, const int32_t *ids, int64_t *count) {
         c->place_of[s] = ids[s] < 0 ? -1 : count[ids[s]]++;
         if (ids[s] >= 0) c->token_of[c->place_of[s]] = s / c->k;
     }
-    return used;
 }
 
-static void run_phases(moe_call *c, const float *x, int64_t slots, int threads) {
-    const int64_t e = c->active ? c->expert[0] : 0, per_expert = c->active ? slots / c->active : 0;
-    c->up_chunk = hl_chunk_rows(&c->moe->gate[e], per_expert);
-    c->down_chunk = hl_chunk_rows(&c->moe->down[e], per_expert);
+static void run_phases(moe_call *c, const float *x, int threads) {
+    const int64_t e = c->active ? c->expert[0] : 0;
+    c->up_chunk = hl_chunk_rows(&c->moe->gate[e], 2 * c->active, threads);
+    c->down_chunk = hl_chunk_rows(&c->moe->down[e], c->active, threads);
     c->up_chunks = (c->moe->i + c->up_chunk - 1) / c->up_chunk;
     c->down_chunks = (c->moe->h + c->down_chunk - 1) / c->down_chunk;
     for (int64_t a = 0; a < c->active; a++) c->left[a] = c->up_chunks;
@@ -153,7 +152,8 @@ int hl_moe_forward(const hl_tier *tier, const hl_moe *moe, const float *x, int64
             c.tokens = least(step, tokens - t);
             c.weights = weights + t * k;
             c.out = out + t * moe->h;
-            run_phases(&c, x + t * moe->h, group_slots(&c, ids + t * k, count), threads);
+            group_slots(&c, ids + t * k, count);
+            run_phases(&c, x + t * moe->h, threads);
         }
     }
     free(index);
