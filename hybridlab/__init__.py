@@ -43,10 +43,12 @@ _PUBLIC = {
     "RoutingStats": "hybridlab.spec",
 }
 
-__all__ = [*_PUBLIC, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [*_PUBLIC, "__version__", "figures"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "figures":  # matplotlib takes a second
+        return importlib.import_module("hybridlab.figures")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'hybridlab' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_PUBLIC[name]), name)
@@ -58,6 +60,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from hybridlab import figures as figures
     from hybridlab.checkpoint import open_checkpoint as open_checkpoint
     from hybridlab.checkpoint.writer import make_checkpoint as make_checkpoint
     from hybridlab.config import load_config as load_config

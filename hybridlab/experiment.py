@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,26 +24,15 @@ from hybridlab.workload import make_requests, warmup_requests
 if TYPE_CHECKING:
     import pandas as pd
 
-TABLE_COLUMNS = (
-    "request_throughput_req_s",
-    "output_tokens_per_s",
-    "median_ttft_s",
-    "p90_ttft_s",
-    "median_tpot_s",
-    "p90_tpot_s",
-    "request_goodput_req_s",
-    "completed",
-    "evidence",
-    "run_id",
-)
+TABLE_METRICS = ("median_ttft_s", "p99_ttft_s", "median_tpot_s", "output_tokens_per_s", "request_goodput_req_s")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExperimentResult:
     """Tables: `summary` has a row per run, `requests` a row per request, `spans` a row per op kept.
 
-    All three carry `run_id`; units are in the column names. `paths` are the folders of the runs, `cached` the
-    ids of those that were in the store before.
+    All three carry `run_id`, the scheduler and what else differs between runs; units are in the column names.
+    `paths` are the folders of the runs, `cached` the ids of those that were in the store before.
     """
 
     config: ExperimentConfig
@@ -54,19 +44,25 @@ class ExperimentResult:
 
     @property
     def table(self) -> pd.DataFrame:
-        """The columns of `summary` that differ between runs, and the metrics that one looks at first."""
-        named = [c for c in self.summary.columns[: self.summary.columns.get_loc("num_requests")] if c != "experiment"]
-        distinct = {name: len(set(self.summary[name].tolist())) for name in named}
-        # The label of the workload repeats what its swept keys say.
-        told = {"workload"} if any(name.startswith("workload.") for name in named) else set()
-        axes = [name for name in named if name == "scheduler" or (distinct[name] > 1 and name not in told)]
-        return self.summary.loc[:, [*axes, *TABLE_COLUMNS]]
+        """What differs between runs, and the metrics that one looks at first; `summary` has them all.
+
+        `completed` and `evidence` are there if some requests did not complete or some runs were not measured.
+        """
+        whole = self.summary["completed"].tolist() == self.summary["num_requests"].tolist()
+        measured = set(self.summary["evidence"].tolist()) <= {"measured"}
+        extra = [*([] if whole else ["completed"]), *([] if measured else ["evidence"])]
+        return self.summary.loc[:, [*_axes(self.summary), *TABLE_METRICS, *extra]]
+
+    def __repr__(self) -> str:
+        return f"ExperimentResult({self.config.experiment!r}, {len(self.paths)} runs, {len(self.cached)} cached)"
 
     def _repr_html_(self) -> str:
         title = html.escape(f"{self.config.experiment}: {len(self.paths)} runs, SLO {self.config.slo}")
-        where = html.escape(str(self.paths[0].parent)) if self.paths else ""
+        where = html.escape(_shown(self.paths[0].parent, self.config)) if self.paths else ""
         cached = f", {len(self.cached)} cached (force=True reruns)" if self.cached else ""
         table = self.table.to_html(index=False, float_format=lambda x: f"{x:.4g}", border=0)
+        # Long column names may break, so that the table is no wider than a notebook.
+        table = re.sub("<th>.*?</th>", lambda head: re.sub("[_.]", r"\g<0><wbr>", head[0]), table)
         return f"<p><b>{title}</b></p>{table}<p>in {where}{cached}</p>"
 
 
@@ -98,7 +94,9 @@ def run(
     stored = {} if force else {job.run_id: found for job in jobs if (found := _find(folder / job.run_id))}
     cached = tuple(stored)
     if cached and progress:
-        print(f"cached: {len(cached)} of {len(jobs)} runs from {folder} (force=True reruns)", flush=True)
+        print(
+            f"cached: {len(cached)} of {len(jobs)} runs from {_shown(folder, config)} (force=True reruns)", flush=True
+        )
     missing = {job.run_id: job for job in jobs if job.run_id not in stored}
     for job, run in _execute(list(missing.values()), backend, folder, progress):
         stored[job.run_id] = run
@@ -184,15 +182,35 @@ def _collect(
 ) -> ExperimentResult:
     import pandas as pd
 
-    rows, requests, spans, paths = [], [], [], {}
+    rows, runs = [], {}
     for job in jobs:
         run = stored[job.run_id]
         # A cached run may have been stored under other axes; this experiment's axes hold here.
         shown = replace(run, manifest={**run.manifest, "labels": job.labels(), "axes": job.axes()})
         rows.append(shown.row(config.slo))
-        if run.run_id not in paths:
-            paths[run.run_id] = run.path
-            requests.append(run.requests.assign(run_id=run.run_id))
-            spans.append(run.spans.assign(run_id=run.run_id))
-    tables = pd.DataFrame(rows), pd.concat(requests, ignore_index=True), pd.concat(spans, ignore_index=True)
-    return ExperimentResult(config, *tables, paths=list(paths.values()), cached=cached)
+        runs.setdefault(run.run_id, (run, rows[-1]))
+    summary = pd.DataFrame(rows)
+    told = [*_axes(summary), "run_id"]
+
+    def joined(name: str) -> pd.DataFrame:
+        """The table `name` of every run, with what tells the runs apart."""
+        parts = [getattr(run, name).assign(**{axis: row[axis] for axis in told}) for run, row in runs.values()]
+        return pd.concat(parts, ignore_index=True)
+
+    paths = [run.path for run, _ in runs.values()]
+    return ExperimentResult(config, summary, joined("requests"), joined("spans"), paths=paths, cached=cached)
+
+
+def _axes(summary: pd.DataFrame) -> list[str]:
+    """The columns of `summary` that say what ran: the scheduler, and what differs between runs."""
+    named = [c for c in summary.columns[: summary.columns.get_loc("num_requests")] if c != "experiment"]
+    distinct = {name: len(set(summary[name].tolist())) for name in named}
+    # The label of the workload repeats what its swept keys say.
+    told = {"workload"} if any(name.startswith("workload.") for name in named) else set()
+    return [name for name in named if name == "scheduler" or (distinct[name] > 1 and name not in told)]
+
+
+def _shown(path: Path, config: ExperimentConfig) -> str:
+    """`path` as seen from the project, where it lies inside."""
+    inside = path.is_relative_to(config.project_dir)
+    return (path.relative_to(config.project_dir) if inside else path).as_posix()

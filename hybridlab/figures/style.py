@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -15,6 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from hybridlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ONE_COLUMN_IN = 3.33
 TWO_COLUMNS_IN = 7.0
@@ -26,6 +29,7 @@ RC: Mapping[Any, Any] = MappingProxyType(
         "figure.figsize": (ONE_COLUMN_IN, 2.6),
         "figure.dpi": 150,
         "figure.constrained_layout.use": True,
+        "figure.constrained_layout.h_pad": 0.015,
         "savefig.dpi": 300,
         "font.size": 8,
         "axes.titlesize": 8,
@@ -71,14 +75,30 @@ EVIDENCE: Mapping[str, EvidenceMark] = MappingProxyType(
 )
 
 
-def style() -> AbstractContextManager[None]:
+@contextmanager
+def style() -> Iterator[None]:
     """`with style(): ...` for figures of your own; those of this package apply it themselves."""
-    return mpl.rc_context(dict(RC))
+    interactive = mpl.is_interactive()
+    try:
+        with mpl.rc_context(dict(RC)):
+            try:
+                yield
+            finally:
+                # A notebook's backend loads with its first figure, in here, and makes figures show: that must last.
+                interactive = mpl.is_interactive()
+    finally:
+        mpl.interactive(interactive)
 
 
 def new_axes(width_in: float = ONE_COLUMN_IN, height_in: float = 2.6) -> Axes:
     """Axes of a new figure in the house style."""
     return plt.subplots(figsize=(width_in, height_in))[1]
+
+
+def cycle_color(number: int) -> str:
+    """A colour of the cycle. "C0" would be looked up when drawn, which a notebook does outside of `style()`."""
+    colors = RC["axes.prop_cycle"].by_key()["color"]
+    return colors[number % len(colors)]
 
 
 def evidence_mark(kind: str) -> EvidenceMark:
@@ -103,10 +123,17 @@ def evidence_handle(kind: str) -> Line2D:
     )
 
 
-def require(frame: Any, columns: tuple[str, ...], what: str) -> None:
-    """Raise ConfigError naming the first column that `what` needs and `frame` lacks, or if it has no rows."""
+def require(data: Any, attribute: str, columns: tuple[str, ...], what: str) -> pd.DataFrame:
+    """`data`, or its `attribute` (of a result), if that has rows and the columns that `what` needs.
+
+    Raises ConfigError that says what to pass or names the first column that is missing.
+    """
+    frame = getattr(data, attribute, data)
+    if not hasattr(frame, "columns"):
+        raise ConfigError(f"{what}: pass a result or result.{attribute}, got {type(data).__name__}")
     missing = [name for name in columns if name not in frame.columns]
     if missing:
-        raise ConfigError(f"{what}: no column {missing[0]!r}; expected {', '.join(columns)}")
+        raise ConfigError(f"{what}: no column {missing[0]!r}; pass a result or result.{attribute}")
     if not len(frame):
         raise ConfigError(f"{what}: no rows to draw")
+    return frame

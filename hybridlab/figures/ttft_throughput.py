@@ -10,10 +10,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from hybridlab.figures.style import (
     GREY,
     ONE_COLUMN_IN,
+    cycle_color,
     evidence_handle,
     evidence_mark,
     new_axes,
@@ -24,34 +26,42 @@ from hybridlab.figures.style import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from hybridlab.experiment import ExperimentResult
+
 METRICS = ("output_tokens_per_s", "median_ttft_s", "p90_ttft_s", "median_tpot_s", "slo_ttft_s", "slo_tpot_s")
+BELOW_LABEL_PT = 29
 Row = dict[str, Any]
 
 
 def ttft_throughput(
-    df: pd.DataFrame, ax: Axes | None = None, *, by: str = "scheduler", load: str = "offered_req_s"
+    df: pd.DataFrame | ExperimentResult,
+    ax: Axes | None = None,
+    *,
+    by: str = "scheduler",
+    load: str = "offered_req_s",
 ) -> Axes:
-    """Median TTFT (s, log scale; whisker to p90) over output tokens/s, from rows of `result.summary`.
+    """Median TTFT (s, log scale; whisker to p90) over output tokens/s, from a result or rows of its `summary`.
 
     One line per value of `by` and kind of evidence, joined in the order of `load`; repeats are averaged and
     their range is a band. Points whose median TPOT misses the SLO are ringed: throughput without TPOT means
     little. Rows in which no request finished are left out. Raises ConfigError naming a missing column.
     """
-    require(df, (*METRICS, "slo", "evidence", by, load), "ttft_throughput")
-    rows: list[Row] = [row for row in df.to_dict("records") if row["median_ttft_s"] > 0]
+    frame = require(df, "summary", (*METRICS, "slo", "evidence", by, load), "ttft_throughput")
+    rows: list[Row] = [row for row in frame.to_dict("records") if row["median_ttft_s"] > 0]
     names = list(dict.fromkeys(row[by] for row in rows))
     kinds = list(dict.fromkeys(row["evidence"] for row in rows))
     with style():
         own = ax is None
         ax = new_axes(ONE_COLUMN_IN, 3.2) if ax is None else ax
         handles: list[Any] = [
-            Line2D([], [], color=f"C{number % 10}", linewidth=2.5, label=str(name)) for number, name in enumerate(names)
+            Line2D([], [], color=cycle_color(number), linewidth=2.5, label=str(name))
+            for number, name in enumerate(names)
         ]
         missed = False
         for number, name in enumerate(names):
             for kind in kinds:
                 part = [row for row in rows if row[by] == name and row["evidence"] == kind]
-                missed |= bool(part) and _draw(ax, _points(part, load), f"C{number % 10}", kind)
+                missed |= bool(part) and _draw(ax, _points(part, load), cycle_color(number), kind)
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
@@ -65,8 +75,13 @@ def ttft_throughput(
         if missed:
             handles.append(_ring([], [], label="median TPOT misses SLO"))
         if own:
-            columns = 2 if max(len(handle.get_label()) for handle in handles) < 28 else 1
-            ax.figure.legend(handles=handles, loc="outside lower center", ncols=columns, borderaxespad=0)
+            columns = 2 if max(len(handle.get_label()) for handle in handles) < 24 else 1
+            # At a fixed distance, so that the gap stays the same where a backend crops the figure.
+            below = ax.transAxes + ScaledTranslation(0, -BELOW_LABEL_PT / 72, ax.figure.dpi_scale_trans)
+            ax.legend(
+                handles=handles, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below,
+                borderaxespad=0,
+            )  # fmt: skip
         else:
             ax.legend(handles=handles, loc="best", fontsize=6)
     return ax
@@ -130,7 +145,7 @@ def _draw_slo(ax: Axes, rows: Sequence[Row]) -> None:
     if top < ttft_s < 4 * top:
         top = 1.3 * ttft_s  # near enough to be worth showing
     ax.set_ylim(bottom, top)
-    ax.axhspan(bottom, min(max(ttft_s, bottom), top), color="C0", alpha=0.07, linewidth=0, zorder=0)
+    ax.axhspan(bottom, min(max(ttft_s, bottom), top), color=cycle_color(0), alpha=0.07, linewidth=0, zorder=0)
     if bottom < ttft_s < top:
         ax.axhline(ttft_s, color=GREY, linewidth=0.7, linestyle=(0, (4, 2)))
     limits = f"TTFT ≤ {ttft_s:g} s, TPOT ≤ {tpot_s * 1000:g} ms"

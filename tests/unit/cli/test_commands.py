@@ -77,7 +77,7 @@ def test_run_writes_runs_and_figure(tiny: Path, tmp_path: Path) -> None:
 
     again = invoke("run", config, "--results-dir", tmp_path / "results")
     assert again.exit_code == 0
-    assert "completed" in again.stdout
+    assert "median_ttft_s" in again.stdout
     assert "cached" in again.stderr
     assert answer["figure"] in again.stderr
 

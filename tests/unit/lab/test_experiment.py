@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,11 @@ def test_one_run(bench: list[str], config: dict[str, Any], tmp_path: Path) -> No
     assert result.paths == [tmp_path / "results" / "question" / row["run_id"]]
     assert set(result.requests["run_id"]) == set(result.spans["run_id"]) == {row["run_id"]}
     assert list(result.spans.columns)[:4] == ["lane", "kind", "layer", "part"]
+    assert set(result.requests["scheduler"]) == set(result.spans["scheduler"]) == {"fcfs"}
     assert result.spans["lane"].tolist() == ["main/cpu"] * 3
     html = result._repr_html_()
-    assert "question" in html and row["run_id"] in html
+    assert "question" in html and "in results/question<" in html and str(tmp_path) not in html
+    assert repr(result) == "ExperimentResult('question', 1 runs, 0 cached)"
 
 
 def test_manifest_says_all(bench: list[str], config: dict[str, Any]) -> None:
@@ -82,12 +84,24 @@ def test_sweep_shares_an_engine_and_caches(bench: list[str], config: dict[str, A
     bench.clear()
     again = run(sweep, progress=True)
     assert bench == []
-    assert len(again.cached) == 4 and "cached: 4 of 4 runs" in capsys.readouterr().out
+    said = "cached: 4 of 4 runs from results/question (force=True reruns)\n"
+    assert len(again.cached) == 4 and said in capsys.readouterr().out
     assert again.summary.equals(first.summary)
     assert again.requests.equals(first.requests)
     assert "4 cached (force=True reruns)" in again._repr_html_()
     run(sweep, force=True)
     assert len(bench) == 6
+
+
+def test_table_is_short_and_rows_carry_the_axes(bench: list[str], config: dict[str, Any]) -> None:
+    result = run({**config, "sweep": SWEEP})
+    axes = ["scheduler", "workload.num_requests"]
+    assert list(result.table.columns) == [*axes, *experiment.TABLE_METRICS]
+    mine = result.requests[(result.requests["scheduler"] == "fcfs") & (result.requests[axes[1]] == 3)]
+    assert len(mine) == 3 and mine["run_id"].tolist() == [result.summary["run_id"].tolist()[1]] * 3
+    assert set(axes) <= set(result.spans.columns)
+    partly = replace(result, summary=result.summary.assign(completed=0, evidence="simulated"))
+    assert list(partly.table.columns)[-2:] == ["completed", "evidence"]
 
 
 def test_engines_are_per_engine_setting(bench: list[str], config: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib as mpl
@@ -13,9 +14,10 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+import hybridlab as hl
 from hybridlab.errors import ConfigError
 from hybridlab.figures import save_figure, timeline, ttft_throughput
-from hybridlab.figures.style import EVIDENCE, evidence_handle
+from hybridlab.figures.style import EVIDENCE, evidence_handle, style
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +103,8 @@ def test_runs_without_a_finished_request_are_left_out() -> None:
 def test_bad_frames_are_named() -> None:
     with pytest.raises(ConfigError, match="ttft_throughput: no column 'p90_ttft_s'"):
         ttft_throughput(summary().drop(columns="p90_ttft_s"))
+    with pytest.raises(ConfigError, match=r"pass a result or result\.summary, got dict"):
+        ttft_throughput({})  # pyright: ignore
     with pytest.raises(ConfigError, match="no rows"):
         ttft_throughput(summary().iloc[:0])
     with pytest.raises(ConfigError, match="timeline: no column 'kind'"):
@@ -109,6 +113,29 @@ def test_bad_frames_are_named() -> None:
         timeline(spans(run_id=list("abcd")))
     with pytest.raises(ConfigError, match=r"0 ops between 0\.05 and 0\.1 s"):
         timeline(spans(), start_s=0.05, end_s=0.1)
+
+
+def test_results_are_taken_as_they_are() -> None:
+    result: Any = SimpleNamespace(summary=summary(), spans=spans())
+    assert len(lines(hl.figures.ttft_throughput(result))) == 2
+    assert hl.figures.timeline(result).patches
+
+
+def test_kinds_too_thin_to_see_are_not_in_the_legend() -> None:
+    thin = pd.DataFrame([("main/cpu", "combine", 0, 0.1995, 0.1995 + 1e-7)], columns=list(spans().columns))
+    assert legend_texts(timeline(pd.concat([spans(), thin]))) == ["experts", "later microbatch"]
+    assert legend_texts(timeline(thin, start_s=0.1, end_s=0.2)) == ["combine"]
+
+
+def test_interactive_mode_that_a_backend_sets_outlives_the_style() -> None:
+    plt.ioff()
+    with style():
+        plt.ion()  # a notebook's backend, as it loads with the first figure
+    assert mpl.is_interactive()
+    plt.ioff()
+    with style():
+        pass
+    assert not mpl.is_interactive()
 
 
 def test_timeline_has_a_row_per_lane_and_a_window() -> None:
