@@ -13,28 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybridlab.number_formats import bf16_to_float32, fp8_values
+
 BLOCK = 128
 ROWS_AT_A_TIME = 1024  # bounds the dequantised copy
 
 Matrix = tuple[NDArray[Any], NDArray[np.float32] | None]
 """(weight [N, K] uint8 FP8 codes or uint16 BF16 bits, scale [ceil(N/128), ceil(K/128)] or None)"""
-
-
-def _e4m3_table() -> NDArray[np.float32]:
-    codes = np.arange(256)
-    exponent, mantissa = (codes >> 3) & 15, codes & 7
-    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-    magnitude[[0x7F, 0xFF]] = np.nan
-    return np.where(codes & 0x80, -magnitude, magnitude).astype(np.float32)
-
-
-E4M3 = _e4m3_table()
-"""The value of each of the 256 E4M3FN codes; 0x7F and 0xFF are NaN."""
-
-
-def bf16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """The values of BF16 bit patterns."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def round_to_bf16(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -52,7 +37,7 @@ def dequantize(matrix: Matrix, first: int = 0, last: int | None = None) -> NDArr
         return bf16_to_float32(rows)
     n, k = rows.shape
     per_row = scale[np.arange(first, first + n) // BLOCK]
-    return E4M3[rows] * np.repeat(per_row, BLOCK, axis=1)[:, :k]
+    return fp8_values()[rows] * np.repeat(per_row, BLOCK, axis=1)[:, :k]
 
 
 def linear(x: NDArray[np.float32], matrix: Matrix, dtype: type = np.float32) -> NDArray[Any]:

@@ -12,9 +12,9 @@ from math import sqrt
 import numpy as np
 
 from hybridlab.checkpoint import randomness as rnd
-from hybridlab.checkpoint.formats import float32_to_bf16
 from hybridlab.checkpoint.routing import expert_inclusion, fit_bias, sum_of_squared_weights
 from hybridlab.checkpoint.schema import SCALE_SUFFIX, TensorSpec
+from hybridlab.number_formats import float32_to_bf16
 from hybridlab.spec import ModelSpec
 
 LOGIT_STD = 3.0

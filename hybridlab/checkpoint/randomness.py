@@ -14,7 +14,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from hybridlab.checkpoint.formats import float32_to_bf16, fp8_values
+from hybridlab.number_formats import float32_to_bf16, fp8_values
 
 CHUNK_WORDS = 1 << 13
 """64-bit random words per step: with its output a step stays inside a core's second-level cache."""

@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 
 from hybridlab.checkpoint.config import read_config
 from hybridlab.checkpoint.files import tensor_files
-from hybridlab.checkpoint.formats import bf16_to_float32
 from hybridlab.checkpoint.jsonfile import shown
 from hybridlab.checkpoint.residency import populate
 from hybridlab.checkpoint.schema import SCALE_SUFFIX, TensorSpec, expected_tensors
 from hybridlab.errors import CheckpointError
+from hybridlab.number_formats import bf16_to_float32
 from hybridlab.spec import ModelSpec
 
 if TYPE_CHECKING:

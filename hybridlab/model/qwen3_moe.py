@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from hybridlab.checkpoint.reader import Checkpoint
-from hybridlab.kernels_numpy import bf16_to_float32
 from hybridlab.model.attention import Attention
 from hybridlab.model.base import KVStore, MicroBatch, Routed
 from hybridlab.model.numerics import ExpertsFn, LinearFn, Numerics, StepFn
 from hybridlab.model.rope import Rope
+from hybridlab.number_formats import bf16_to_float32
 
 
 class Qwen3Moe:

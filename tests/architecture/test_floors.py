@@ -17,6 +17,7 @@ FLOORS = {
     1: {"batch", "kv_blocks", "lowering", "strategies"},
     2: {
         "checkpoint", "engine", "hardware", "kernel_checks", "kernels", "kernels_attention", "kernels_numpy", "model",
+        "number_formats",
         "simulator", "text",
     },
     3: {

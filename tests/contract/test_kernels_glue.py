@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridlab import kernels, kernels_attention, kernels_numpy
+from hybridlab import kernels, kernels_attention, kernels_numpy, number_formats
 
 TIERS = kernels.supported_tiers()
 
@@ -85,8 +85,8 @@ def test_attention_of_one_query(tier, threads, count, heads, groups, size):
     keys, values = bf16_bits(k), bf16_bits(v)
     scattered = np.random.default_rng(3).permutation(1200)[:count].astype(np.int64)
     for cached in (slice(100, 100 + count), scattered):
-        k64 = kernels_numpy.bf16_to_float32(keys[cached]).astype(np.float64)
-        v64 = kernels_numpy.bf16_to_float32(values[cached]).astype(np.float64)
+        k64 = number_formats.bf16_to_float32(keys[cached]).astype(np.float64)
+        v64 = number_formats.bf16_to_float32(values[cached]).astype(np.float64)
         scores = np.einsum("grd,cgd->grc", q.astype(np.float64).reshape(groups, -1, size), k64) / np.sqrt(size)
         probs = np.exp(scores - scores.max(-1, keepdims=True))
         expected = np.einsum("grc,cgd->grd", probs / probs.sum(-1, keepdims=True), v64).reshape(heads, size)

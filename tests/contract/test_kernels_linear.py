@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridlab import kernels, kernels_numpy
+from hybridlab import kernels, kernels_numpy, number_formats
 
 TIERS = kernels.supported_tiers()
 COMPILED = [tier for tier in TIERS if tier != "numpy"]
@@ -80,7 +80,7 @@ def test_reference_vectors(tier: str) -> None:
     names = sorted({key.rsplit(".", 1)[0] for key in data.files if key.startswith("gemv")})
     assert names
     for name in names:
-        x = kernels_numpy.bf16_to_float32(data[f"{name}.x"])[None]
+        x = number_formats.bf16_to_float32(data[f"{name}.x"])[None]
         y = kernels.linear(data[f"{name}.q"], data[f"{name}.s"], tier=tier)(x, threads=2)[0]
         assert (np.abs(y - data[f"{name}.y64"]) <= 16 * 2.0**-24 * data[f"{name}.absdot64"]).all(), name
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hybridlab import kernels_numpy
+from hybridlab import kernels_numpy, number_formats
 
 
 def test_table_is_torchs() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
-    np.testing.assert_array_equal(kernels_numpy.E4M3, codes.view(torch.float8_e4m3fn).float().numpy())
+    np.testing.assert_array_equal(number_formats.fp8_values(), codes.view(torch.float8_e4m3fn).float().numpy())
 
 
 def test_bf16_rounding_is_torchs() -> None:

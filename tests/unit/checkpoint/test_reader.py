@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from hybridlab.checkpoint import PRESETS, make_checkpoint, open_checkpoint
-from hybridlab.checkpoint.formats import bf16_to_float32, dequantise, float32_to_bf16, fp8_values
 from hybridlab.errors import CheckpointError
+from hybridlab.number_formats import bf16_to_float32, dequantise, float32_to_bf16, fp8_values
 
 Q = "model.layers.0.self_attn.q_proj"
 EXPERT = "model.layers.1.mlp.experts.0.gate_proj"

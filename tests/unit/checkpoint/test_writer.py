@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from hybridlab.checkpoint import PRESETS, make_checkpoint, open_checkpoint, writer
-from hybridlab.checkpoint.formats import dequantise, fp8_values
 from hybridlab.checkpoint.randomness import bf16_pool, fill_signed, fp8_pool, random_source
 from hybridlab.errors import CheckpointError
+from hybridlab.number_formats import dequantise, fp8_values
 
 PROMPT_TOKENS, PROMPTS, NEW_TOKENS = 24, 3, 8
 KNOWN_CODES = [80, 227, 248, 241, 107, 204]
