@@ -6,9 +6,14 @@ checks run over every built-in strategy in the tests.
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Callable
+import re
+import traceback
+from collections.abc import Callable, Sequence
 from math import ceil
+from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from hybridlab.errors import HybridlabError, StrategyError
@@ -32,6 +37,8 @@ from hybridlab.strategies.registry import resolve
 from hybridlab.validation import check_step
 
 _BLOCK = 16
+# Numbers, and the ids of requests, in the words of an error: problems that differ in these alone are alike.
+_VARYING = re.compile(r"'r?\d+'|\d+(\.\d+)?")
 
 TOY_MODEL = ModelSpec(
     family="toy",
@@ -66,33 +73,35 @@ def check_scheduler(scheduler: Any, *, seed: int = 0, num_trials: int = 20) -> N
     Also checks that it is deterministic, keeps to the budget and to the KV cache, and never waits for nothing.
     """
     scheduler = resolve("scheduler", scheduler)
-    problems: list[str] = []
+    problems: list[tuple[str, str]] = []
     for trial in range(num_trials):
         rng = random.Random(f"{seed}/{trial}")
         budget, kv_blocks = rng.choice((8, 16, 64, 512)), rng.choice((6, 24, 200))
         try:
             _drain(scheduler, rng, budget, kv_blocks)
         except Exception as error:
-            problems.append(f"trial {trial} (token_budget {budget}, {kv_blocks * _BLOCK} KV tokens): {_words(error)}")
+            where = f"trial {trial} (token_budget {budget}, {kv_blocks * _BLOCK} KV tokens): "
+            problems.append((where, _words(error, scheduler)))
     _report(f"scheduler {type(scheduler).__name__}", problems)
 
 
 def check_placement(placement: Any) -> None:
     """Call `placement` for machines with and without a GPU: plans must name real experts and ranks, and lower."""
     placement = resolve("placement", placement)
-    problems: list[str] = []
+    problems: list[tuple[str, str]] = []
     routing = RoutingStats(tuple((10, 5, 1, 1, 0, 0, 0, 3) for _ in TOY_MODEL.moe_layers), "toy", TOY_MODEL.moe_layers)
     for hardware in (TOY_CPU, TOY_GPU):
         for stats in (RoutingStats(), routing):
-            _collect(problems, f"{hardware.name}: ", lambda h=hardware, s=stats: _try_placement(placement, h, s))
-    _collect(problems, "", lambda: _try_update(placement, routing))
+            where = f"{hardware.name}: "
+            _collect(problems, placement, where, lambda h=hardware, s=stats: _try_placement(placement, h, s))
+    _collect(problems, placement, "", lambda: _try_update(placement, routing))
     _report(f"placement {type(placement).__name__}", problems)
 
 
 def check_overlap(overlap: Any) -> None:
     """Arrange programs of several shapes and tiers: every op once, no need lost, no deadlock, the ring respected."""
     overlap = resolve("overlap", overlap)
-    problems: list[str] = []
+    problems: list[tuple[str, str]] = []
     placements = (
         PlacementPlan(),
         PlacementPlan(default_tier=Tier.RESIDENT),
@@ -105,10 +114,10 @@ def check_overlap(overlap: Any) -> None:
             for placed in placements:
                 planner = Planner(TOY_MODEL, TOY_GPU, AllHost(), overlap, placed)
                 where = f"{role} of {num_requests}, experts {placed.default_tier}, ring of {placed.ring_slots}: "
-                _collect(problems, where, lambda p=planner, s=step: p.program(p.shape("main", s)))
+                _collect(problems, overlap, where, lambda p=planner, s=step: p.program(p.shape("main", s)))
     ops = lower(Shape("decode", "main", LaneKind.GPU, ExpertPath(), 2, (0,), placements[0]), TOY_MODEL)
     if not problems and list(overlap.arrange(ops)) != list(overlap.arrange(ops)):
-        problems.append("arrange() gives different orders for the same ops; programs are cached, so it must not")
+        problems.append(("", "arrange() gives different orders for the same ops; programs are cached, so it must not"))
     _report(f"overlap {type(overlap).__name__}", problems)
 
 
@@ -200,20 +209,38 @@ def _try_update(placement: Any, routing: RoutingStats) -> None:
         raise StrategyError(f"update() returned {moves!r:.60}, expected a tuple of Move")
 
 
-def _collect(problems: list[str], where: str, attempt: Callable[[], Any]) -> None:
+def _collect(problems: list[tuple[str, str]], strategy: Any, where: str, attempt: Callable[[], Any]) -> None:
     try:
         attempt()
     except Exception as error:
-        problems.append(where + _words(error))
+        problems.append((where, _words(error, strategy)))
 
 
-def _words(error: Exception) -> str:
-    return str(error) if isinstance(error, HybridlabError) else f"raised {type(error).__name__}: {error}"
+def _words(error: Exception, strategy: Any) -> str:
+    """The error in words; where the strategy's own code raised it, the line too."""
+    if isinstance(error, HybridlabError):
+        return str(error)
+    said = f"raised {type(error).__name__}: {error}"
+    files = {code.co_filename for code in _code_of(strategy)}
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    if not own:
+        return said
+    frame = own[-1]
+    return f"{said} in {frame.name}(), {Path(frame.filename).name}:{frame.lineno}: {frame.line or ''}".rstrip(": ")
 
 
-def _report(name: str, problems: list[str]) -> None:
-    unique = list(dict.fromkeys(problems))
-    if unique:
-        shown = "\n  ".join(unique[:5])
-        more = f"\n  and {len(unique) - 5} more" if len(unique) > 5 else ""
-        raise StrategyError(f"{name}: {len(unique)} problems found\n  {shown}{more}")
+def _code_of(strategy: Any) -> list[CodeType]:
+    return [f.__code__ for cls in type(strategy).__mro__ for f in vars(cls).values() if inspect.isfunction(f)]
+
+
+def _report(name: str, problems: Sequence[tuple[str, str]]) -> None:
+    """Raise StrategyError if there are problems (where, what); of those alike, the first is shown."""
+    alike: dict[frozenset[str], list[str]] = {}
+    for where, what in problems:
+        alike.setdefault(frozenset(_VARYING.sub("#", what).split("; ")), []).append(where + what)
+    if not alike:
+        return
+    lines = [found[0] + (f" (and {len(found) - 1} more like this)" if found[1:] else "") for found in alike.values()]
+    count = f"{len(lines)} problem" + ("s" if lines[1:] else "")
+    more = f"\n  and {len(lines) - 5} more" if lines[5:] else ""
+    raise StrategyError(f"{name}: {count} found\n  " + "\n  ".join(lines[:5]) + more)

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hybridlab.errors import StrategyError
@@ -43,9 +43,14 @@ def resolve(kind: str, value: Any) -> Any:
         value = _construct(kind, _load(kind, target), fields)
     if isinstance(value, type):
         raise StrategyError(f"{kind}: got the class {value.__name__}; pass an object, {value.__name__}()")
-    missing = [m for m in _methods(kind) if not callable(getattr(value, m, None))]
-    if missing:
-        raise StrategyError(f"{kind} {type(value).__name__} has no method {missing[0]}()")
+    name = f"{kind} {type(value).__name__}"
+    for method, parameters in _methods(kind).items():
+        own = getattr(value, method, None)
+        if not callable(own):
+            raise StrategyError(f"{name} has no method {method}()")
+        if not _takes(own, len(parameters)):
+            given = ", ".join(parameters)
+            raise StrategyError(f"{name}: {method}() is given {given}; define it as {method}(self, {given})")
     return value
 
 
@@ -78,8 +83,23 @@ def label(strategy: Any) -> str:
     return type(strategy).__name__
 
 
-def _methods(kind: str) -> list[str]:
-    return [n for n, v in vars(_PROTOCOLS[kind]).items() if inspect.isfunction(v) and not n.startswith("_")]
+def _methods(kind: str) -> dict[str, list[str]]:
+    """The methods of an interface, and what each is given."""
+    return {
+        name: list(inspect.signature(method).parameters)[1:]
+        for name, method in vars(_PROTOCOLS[kind]).items()
+        if inspect.isfunction(method) and not name.startswith("_")
+    }
+
+
+def _takes(method: Callable[..., Any], count: int) -> bool:
+    try:
+        inspect.signature(method).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:
+        pass  # compiled methods may have no signature to look at
+    return True
 
 
 def _target(kind: str, name: Any) -> str:
@@ -117,7 +137,7 @@ def _construct(kind: str, cls: type, fields: Mapping[str, Any]) -> Any:
             )
     try:
         return cls(**fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrategyError) as error:
         raise StrategyError(f"{kind} {cls.__name__}: {error}") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -94,6 +95,82 @@ class PreemptsForEver:
 def test_a_broken_scheduler_is_told_what_is_wrong(scheduler, words):
     with pytest.raises(StrategyError, match=words):
         hl.check_scheduler(scheduler)
+
+
+def said(check, strategy):
+    with pytest.raises(StrategyError) as caught:
+        check(strategy)
+    return str(caught.value)
+
+
+def test_problems_that_differ_in_numbers_and_ids_alone_are_told_once():
+    words = said(hl.check_scheduler, WaitsForever())
+    assert words.startswith("scheduler WaitsForever: 1 problem found\n  trial 0 (")
+    assert words.count("waits for nothing") == 1 and words.endswith("(and 19 more like this)")
+    assert "1 problem found" in said(hl.check_scheduler, TwoTokensADecode())
+
+
+def test_a_crash_is_told_with_its_line():
+    words = said(hl.check_scheduler, Crashes())
+    assert re.search(r"in schedule\(\), test_strategies\.py:\d+: return queue\.waiting\[10_000\] \(and 19 more", words)
+    assert re.search(r"test_strategies\.py:\d+: return sorted", said(hl.check_overlap, NoSuchAttribute()))
+
+
+class NoSuchAttribute:
+    def num_microbatches(self, step):
+        return 1
+
+    def arrange(self, ops):
+        return sorted(ops, key=lambda op: op.layers)
+
+
+class ForgetsQueue:
+    def schedule(self):
+        return None
+
+
+class ForgetsHardware(AllHost):
+    def place(self, model):  # pyright: ignore
+        return PlacementPlan()
+
+
+class ForgetsOps:
+    def num_microbatches(self, step):
+        return 1
+
+    def arrange(self):
+        return ()
+
+
+@pytest.mark.parametrize(
+    ("check", "strategy", "words"),
+    [
+        (hl.check_scheduler, ForgetsQueue(), "schedule() is given queue; define it as schedule(self, queue)"),
+        (hl.check_placement, ForgetsHardware(), "define it as place(self, model, hardware, routing)"),
+        (hl.check_overlap, ForgetsOps(), "define it as arrange(self, ops)"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_missing_argument_is_told_by_name(check, strategy, words):
+    assert words in said(check, strategy)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, "8"])
+@pytest.mark.parametrize("name", ["fcfs", "chunked_prefill"])
+def test_chunk_tokens_are_checked(name, value):
+    expected = "an integer >= 1 or None" if name == "fcfs" else "an integer >= 1"
+    with pytest.raises(StrategyError) as caught:
+        registry.resolve("scheduler", {"name": name, "chunk_tokens": value})
+    cls = type(registry.resolve("scheduler", name))
+    assert str(caught.value) == f"scheduler {cls.__name__}: chunk_tokens: expected {expected}, got {value!r}"
+    with pytest.raises(StrategyError, match="chunk_tokens: expected"):
+        cls(value)
+
+
+def test_chunk_tokens_may_be_none_for_fcfs_alone():
+    assert FCFS(None) == FCFS()
+    with pytest.raises(StrategyError, match="chunk_tokens"):
+        ChunkedPrefill(None)  # pyright: ignore
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybridlab.plan import QueueView, StepPlan
+from hybridlab.strategies.fields import check_positive
 from hybridlab.strategies.kv_room import KVRoom
 
 
@@ -16,6 +17,9 @@ class ChunkedPrefill:
     """
 
     chunk_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        check_positive("chunk_tokens", self.chunk_tokens)
 
     def schedule(self, queue: QueueView) -> StepPlan | None:
         room = KVRoom(queue)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybridlab.plan import QueueView, StepPlan
+from hybridlab.strategies.fields import check_positive
 from hybridlab.strategies.kv_room import KVRoom
 
 
@@ -18,6 +19,9 @@ class FCFS:
     """
 
     chunk_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("chunk_tokens", self.chunk_tokens, optional=True)
 
     def schedule(self, queue: QueueView) -> StepPlan | None:
         room = KVRoom(queue)
