@@ -82,7 +82,7 @@ cdef const hl_tier *_tier(str name) except NULL:
     raise ValueError(f"tier: {name!r} cannot run on this CPU")
 
 
-cdef hl_matrix _matrix(object parts) noexcept:
+cdef hl_matrix _matrix(object parts) except *:
     cdef hl_matrix m
     cdef uintptr_t data = parts[0], scale = parts[1]
     m.data = <const uint8_t *> data
@@ -134,7 +134,7 @@ cdef class MoeLayer:
     cdef hl_moe moe
     cdef hl_matrix *matrices
 
-    def __init__(self, str tier, list experts, int64_t h, int64_t i):
+    def __cinit__(self, str tier, list experts, int64_t h, int64_t i):
         cdef int64_t count = len(experts), e
         self.tier = _tier(tier)
         self.matrices = <hl_matrix *> calloc(3 * count, sizeof(hl_matrix))

@@ -86,7 +86,11 @@ class AttentionStep:
         check_float32("cosines", cosines, (tokens, self._head_dim // 2))
         check_float32("sines", sines, (tokens, self._head_dim // 2))
         for name, array in (("keys", keys), ("values", values)):
-            if array.dtype != np.uint16 or array.shape[1:] != (self._groups, self._head_dim):
+            if (
+                array.dtype != np.uint16
+                or array.shape[1:] != (self._groups, self._head_dim)
+                or not array.flags.c_contiguous
+            ):
                 raise ValueError(f"{name}: expected uint16 [slots, {self._groups}, {self._head_dim}]")
         if slots.shape != (tokens,) or runs.count.shape != (tokens,) or runs.last_slot >= len(keys):
             raise ValueError(f"slots, runs: expected {tokens} tokens and slots below {len(keys)}")

@@ -33,10 +33,13 @@ class Planner:
     placement: Placement
     overlap: Overlap
     placed: PlacementPlan
+    ranks: tuple[int, ...] = (0,)
     _programs: dict[Shape, Program] = field(default_factory=dict)
 
     def shape(self, worker: str, step: StepPlan) -> Shape:
         """The shape of `step`; a step of n requests has at most n microbatches."""
+        if not set(step.ranks) <= set(self.ranks):
+            raise StrategyError(f"the step asks for ranks {step.ranks}, this machine has {self.ranks}")
         wanted = self.overlap.num_microbatches(step)
         if not isinstance(wanted, int) or wanted < 1:
             raise StrategyError(
@@ -64,6 +67,7 @@ class Planner:
 
 def lower(shape: Shape, model: ModelSpec) -> tuple[Op, ...]:
     """Every op of a step in the plain order: layer by layer, microbatch by microbatch, loads just in time."""
+    check_placed(shape.placement, model, shape.ranks)
     builder = _Builder(shape, model)
     for rank in shape.ranks:
         for microbatch in range(shape.num_microbatches):
@@ -78,6 +82,22 @@ def lower(shape: Shape, model: ModelSpec) -> tuple[Op, ...]:
             # Behind the last layer, so that sorting ops by layer keeps a head at the end.
             builder.add("head", builder.compute, rank, layer=model.num_layers, microbatch=microbatch)
     return tuple(builder.ops)
+
+
+def check_placed(placed: PlacementPlan, model: ModelSpec, ranks: Sequence[int]) -> None:
+    """Every expert that a plan names must exist, on a rank that computes; raises `StrategyError` naming it."""
+    for layer, expert in (*placed.tier_of, *placed.rank_of):
+        if layer not in model.moe_layers or not 0 <= expert < model.num_experts:
+            raise StrategyError(f"the placement names (layer {layer}, expert {expert}), which the model does not have")
+    for (layer, expert), rank in placed.rank_of.items():
+        if rank not in ranks:
+            raise StrategyError(
+                f"the placement puts expert {expert} of layer {layer} on rank {rank}, the step runs on {tuple(ranks)}"
+            )
+    if not 1 <= placed.parts_per_layer <= 8:
+        raise StrategyError(f"parts_per_layer is {placed.parts_per_layer}, expected 1 to 8")
+    if placed.ring_slots < 0:
+        raise StrategyError(f"ring_slots is {placed.ring_slots}, expected at least 0")
 
 
 def parts_of(placed: PlacementPlan, model: ModelSpec, layer: int, rank: int, tier: Tier) -> list[tuple[int, ...]]:
@@ -98,6 +118,10 @@ def check_arranged(lowered: Sequence[Op], arranged: Sequence[Op], overlap_name: 
     """Refuse an arrangement that loses, repeats or changes an op, or drops a need."""
     before = {op.id: op for op in lowered}
     seen: set[int] = set()
+    try:
+        arranged = tuple(arranged)  # it may be a generator
+    except TypeError:
+        raise StrategyError(f"overlap {overlap_name}: arrange() returned {arranged!r:.60}, expected ops") from None
     for op in arranged:
         if not isinstance(op, Op) or op.id not in before:
             raise StrategyError(f"overlap {overlap_name}: arrange() returned an op that it was not given: {op!r}")
@@ -111,7 +135,7 @@ def check_arranged(lowered: Sequence[Op], arranged: Sequence[Op], overlap_name: 
     if missing := before.keys() - seen:
         op = before[min(missing)]
         raise StrategyError(f"overlap {overlap_name}: arrange() lost op {op.id} ({op.kind} of layer {op.layer})")
-    return tuple(arranged)
+    return arranged
 
 
 def bind_slots(ops: Sequence[Op], ring_slots: int) -> tuple[Op, ...]:

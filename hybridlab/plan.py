@@ -14,6 +14,8 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
+from hybridlab.errors import StrategyError
+
 RequestId = str
 Role = Literal["prefill", "decode", "mixed"]
 ROLES: tuple[str, ...] = ("prefill", "decode", "mixed")
@@ -128,7 +130,12 @@ class PlacementPlan:
     parts_per_layer: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tier_of", MappingProxyType(dict(self.tier_of)))
+        try:
+            object.__setattr__(self, "default_tier", Tier(self.default_tier))
+            tiers = {key: Tier(tier) for key, tier in self.tier_of.items()}
+        except ValueError as error:
+            raise StrategyError(f"{error}; expected one of {', '.join(Tier)}") from None
+        object.__setattr__(self, "tier_of", MappingProxyType(tiers))
         object.__setattr__(self, "rank_of", MappingProxyType(dict(self.rank_of)))
 
     def tier(self, layer: int, expert: int) -> Tier:

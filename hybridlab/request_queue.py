@@ -5,46 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from hybridlab.admission import Limits, why_refused
 from hybridlab.batch import Entry, StepBatch, StepResult
-from hybridlab.errors import StrategyError
+from hybridlab.errors import RequestError, StrategyError
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.plan import QueueView, RequestId, RunningRequest, StepPlan, WaitingRequest
 from hybridlab.request import Request, RequestRecord, Status
 from hybridlab.spec import ModelSpec
 from hybridlab.strategies.kv_room import fit_step
 from hybridlab.validation import check_step
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a run can serve: `token_budget` tokens a step, a KV cache of `kv_tokens`, the model's positions."""
-
-    token_budget: int
-    kv_tokens: int
-    max_positions: int
-    vocab: int
-
-
-def why_refused(request: Request, limits: Limits) -> str:
-    """Why `request` can never be served, naming the number that is off; "" if it can be."""
-    needed = len(request.prompt) + request.max_tokens - 1
-    odd = next((t for t in request.prompt if not 0 <= t < limits.vocab), None)
-    if not request.prompt:
-        return "prompt is empty, expected at least one token"
-    if odd is not None:
-        return f"prompt token {odd} is out of range, expected 0 to {limits.vocab - 1}"
-    if request.max_tokens < 1:
-        return f"max_tokens is {request.max_tokens}, expected at least 1"
-    if needed > limits.kv_tokens:
-        return f"prompt and output need {needed} KV tokens, the cache holds {limits.kv_tokens}"
-    if needed > limits.max_positions:
-        return f"prompt and output reach position {needed}, the model has {limits.max_positions}"
-    sampling = request.sampling
-    if not sampling.temperature >= 0 or sampling.temperature == float("inf"):
-        return f"temperature is {sampling.temperature}, expected a finite number >= 0"
-    if not 0 < sampling.top_p <= 1:
-        return f"top_p is {sampling.top_p}, expected a number in (0, 1]"
-    return ""
 
 
 @dataclass
@@ -83,18 +52,18 @@ class RequestQueue:
     def __init__(self, requests: Iterable[Request], pool: BlockPool, model: ModelSpec, token_budget: int) -> None:
         self._pool, self._eos = pool, frozenset(model.eos_token_ids)
         self._budget = token_budget
-        limits = Limits(token_budget, pool.num_blocks * pool.block_tokens, model.max_positions, model.vocab)
+        limits = Limits(pool.num_blocks * pool.block_tokens, model.max_positions, model.vocab)
         self.records: dict[RequestId, RequestRecord] = {}
         self._future: list[_Live] = []
         for request in requests:
             if request.id in self.records:
-                raise StrategyError(f"request id {request.id!r} occurs more than once")
+                raise RequestError(f"request id {request.id!r} occurs more than once")
             record = self.records[request.id] = RequestRecord(request)
             if reason := why_refused(request, limits):
                 record.error = reason
-                self._end(record, Status.REJECTED, "rejected", request.arrival_s)
+                self._end(record, Status.REJECTED, "rejected", 0.0)
             else:
-                self._future.append(_Live(record, list(request.prompt)))
+                self._future.append(_Live(record, [int(token) for token in request.prompt]))
         # Latest first, so that arrivals pop from the end; the sort is stable for equal times.
         self._future.reverse()
         self._future.sort(key=lambda live: -live.record.request.arrival_s)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hybridlab.admission import Limits, why_refused
 from hybridlab.batch import Entry
 from hybridlab.checkpoint import Checkpoint, open_checkpoint
 from hybridlab.engine.runtime import Runtime, check_device, check_placed, check_threads
@@ -19,7 +20,7 @@ from hybridlab.kv_blocks import BlockPool
 from hybridlab.lowering import Planner
 from hybridlab.plan import StepPlan
 from hybridlab.request import Request, RequestRecord, Sampling, Status
-from hybridlab.request_queue import Limits, RequestQueue, why_refused
+from hybridlab.request_queue import RequestQueue
 from hybridlab.serving import Served, serve, steps
 from hybridlab.spec import RoutingStats
 from hybridlab.strategies.registry import label, resolve
@@ -49,6 +50,8 @@ def load(
     Raises `CheckpointError`, `ConfigError`, `StrategyError` or `MemoryBudgetError`, each in one line.
     """
     device = check_device(device)
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"path is {path!r:.60}, expected the folder of a checkpoint")
     if precision not in ("bf16", "exact"):
         raise ConfigError(f"precision is {precision!r}, expected 'bf16' or 'exact'")
     for name, value in (
@@ -56,9 +59,9 @@ def load(
         ("kv_block_tokens", kv_block_tokens),
         ("kv_tokens", kv_tokens),
     ):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if value is not None and not _is_count(value):
             raise ConfigError(f"{name} is {value!r}, expected an int >= 1")
-    if memory_gb is not None and not 0 < memory_gb < float("inf"):
+    if memory_gb is not None and not (isinstance(memory_gb, int | float) and 0 < memory_gb < float("inf")):
         raise ConfigError(f"memory_gb is {memory_gb!r}, expected a finite number > 0")
     placement, overlap = resolve("placement", placement), resolve("overlap", overlap)
     hardware = detect()
@@ -216,7 +219,7 @@ class Engine:
     def _token_stream(
         self, prompt: Prompt, max_tokens: int, sampling: Sampling, stop_token_ids: Sequence[int]
     ) -> Iterator[int]:
-        request = Request("generate", self._token_ids(prompt), max_tokens, 0.0, sampling, tuple(stop_token_ids))
+        request = Request("generate", self._token_ids(prompt), max_tokens, 0.0, sampling, stop_token_ids)  # type: ignore[arg-type]
         if reason := why_refused(request, self._limits()):
             raise RequestError(reason)
         return self._drawn(request)
@@ -233,11 +236,13 @@ class Engine:
     @contextmanager
     def _run(self, requests: Sequence[Request], token_budget: int | None) -> Iterator[tuple[Runtime, RequestQueue]]:
         runtime = self.runtime
+        if token_budget is not None and not _is_count(token_budget):
+            raise ConfigError(f"token_budget is {token_budget!r}, expected an int >= 1")
+        budget = min(self.token_budget, token_budget or self.token_budget)
         # Not blocking: the holder may be a half-read stream of this very thread.
         if not self._turn.acquire(blocking=False):
             raise HybridlabError("the engine is busy with another run; finish it, or close() the open stream")
         try:
-            budget = min(self.token_budget, token_budget or self.token_budget)
             self._queue = RequestQueue(requests, self._pool(runtime), self.spec, budget)
             yield runtime, self._queue
         finally:
@@ -248,19 +253,18 @@ class Engine:
         return BlockPool(runtime.num_kv_blocks, runtime.kv_block_tokens)
 
     def _limits(self) -> Limits:
-        return Limits(self.token_budget, self.memory.kv_tokens, self.spec.max_positions, self.spec.vocab)
+        return Limits(self.memory.kv_tokens, self.spec.max_positions, self.spec.vocab)
 
     def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return self._text.encode(prompt)
-        try:
-            ids = tuple(int(token) for token in prompt)
-        except (TypeError, ValueError):
-            raise RequestError(f"prompt is {prompt!r:.80}, expected text or a sequence of token ids") from None
-        if reason := why_refused(Request("prompt", ids, 1), self._limits()):
+        ids = self._text.encode(prompt) if isinstance(prompt, str) else prompt
+        if reason := why_refused(Request("prompt", ids, 1), self._limits()):  # type: ignore[arg-type]
             raise RequestError(reason)
-        return ids
+        return tuple(int(token) for token in ids)
 
     def _without_stop(self, tokens: list[int], stop_token_ids: Sequence[int]) -> list[int]:
         stops = {*self.spec.eos_token_ids, *stop_token_ids}
         return tokens[:-1] if tokens and tokens[-1] in stops else tokens
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

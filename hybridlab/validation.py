@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from heapq import heappop, heappush
 
 from hybridlab.errors import PlanError
 from hybridlab.plan import COLLECTIVE_KINDS, OP_KINDS, ROLES, Lane, LaneKind, Op, QueueView, StepPlan
@@ -21,16 +22,15 @@ def execution_order(ops: Sequence[Op]) -> tuple[Op, ...]:
     for op_id, preds in before.items():
         for pred in preds:
             after[pred].append(op_id)
-    ready = [op.id for op in ops if missing[op.id] == 0]
+    ready = [position[op.id] for op in ops if missing[op.id] == 0]
     order: list[Op] = []
-    while ready:
-        ready.sort(key=position.__getitem__, reverse=True)
-        op_id = ready.pop()
-        order.append(ops[position[op_id]])
-        for nxt in after[op_id]:
+    while ready:  # positions: already a heap, since they ascend
+        op = ops[heappop(ready)]
+        order.append(op)
+        for nxt in after[op.id]:
             missing[nxt] -= 1
             if missing[nxt] == 0:
-                ready.append(nxt)
+                heappush(ready, position[nxt])
     if len(order) < len(ops):
         stuck = [_describe(op) for op in ops if missing[op.id] > 0]
         raise PlanError(f"cycle across lanes: none of {', '.join(stuck[:6])} can start ({len(stuck)} ops wait)")
@@ -74,6 +74,11 @@ def check_step(view: QueueView, step: StepPlan) -> list[str]:
             *problems,
             "tokens must be a non-empty mapping of request id to token count; return None to wait",
         ]
+    ranks_ok = isinstance(step.ranks, tuple) and step.ranks and all(isinstance(r, int) and r >= 0 for r in step.ranks)
+    if not ranks_ok or len(set(step.ranks)) != len(step.ranks):
+        problems.append(f"ranks is {step.ranks!r}, expected a non-empty tuple of distinct ranks")
+    if not isinstance(step.preempt, tuple):
+        return [*problems, f"preempt is {step.preempt!r:.60}, expected a tuple of request ids"]
     if len(set(step.preempt)) != len(step.preempt):
         problems.append("preempt names a request more than once")
     for rid in step.preempt:

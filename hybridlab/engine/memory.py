@@ -50,14 +50,16 @@ def plan_memory(
     kv_tokens: int | None,
     kv_block_tokens: int,
     kv_element_bytes: int,
+    precision_bytes: int,
 ) -> MemoryPlan:
     """Size the KV cache and check that all fits.
 
     `kv_tokens` None takes `DEFAULT_KV_TOKENS`, or what the budget leaves if that is less, but never less than
-    one step's tokens. Raises `MemoryBudgetError` with needed, free and what to lower.
+    one step's tokens. `precision_bytes` is what the precision needs beside the
+    activations. Raises `MemoryBudgetError` with needed, free and what to lower.
     """
     per_token = model.kv_elements_per_token * kv_element_bytes
-    workspace = _workspace_bytes(model, token_budget)
+    workspace = _workspace_bytes(model, token_budget) + precision_bytes
     fixed = weight_bytes + workspace + _RESERVE_BYTES
     if kv_tokens is None:
         most = (budget_bytes - fixed) // per_token
@@ -79,10 +81,9 @@ def plan_memory(
 
 
 def _workspace_bytes(model: ModelSpec, token_budget: int) -> int:
-    """float32 activations of one step at its widest point, attention scores included."""
+    """float32 activations of one step at its widest point, and the logits of 64 requests."""
     attention = (2 * model.num_heads + 4 * model.num_kv_heads) * model.head_dim
     experts = model.top_k * (2 * model.moe_intermediate + model.hidden)
     dense = 3 * model.dense_intermediate if model.dense_layers else 0
     rows = token_budget * (4 * model.hidden + max(attention, experts, dense)) * 4
-    scores = 3 * model.num_heads * min(512, token_budget) * min(model.max_positions, DEFAULT_KV_TOKENS) * 4
-    return rows + scores + model.vocab * 4 * 64
+    return rows + model.vocab * 4 * 64

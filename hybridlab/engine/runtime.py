@@ -48,6 +48,7 @@ class Runtime:
             kv_tokens=kv_tokens,
             kv_block_tokens=kv_block_tokens,
             kv_element_bytes=numerics.kv_dtype.itemsize,
+            precision_bytes=numerics.workspace_bytes(checkpoint.spec, threads),
         )
         if not quiet:
             print(f"hybridlab: {self.memory}", file=sys.stderr)
@@ -97,8 +98,8 @@ def check_threads(threads: int | None, hardware: HardwareSpec) -> int:
     if threads is None:
         return hardware.num_cores
     most = 4 * (os.cpu_count() or 1)
-    if not 1 <= threads <= most:
-        raise ConfigError(f"threads is {threads}, expected 1 to {most}")
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= most:
+        raise ConfigError(f"threads is {threads!r}, expected an int from 1 to {most}")
     return threads
 
 

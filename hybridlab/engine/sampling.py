@@ -12,8 +12,9 @@ def draw(logits_V: torch.Tensor, sampling: Sampling, position: int) -> int:
     """The token that follows `position`. Depends on (seed, position) and the logits alone, never on the batch."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    scaled = logits_V.double().numpy() / sampling.temperature
-    probs = np.exp(scaled - scaled.max())
+    logits = logits_V.double().numpy()
+    with np.errstate(over="ignore"):  # a tiny temperature: all but the largest go to -inf
+        probs = np.exp((logits - logits.max()) / sampling.temperature)
     probs /= probs.sum()
     order = np.argsort(-probs, kind="stable")
     mass = np.cumsum(probs[order])

@@ -16,6 +16,7 @@ import torch
 
 from hybridlab.batch import StepBatch, StepResult
 from hybridlab.engine.executor import Executor
+from hybridlab.errors import HybridlabError
 from hybridlab.plan import Program
 
 T = TypeVar("T")
@@ -31,16 +32,22 @@ class WorkerThread:
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[tuple[Callable, Future] | None] = SimpleQueue()
+        self._closed = False
         self._thread = threading.Thread(target=self._loop, name="hybridlab-worker", daemon=True)
         self._thread.start()
         _WORKERS.add(self)
 
     def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` on the thread; once closed, the future holds a `HybridlabError` instead."""
         future: Future[T] = Future()
+        if self._closed:
+            future.set_exception(HybridlabError("the engine was closed"))
+            return future
         self._calls.put((function, future))
         return future
 
     def close(self) -> None:
+        self._closed = True
         self._calls.put(None)
         self._thread.join()
 
@@ -65,7 +72,7 @@ def _close_workers() -> None:
 
 
 class EngineBackend:
-    """`hybridlab.run.Backend` over one worker. The clock starts at construction: make one per run."""
+    """`hybridlab.serving.Backend` over one worker. The clock starts at construction: make one per run."""
 
     def __init__(self, executor: Executor, worker: WorkerThread) -> None:
         self._executor, self._worker = executor, worker

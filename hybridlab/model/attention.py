@@ -11,10 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from hybridlab.model.base import KVStore, MicroBatch
-from hybridlab.model.numerics import Numerics
+from hybridlab.model.numerics import QUERY_BLOCK, Numerics
 
-QUERY_BLOCK = 128
-"""Query rows of one piece of work: bounds the score matrix of a long prompt and balances threads."""
 PARALLEL_FROM = 2**23
 """Multiply-adds above which a thread hand-off (50 us) is small beside the work."""
 

@@ -17,12 +17,17 @@ from hybridlab import kernels, kernels_attention
 from hybridlab.checkpoint.reader import LinearWeights
 from hybridlab.kernels_numpy import dequantize
 from hybridlab.model.base import MicroBatch
+from hybridlab.spec import ModelSpec
 
 LinearFn = Callable[[torch.Tensor], torch.Tensor]
 ExpertsFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 StepFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, MicroBatch], torch.Tensor]
 
 
+QUERY_BLOCK = 128
+"""Query rows of one piece of attention: bounds the score matrix of a long prompt and balances threads."""
+LONG_CONTEXT = 8192
+"""Cached tokens that the memory plan allows one request's attention for; longer ones take from the reserve."""
 WIDE_CACHE_BYTES = 2**28
 """float64 weights that `Exact` keeps."""
 
@@ -31,6 +36,10 @@ class Numerics(Protocol):
     """How linear layers, norms and attention are computed; all take and give float32 tensors."""
 
     kv_dtype: torch.dtype
+
+    def workspace_bytes(self, model: ModelSpec, threads: int) -> int:
+        """Memory beside the activations: attention scores, keys and values widened, weights widened."""
+        ...
 
     def linear(self, weights: LinearWeights) -> LinearFn:
         """x [T, K] -> [T, N]."""
@@ -84,6 +93,9 @@ class Exact:
     def __init__(self) -> None:
         self._wide: dict[str, torch.Tensor] = {}
         self._room_bytes = WIDE_CACHE_BYTES
+
+    def workspace_bytes(self, model: ModelSpec, threads: int) -> int:
+        return WIDE_CACHE_BYTES + 8 * model.vocab * model.hidden + 2 * _attention_bytes(model, threads)
 
     def weights(self, weights: LinearWeights) -> torch.Tensor:
         """float64 [N, K]; kept for small models, made anew each time for large ones."""
@@ -157,6 +169,9 @@ class Bf16:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+
+    def workspace_bytes(self, model: ModelSpec, threads: int) -> int:
+        return _attention_bytes(model, threads)
 
     def linear(self, weights: LinearWeights) -> LinearFn:
         kernel, threads = kernels.linear(weights.weight, weights.scale), self.threads
@@ -239,3 +254,10 @@ def make_numerics(precision: str, threads: int) -> Numerics:
 def _bits(bf16: torch.Tensor) -> np.ndarray:
     """BF16 storage as the uint16 view that NumPy can hold."""
     return bf16.view(torch.uint16).numpy()
+
+
+def _attention_bytes(model: ModelSpec, threads: int) -> int:
+    """float32 scores and probabilities of one block of queries a thread, and one context's keys and values."""
+    context = min(model.max_positions, LONG_CONTEXT)
+    scores = 2 * threads * QUERY_BLOCK * model.num_heads * context
+    return 4 * (scores + 2 * context * model.num_kv_heads * model.head_dim)

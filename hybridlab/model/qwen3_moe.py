@@ -5,7 +5,6 @@ Follows `transformers` models/qwen3_moe. Shape suffixes: T tokens, H hidden, N h
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from hybridlab.checkpoint.reader import Checkpoint
@@ -117,7 +116,4 @@ def _projection(checkpoint: Checkpoint, numerics: Numerics, prefix: str) -> Line
 
 def _vector(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """A norm weight or bias as float32; these are small, so they are converted once."""
-    bits = checkpoint.tensor(name)
-    if bits.dtype == np.float32:
-        return torch.from_numpy(bits.copy())
-    return torch.from_numpy(bf16_to_float32(bits))
+    return torch.from_numpy(bf16_to_float32(checkpoint.tensor(name)))

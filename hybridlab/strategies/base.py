@@ -42,7 +42,7 @@ class Placement(Protocol):
         ...
 
     def update(self, routing: RoutingStats) -> tuple[Move, ...]:
-        """Moves between steps, from the routes of late; usually ()."""
+        """Moves between steps, from the routes of late; usually (). Device "cpu" has one tier and never asks."""
         ...
 
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "hybridlab"
 # First part of the module name -> floor. A new module is entered here: that is when its floor is decided.
 FLOORS = {
     0: {"errors", "plan", "request", "spec", "validation"},
-    1: {"batch", "kv_blocks", "lowering", "strategies"},
+    1: {"admission", "batch", "kv_blocks", "lowering", "strategies"},
     2: {
         "checkpoint", "engine", "hardware", "kernel_checks", "kernels", "kernels_attention", "kernels_numpy", "model",
         "number_formats",

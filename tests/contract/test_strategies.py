@@ -195,6 +195,8 @@ class Placed(AllHost):
         (Placed({"experts": "host"}), "place\\(\\) returned dict"),
         (Placed(PlacementPlan(tier_of={(99, 0): Tier.HOST})), "layer 99, expert 0"),
         (Placed(PlacementPlan(default_tier=Tier.RESIDENT)), "without a GPU"),
+        (Placed(PlacementPlan(rank_of={(1, 0): 1})), "expert 0 of layer 1 on rank 1"),
+        (Placed(PlacementPlan(ring_slots=-1)), "ring_slots is -1"),
         (Placed(PlacementPlan(parts_per_layer=9)), "parts_per_layer is 9"),
         (Placed(path="all"), "expert_path\\(1\\) returned str"),
         (Placed(path=ExpertPath(prefetch=(frozenset(),))), "prefetches for 1 layers"),
@@ -229,7 +231,7 @@ class Overlapping:
         (Overlapping(lambda ops: [replace(op, layer=0) for op in ops]), "beyond its needs"),
         (Overlapping(lambda ops: ops[::-1]), "cycle across lanes"),
         (Overlapping(lambda ops: ops, 0), "num_microbatches\\(\\) returned 0"),
-        (Overlapping(lambda ops: None), "TypeError"),
+        (Overlapping(lambda ops: None), "arrange\\(\\) returned None, expected ops"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

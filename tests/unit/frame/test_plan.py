@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from hybridlab.errors import PlanError
+from hybridlab.errors import PlanError, StrategyError
 from hybridlab.lowering import Planner, bind_slots, lower, parts_of
 from hybridlab.plan import ExpertPath, Lane, LaneKind, Op, PlacementPlan, Shape, SlotUse, StepPlan, Tier
 from hybridlab.strategies.checks import TOY_CPU, TOY_GPU, TOY_MODEL
@@ -94,7 +94,7 @@ def test_microbatches_are_capped_by_requests():
 
 
 def test_expert_parallel_programs_pair_their_collectives():
-    placed = PlacementPlan(rank_of={(layer, e): e % 2 for layer in range(4) for e in range(8)})
+    placed = PlacementPlan(rank_of={(layer, e): e % 2 for layer in TOY_MODEL.moe_layers for e in range(8)})
     ops = lower(shape(placed, ranks=(0, 1)), TOY_MODEL)
     validate(ops, ring_slots=0, ranks=(0, 1))
     assert {op.lane.worker for op in ops} == {"main", "main.1"}
@@ -154,3 +154,37 @@ def test_the_execution_order_respects_lanes_and_needs():
     assert all(at[need] < at[op.id] for op in ops for need in op.needs)
     for lane in {op.lane for op in ops}:
         assert [op.id for op in order if op.lane == lane] == [op.id for op in ops if op.lane == lane]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tier_of": {(99, 0): Tier.HOST}}, "layer 99, expert 0"),
+        ({"rank_of": {(1, 2): 1}}, "expert 2 of layer 1 on rank 1, the step runs on \\(0,\\)"),
+        ({"parts_per_layer": 0}, "parts_per_layer is 0"),
+    ],
+)
+def test_a_placement_that_would_lose_experts_is_refused(fields, words):
+    with pytest.raises(StrategyError, match=words):
+        lower(shape(PlacementPlan(**fields)), TOY_MODEL)
+
+
+def test_a_tier_given_as_text_is_that_tier_and_an_unknown_one_is_named():
+    assert PlacementPlan(default_tier="host") == PlacementPlan()  # type: ignore[arg-type]
+    with pytest.raises(StrategyError, match="'moon' is not a valid Tier; expected one of resident"):
+        PlacementPlan(default_tier="moon")  # type: ignore[arg-type]
+
+
+def test_ranks_that_the_machine_lacks_are_refused():
+    planner = Planner(TOY_MODEL, TOY_CPU, AllHost(), Sequential(), PlacementPlan())
+    with pytest.raises(StrategyError, match=r"asks for ranks \(0, 1\), this machine has \(0,\)"):
+        planner.shape("main", StepPlan("decode", {"a": 1}, ranks=(0, 1)))
+
+
+def test_an_overlap_may_return_a_generator():
+    class Lazily(Sequential):
+        def arrange(self, ops):
+            return (op for op in super().arrange(ops))
+
+    planner = Planner(TOY_MODEL, TOY_CPU, AllHost(), Lazily(), PlacementPlan())
+    assert planner.program(planner.shape("main", StepPlan("decode", {"a": 1}))).ops

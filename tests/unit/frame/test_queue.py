@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridlab.batch import StepResult
-from hybridlab.errors import StrategyError
+from hybridlab.errors import RequestError, StrategyError
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.plan import StepPlan
 from hybridlab.request import Request, Sampling, Status
@@ -111,6 +111,15 @@ def test_stop_tokens_end_a_request_and_stay_in_its_output():
         (Request("x", (1,) * 100, 200), "need 299 KV tokens, the cache holds 144"),
         (Request("x", (1,), 1, sampling=Sampling(float("nan"))), "temperature is nan"),
         (Request("x", (1,), 1, sampling=Sampling(1.0, 0.0)), "top_p is 0.0"),
+        (Request("x", (1,), 1, sampling=Sampling("warm")), "temperature is 'warm'"),  # type: ignore[arg-type]
+        (Request("x", (1,), 1, sampling=Sampling(seed="x")), "seed is 'x'"),  # type: ignore[arg-type]
+        (Request("x", (1.5, 2), 1), "prompt token 1.5 is not an int"),  # type: ignore[arg-type]
+        (Request("x", ("one",), 1), "prompt token 'one' is not an int"),  # type: ignore[arg-type]
+        (Request("x", "text", 1), "expected a sequence of token ids"),  # type: ignore[arg-type]
+        (Request("x", (1,), 1.5), "max_tokens is 1.5, expected an int"),  # type: ignore[arg-type]
+        (Request("x", (1,), 1, arrival_s=float("nan")), "arrival_s is nan"),
+        (Request("x", (1,), 1, arrival_s=float("inf")), "arrival_s is inf"),
+        (Request("x", (1,), 1, stop_token_ids=(200,)), "stop_token_ids token 200 is out of range"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -168,8 +177,22 @@ def test_a_step_that_breaks_the_contract_names_the_scheduler():
         queue.start(queue.view("main", 0.0), StepPlan("prefill", {"a": 5}), "Mine")
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"ranks": ()}, "ranks is \\(\\), expected a non-empty tuple"),
+        ({"ranks": [0]}, "ranks is \\[0\\]"),
+        ({"preempt": None}, "preempt is None"),
+    ],
+)
+def test_malformed_fields_of_a_step_are_named(fields, words):
+    queue = RequestQueue([Request("a", (1,), 2)], BlockPool(9, 16), MODEL, 16)
+    with pytest.raises(StrategyError, match=words):
+        queue.start(queue.view("main", 0.0), StepPlan("prefill", {"a": 1}, **fields), "Mine")
+
+
 def test_duplicate_request_ids_are_refused():
-    with pytest.raises(StrategyError, match="'a' occurs more than once"):
+    with pytest.raises(RequestError, match="'a' occurs more than once"):
         RequestQueue([Request("a", (1,), 1)] * 2, BlockPool(1, 16), MODEL, 1)
 
 

@@ -54,6 +54,7 @@ def test_drawing_follows_the_distribution_and_top_p():
     assert abs(np.mean(np.array(cut) == 0) - 0.5 / 0.8) < 0.04
     assert draw(logits, Sampling(), 0) == 0
     assert draw(logits, Sampling(1e-9, 1.0, 5), 0) == 0
+    assert draw(logits, Sampling(1e-310, 1.0, 5), 0) == 0
 
 
 def test_text_in_text_out(engine, tmp_path):
@@ -158,6 +159,8 @@ class Streams(AllHost):
         ({"threads": 0}, ConfigError, "threads is 0"),
         ({"token_budget": -1}, ConfigError, "token_budget is -1"),
         ({"kv_tokens": 1.5}, ConfigError, "kv_tokens is 1.5"),
+        ({"threads": "2"}, ConfigError, "threads is '2'"),
+        ({"memory_gb": "4"}, ConfigError, "memory_gb is '4'"),
         ({"memory_gb": float("nan")}, ConfigError, "memory_gb is nan"),
         ({"memory_gb": 0.01}, MemoryBudgetError, "lower kv_tokens"),
         ({"kv_tokens": 10**12}, MemoryBudgetError, "GiB needed"),
@@ -177,7 +180,11 @@ def test_impossible_options_are_named(options, error, words):
     [
         ([], {}, "prompt is empty"),
         ([1, 10**6], {}, "prompt token 1000000 is out of range"),
-        (["one"], {}, "expected text or a sequence of token ids"),
+        (["one"], {}, "prompt token 'one' is not an int"),
+        ([1.7], {}, "prompt token 1.7 is not an int"),
+        (b"abc", {}, "expected a sequence of token ids"),
+        ([1], {"max_tokens": "3"}, "max_tokens is '3'"),
+        ([1], {"stop_token_ids": 5}, "stop_token_ids is 5"),
         ([1], {"max_tokens": 0}, "max_tokens is 0"),
         ([1] * 500, {"max_tokens": 50}, "need 549 KV tokens, the cache holds 512"),
         ([1], {"temperature": -1.0}, "temperature is -1.0"),
@@ -220,6 +227,20 @@ def test_a_step_that_fails_inside_the_model_fails_its_requests_only(engine, monk
     records = engine.serve(requests).records
     assert records[0].status is Status.FAILED and "planted" in records[0].error
     assert records[1].status is Status.FINISHED
+
+
+def test_a_stream_of_a_closed_engine_ends_with_an_error():
+    engine = hl.load(ORACLE, quiet=True, kv_tokens=64)
+    stream = engine.stream(PROMPT, 20)
+    next(stream)
+    engine.close()
+    with pytest.raises(HybridlabError, match="closed"):
+        list(stream)
+
+
+def test_a_token_budget_of_a_run_is_checked(engine):
+    with pytest.raises(ConfigError, match="token_budget is -5"):
+        engine.serve([], token_budget=-5)
 
 
 def test_a_closed_engine_says_so():
