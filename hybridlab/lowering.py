@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -114,7 +114,7 @@ def parts_of(placed: PlacementPlan, model: ModelSpec, layer: int, rank: int, tie
     return [tuple(experts[a:b]) for a, b in pairwise(bounds)]
 
 
-def check_arranged(lowered: Sequence[Op], arranged: Sequence[Op], overlap_name: str) -> tuple[Op, ...]:
+def check_arranged(lowered: Sequence[Op], arranged: Iterable[Op], overlap_name: str) -> tuple[Op, ...]:
     """Refuse an arrangement that loses, repeats or changes an op, or drops a need."""
     before = {op.id: op for op in lowered}
     seen: set[int] = set()

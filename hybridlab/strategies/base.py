@@ -7,7 +7,7 @@ or the simulator runs its plans. Check yours with `hl.check_scheduler`, `hl.chec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from hybridlab.plan import ExpertPath, Move, Op, PlacementPlan, QueueView, StepPlan
@@ -54,7 +54,7 @@ class Overlap(Protocol):
         """Into how many microbatches the requests of `step` are split, at least 1; capped at its requests."""
         ...
 
-    def arrange(self, ops: Sequence[Op]) -> Sequence[Op]:
+    def arrange(self, ops: Sequence[Op]) -> Iterable[Op]:
         """The same ops in another order; may add needs (`dataclasses.replace`), never remove an op or a need.
 
         The order within each lane is the order in which that lane runs them.
