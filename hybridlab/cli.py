@@ -102,12 +102,15 @@ def generate(
     prompt = text if text is not None else _token_ids(tokens or "")
     import hybridlab as hl
 
-    with human_output(), hl.load(checkpoint, precision=precision, threads=threads) as engine:
-        output = engine.generate(prompt, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    with human_output(), hl.load(checkpoint, precision=precision, threads=threads, quiet=True) as engine:
+        # A request that cannot be served is refused here, before anything else is said.
+        pieces = engine.stream(prompt, max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        note(f"hybridlab: {engine.memory}")
+        output = list(pieces)
     if json:
-        emit({"text": output} if isinstance(output, str) else {"tokens": [int(t) for t in output]}, json)
+        emit({"tokens": output} if text is None else {"text": "".join(map(str, output))}, json)
     else:
-        emit(output if isinstance(output, str) else ",".join(map(str, output)), json)
+        emit(",".join(map(str, output)) if text is None else "".join(map(str, output)), json)
 
 
 def _token_ids(text: str) -> list[int]:
