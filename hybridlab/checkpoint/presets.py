@@ -98,6 +98,9 @@ def preset_config(preset: str | Mapping[str, Any], *, dtype: str = "fp8", layers
     if layers is not None:
         if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
             raise CheckpointError(f"layers is {layers!r}, expected an integer from 1")
+        most = parse_config(config, "preset").num_layers
+        if layers > most:
+            raise CheckpointError(f"layers is {layers}, expected at most {most}: it cuts the preset's {most} layers")
         config["num_hidden_layers"] = layers
         config["mlp_only_layers"] = [i for i in config.get("mlp_only_layers") or [] if i < layers]
     config.pop("quantization_config", None)

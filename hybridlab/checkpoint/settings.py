@@ -8,6 +8,10 @@ from hybridlab.checkpoint.jsonfile import Fields
 from hybridlab.spec import BLOCK_FP8, RopeSpec
 
 DEFAULT_THETA = 10_000.0
+_YARN_KEYS = {
+    *("rope_theta", "partial_rotary_factor", "rope_type", "type", "truncate", "original_max_position_embeddings"),
+    *("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+}
 
 
 def read_rope(config: Fields, max_positions: int) -> RopeSpec:
@@ -30,10 +34,16 @@ def read_rope(config: Fields, max_positions: int) -> RopeSpec:
         return RopeSpec(theta=theta)
     if kind != "yarn":
         raise rope.error(key, "'default' or 'yarn'")
+    for unknown in rope.data.keys() - _YARN_KEYS:
+        raise rope.error(unknown, f"only yarn's keys: {', '.join(sorted(_YARN_KEYS))}")
+    if theta <= 1:
+        raise (rope if rope.data.get("rope_theta") is not None else config).error("rope_theta", "a number above 1")
     if not rope.boolean("truncate", True):
         raise rope.error("truncate", "true")
     original = rope.integer("original_max_position_embeddings", max_positions)
     factor = rope.number("factor", max_positions / original)
+    if factor < 1:
+        raise rope.error("factor", f"a number from 1 (max_position_embeddings / original gives {factor:g})")
     return RopeSpec(
         theta=theta,
         kind="yarn",

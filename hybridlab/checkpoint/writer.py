@@ -177,6 +177,7 @@ def _write_file(path: Path, shard: list[TensorSpec], views: list[np.ndarray]) ->
         for t, view in zip(shard, views, strict=True)
     }
     serialize_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes 0600; the folder was made under the umask
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -152,6 +152,9 @@ FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_schem
         ({"decoder_sparse_step": 0}, "'decoder_sparse_step' is 0, expected an integer from 1"),
         ({"torch_dtype": "float32"}, "'torch_dtype' is 'float32', expected 'bfloat16'"),
         ({"dtype": "float16"}, "'dtype' is 'float16', expected 'bfloat16'"),
+        ({"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "'rope_theta' is 1.0, expected"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fats": 1}}, "'rope_scaling.beta_fats' is 1, expected"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "'rope_scaling.factor' is 0.5, expected a number from 1"),
         ({"rope_scaling": "yarn"}, "'rope_scaling' is 'yarn', expected an object"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2}},

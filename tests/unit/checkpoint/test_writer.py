@@ -137,6 +137,7 @@ def test_what_transformers_saves_opens(tmp_path: Path) -> None:
         ({"routing": "zipf"}, "routing 'zipf' is unknown, expected one of uniform, olmoe, mixtral"),
         ({"layers": 0}, "layers is 0, expected an integer from 1"),
         ({"layers": 2.0}, "layers is 2.0, expected an integer from 1"),
+        ({"layers": 5}, "layers is 5, expected at most 4"),
         ({"seed": -1}, "seed is -1, expected an integer from 0"),
         ({"shard_bytes": 0}, "shard_bytes is 0, expected a positive integer"),
         (
@@ -168,6 +169,11 @@ def test_empty_target_and_missing_parents(tmp_path: Path, ragged_config: dict) -
     make_checkpoint(tmp_path / "m", ragged_config, layers=1, progress=False)
     made = make_checkpoint(tmp_path / "x" / "y" / "m", ragged_config, layers=1, progress=False)
     assert made.spec.num_layers == 1 and [p.name for p in (tmp_path / "x" / "y").iterdir()] == ["m"]
+
+
+def test_shards_have_the_permissions_of_the_json_files(tmp_path: Path, ragged_config: dict) -> None:
+    make_checkpoint(tmp_path / "m", ragged_config, progress=False)
+    assert len({p.stat().st_mode for p in (tmp_path / "m").iterdir()}) == 1
 
 
 def test_small_disk_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
