@@ -6,8 +6,9 @@ value and nothing else. Packages are imported inside the commands, so that `hybr
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,13 +18,32 @@ from hybridlab.cli_checkpoint import checkpoint
 from hybridlab.cli_output import Json, emit, human_output, note
 from hybridlab.errors import HybridlabError, RequestError
 
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click and exports only this subclass
+
+
+def _one_line(error: Any) -> Exception:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return error  # not a mistake: it shows the help
+    message = " ".join(error.format_message().split()).rstrip(".")
+    path = error.ctx.command_path if error.ctx is not None else "hybridlab"
+    note(f"hybridlab: error: {message} (see {path} --help)")
+    return typer.Exit(2)
+
 
 class _OneLineErrors(TyperGroup):
     """Turns what a user can cause into one line and an exit status; every command runs inside `invoke`."""
 
+    def make_context(self, *args, **extra):
+        try:
+            return super().make_context(*args, **extra)
+        except _UsageError as error:
+            raise _one_line(error) from None
+
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except _UsageError as error:
+            raise _one_line(error) from None
         except BrokenPipeError:
             raise  # typer ends quietly: the reader of our output has gone
         except (HybridlabError, OSError) as error:
@@ -99,6 +119,8 @@ def generate(
     """Continue one prompt, given as token ids or as text."""
     if (tokens is None) == (text is None):
         raise RequestError("generate: give the prompt as --tokens or as --text, one of the two")
+    if not math.isfinite(temperature):
+        raise RequestError(f"--temperature: expected a finite number from 0, got {temperature}")
     prompt = text if text is not None else _token_ids(tokens or "")
     import hybridlab as hl
 
