@@ -113,10 +113,13 @@ def _target(kind: str, name: Any) -> str:
 
 def _load(kind: str, target: Any) -> type:
     module_name, _, class_name = str(target).partition(":")
+    if not module_name or module_name.startswith("."):
+        raise StrategyError(f"{kind} {target!r}: expected 'module:Class' with the whole name of a module")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise StrategyError(f"{kind} {target!r}: cannot import module {module_name!r} ({error})") from None
+    except Exception as error:  # a module of the user's may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise StrategyError(f"{kind} {target!r}: cannot import module {module_name!r} ({reason})") from None
     cls = getattr(module, class_name, None)
     if not isinstance(cls, type):
         raise StrategyError(f"{kind} {target!r}: module {module_name!r} has no class {class_name!r}")

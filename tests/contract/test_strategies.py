@@ -287,6 +287,7 @@ def test_a_strategy_is_found_by_class_path_and_described_with_its_source():
     [
         ("fcsf", "did you mean 'fcfs'"),
         ("nowhere.at_all:X", "cannot import module"),
+        (":X", "expected 'module:Class'"),
         ("hybridlab.plan:Nothing", "has no class 'Nothing'"),
         ({"name": "fcfs", "chunk": 3}, "has no field 'chunk'; did you mean 'chunk_tokens'"),
         ({"chunk_tokens": 3}, "either 'name' or 'class'"),
@@ -295,3 +296,12 @@ def test_a_strategy_is_found_by_class_path_and_described_with_its_source():
 def test_a_strategy_that_cannot_be_found_is_named(value, words):
     with pytest.raises(StrategyError, match=words):
         registry.resolve("scheduler", value)
+
+
+@pytest.mark.parametrize("text", ["def (", "raise ValueError('two\\nlines')", "1 / 0"])
+def test_modules_that_fail_at_import_are_one_line(tmp_path, monkeypatch, text):
+    (tmp_path / "broken_strategy.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(StrategyError, match=r"cannot import module 'broken_strategy' \(\w+Error: ") as caught:
+        registry.resolve("scheduler", "broken_strategy:X")
+    assert "\n" not in str(caught.value)
