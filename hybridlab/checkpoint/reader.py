@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import html
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +134,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     try:
         spec = read_config(folder)
         files = _Files(tensor_files(folder))
+        spec = _untied_if_different(spec, files)
         tensors = _check_presence(folder, spec, files)
+        _check_one_format(folder, tensors)
         for tensor in tensors.values():
             _check_tensor(files, tensor)
         return Checkpoint(folder, spec, tensors, files)
@@ -215,6 +218,31 @@ def _check_presence(folder: Path, spec: ModelSpec, files: _Files) -> dict[str, T
 def _some(names: Iterable[str], most: int = 4) -> list[str]:
     names = list(names)
     return names if len(names) <= most else [*names[:most], "..."]
+
+
+def _untied_if_different(spec: ModelSpec, files: _Files) -> ModelSpec:
+    """Like transformers 5, believe the file: a stored lm_head that differs from the embedding is not tied."""
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if not spec.tie_embeddings or head not in files or embedding not in files:
+        return spec
+    if files.header(head) == files.header(embedding) and np.array_equal(files.view(head), files.view(embedding)):
+        return spec
+    return replace(spec, tie_embeddings=False)
+
+
+def _check_one_format(folder: Path, tensors: dict[str, TensorSpec]) -> None:
+    """The gate, up and down matrices of a layer share one kernel, and so one format."""
+    formats: dict[str, set[str]] = defaultdict(set)
+    for name, tensor in tensors.items():
+        layer, found, rest = name.partition(".mlp.")
+        if found and rest.endswith("_proj.weight"):
+            formats[layer].add(tensor.dtype)
+    mixed = [layer for layer, dtypes in formats.items() if len(dtypes) > 1]
+    if mixed:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: modules_to_not_convert mixes BF16 and FP8 within the MLP or experts of "
+            f"{mixed[0]}, expected one format for all of them"
+        )
 
 
 def _check_tensor(files: _Files, spec: TensorSpec) -> None:
