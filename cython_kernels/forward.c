@@ -20,7 +20,7 @@ void *hl_scratch(size_t bytes) { return aligned_alloc(64, bytes ? (bytes + 63) /
 
 int64_t hl_chunk_rows(const hl_matrix *w, int64_t matrices, int threads) {
     /* A quarter of a thread's share, to even out the threads; up to 256 KiB, since every new stream starts with cache
-       misses (64 KiB was 1.2 to 1.6x slower with two threads), and small enough to be decoded again from L2. */
+       misses (experiments/LOG.md), and small enough to be decoded again from L2. */
     const int64_t row = w->k * (w->scale ? 1 : 2) + 1, share = matrices * w->n * row / (4 * (int64_t)threads);
     const int64_t bytes = share < 32768 ? 32768 : share > 262144 ? 262144 : share;
     const int64_t rows = bytes / row / 16 * 16;

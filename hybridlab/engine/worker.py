@@ -27,7 +27,7 @@ class WorkerThread:
     """Runs calls one after another on a thread of its own.
 
     torch runs single-threaded on it: OpenMP threads that spin after each small op would take the cores from the
-    kernels' pool (measured: attention layers 8x slower on 2 cores).
+    kernels' pool (docs/decisions/0005).
     """
 
     def __init__(self) -> None:
