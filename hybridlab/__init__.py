@@ -21,7 +21,7 @@ _PUBLIC = {
     "load": "hybridlab.session",
     "run": "hybridlab.experiment",
     "load_config": "hybridlab.config",
-    "load_results": "hybridlab.results",
+    "results": "hybridlab.store",
     "check_scheduler": "hybridlab.strategies.checks",
     "check_placement": "hybridlab.strategies.checks",
     "check_overlap": "hybridlab.strategies.checks",
@@ -29,13 +29,13 @@ _PUBLIC = {
     "make_checkpoint": "hybridlab.checkpoint.writer",
     "open_checkpoint": "hybridlab.checkpoint",
     "HybridlabError": "hybridlab.errors",
-    "ExpertPath": "hybridlab.plan",
-    "Move": "hybridlab.plan",
-    "Op": "hybridlab.plan",
-    "PlacementPlan": "hybridlab.plan",
-    "QueueView": "hybridlab.plan",
-    "StepPlan": "hybridlab.plan",
-    "Tier": "hybridlab.plan",
+    "ExpertPath": "hybridlab.plans",
+    "Move": "hybridlab.plans",
+    "Op": "hybridlab.plans",
+    "PlacementPlan": "hybridlab.plans",
+    "QueueView": "hybridlab.plans",
+    "StepPlan": "hybridlab.plans",
+    "Tier": "hybridlab.plans",
     "Request": "hybridlab.request",
     "Sampling": "hybridlab.request",
     "HardwareSpec": "hybridlab.spec",
@@ -67,21 +67,21 @@ if TYPE_CHECKING:
     from hybridlab.errors import HybridlabError as HybridlabError
     from hybridlab.experiment import run as run
     from hybridlab.hardware.doctor import doctor as doctor
-    from hybridlab.plan import ExpertPath as ExpertPath
-    from hybridlab.plan import Move as Move
-    from hybridlab.plan import Op as Op
-    from hybridlab.plan import PlacementPlan as PlacementPlan
-    from hybridlab.plan import QueueView as QueueView
-    from hybridlab.plan import StepPlan as StepPlan
-    from hybridlab.plan import Tier as Tier
+    from hybridlab.plans import ExpertPath as ExpertPath
+    from hybridlab.plans import Move as Move
+    from hybridlab.plans import Op as Op
+    from hybridlab.plans import PlacementPlan as PlacementPlan
+    from hybridlab.plans import QueueView as QueueView
+    from hybridlab.plans import StepPlan as StepPlan
+    from hybridlab.plans import Tier as Tier
     from hybridlab.request import Request as Request
     from hybridlab.request import Sampling as Sampling
-    from hybridlab.results import load_results as load_results
     from hybridlab.session import Engine as Engine
     from hybridlab.session import load as load
     from hybridlab.spec import HardwareSpec as HardwareSpec
     from hybridlab.spec import ModelSpec as ModelSpec
     from hybridlab.spec import RoutingStats as RoutingStats
+    from hybridlab.store import results as results
     from hybridlab.strategies.checks import check_overlap as check_overlap
     from hybridlab.strategies.checks import check_placement as check_placement
     from hybridlab.strategies.checks import check_scheduler as check_scheduler

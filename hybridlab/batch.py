@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from hybridlab.plan import RequestId, Span, StepPlan
+from hybridlab.plans import RequestId, Span, StepPlan
 from hybridlab.request import Sampling
 
 

@@ -17,7 +17,7 @@ from hybridlab import kernels
 from hybridlab.batch import Entry, StepBatch
 from hybridlab.engine.worker import WORKER
 from hybridlab.errors import ConfigError
-from hybridlab.plan import StepPlan
+from hybridlab.plans import StepPlan
 from hybridlab.request import Sampling
 from hybridlab.session import Engine, load
 

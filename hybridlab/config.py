@@ -15,11 +15,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from hybridlab.axes import combinations, override
 from hybridlab.errors import ConfigError
 from hybridlab.metrics import SLO, SLO_PRESETS, find_slo
 from hybridlab.sections import Section, one_line
 from hybridlab.strict_yaml import read_yaml, refuse_nonfinite
-from hybridlab.sweep import combinations, override
 from hybridlab.workload import WORKLOAD_KINDS, Workload
 
 STRATEGIES = ("scheduler", "placement", "overlap")

@@ -17,8 +17,8 @@ from hybridlab.errors import ConfigError
 from hybridlab.jobs import Job, plan_jobs
 from hybridlab.metrics import DEFINITIONS, requests_frame
 from hybridlab.request import RequestRecord
-from hybridlab.results import FORMAT, StoredRun, read_run, spans_frame, write_run
 from hybridlab.sections import did_you_mean
+from hybridlab.store import FORMAT, StoredRun, read_run, spans_frame, write_run
 from hybridlab.workload import make_requests, warmup_requests
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from hybridlab.errors import PlanError, StrategyError
-from hybridlab.plan import (
+from hybridlab.plans import (
     ExpertPath,
     Lane,
     LaneKind,

@@ -16,7 +16,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 # What draws, prints or stores cannot change a measurement; strategies are identified one by one.
-NOT_MEASURED = ("cli", "widgets", "figures", "strategies", "results", "provenance", "sections", "__main__")
+NOT_MEASURED = ("cli", "widgets", "figures", "strategies", "store", "provenance", "sections", "__main__")
 LIBRARIES = ("numpy", "torch", "jax", "pandas", "pyarrow", "safetensors", "pydantic")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from hybridlab.plan import RequestId
+from hybridlab.plans import RequestId
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,12 @@ class Request:
     """One prompt to serve. `arrival_s` counts from the start of the run.
 
     Generation ends after `max_tokens` tokens or at a token of `stop_token_ids` (which is kept in the output).
+
+    With `after`, the request arrives `arrival_s` seconds after the request of that id has ended, however it
+    ended: a user who waits for an answer before the next question (closed loop). With `continues` too, the prompt
+    is appended to that request's prompt and output (a further turn of a conversation).
+
+    A request that has not finished `timeout_s` seconds after its arrival is ended, its output so far kept.
     """
 
     id: RequestId
@@ -33,6 +39,9 @@ class Request:
     arrival_s: float = 0.0
     sampling: Sampling = field(default_factory=Sampling)
     stop_token_ids: tuple[int, ...] = ()
+    after: RequestId | None = None
+    continues: bool = False
+    timeout_s: float | None = None
 
 
 class Status(StrEnum):
@@ -51,8 +60,10 @@ class Status(StrEnum):
 class RequestRecord:
     """What was measured of one request; times are seconds since the start of the run.
 
-    `token_times_s` holds when each output token was known to the parent, `first_scheduled_s` when a worker
-    first computed for it. `error` says why a request was rejected or failed.
+    `prompt` is what was computed: the request's own, after the conversation that it continues. `arrival_s` is None
+    until it is known, for a request that arrives after another. `token_times_s` holds when each output token was
+    known to the parent, `first_scheduled_s` when a worker first computed for it. `cached_tokens` of the prompt were
+    found in the KV cache at that time. `error` says why a request was rejected or failed.
     """
 
     request: Request
@@ -63,6 +74,15 @@ class RequestRecord:
     finished_s: float | None = None
     finish_reason: str = ""
     error: str = ""
+    prompt: tuple[int, ...] = ()
+    arrival_s: float | None = None
+    cached_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompt and not self.request.continues:
+            self.prompt = self.request.prompt
+        if self.arrival_s is None and self.request.after is None:
+            self.arrival_s = self.request.arrival_s
 
     @property
     def is_final(self) -> bool:

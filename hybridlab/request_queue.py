@@ -9,7 +9,7 @@ from hybridlab.admission import Limits, why_refused
 from hybridlab.batch import Entry, StepBatch, StepResult
 from hybridlab.errors import RequestError, StrategyError
 from hybridlab.kv_blocks import BlockPool
-from hybridlab.plan import QueueView, RequestId, RunningRequest, StepPlan, WaitingRequest
+from hybridlab.plans import QueueView, RequestId, RunningRequest, StepPlan, WaitingRequest
 from hybridlab.request import Request, RequestRecord, Status
 from hybridlab.spec import ModelSpec
 from hybridlab.strategies.kv_room import fit_step

@@ -10,7 +10,7 @@ from typing import Protocol
 from hybridlab.batch import StepBatch, StepResult
 from hybridlab.errors import StrategyError
 from hybridlab.lowering import Planner
-from hybridlab.plan import Program, Span
+from hybridlab.plans import Program, Span
 from hybridlab.request import RequestRecord, Status
 from hybridlab.request_queue import RequestQueue
 from hybridlab.strategies.base import Scheduler

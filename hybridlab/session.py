@@ -18,7 +18,7 @@ from hybridlab.errors import ConfigError, HybridlabError, RequestError
 from hybridlab.hardware import detect
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.lowering import Planner
-from hybridlab.plan import StepPlan
+from hybridlab.plans import StepPlan
 from hybridlab.request import Request, RequestRecord, Sampling, Status
 from hybridlab.request_queue import RequestQueue
 from hybridlab.serving import Served, serve, steps

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
 
 from hybridlab.errors import PlanError
-from hybridlab.plan import COLLECTIVE_KINDS, OP_KINDS, ROLES, Lane, LaneKind, Op, QueueView, StepPlan
+from hybridlab.plans import COLLECTIVE_KINDS, OP_KINDS, ROLES, Lane, LaneKind, Op, QueueView, StepPlan
 
 
 def execution_order(ops: Sequence[Op]) -> tuple[Op, ...]:

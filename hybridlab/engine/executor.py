@@ -13,7 +13,7 @@ from hybridlab.engine.lanes import Lanes
 from hybridlab.engine.sampling import draw
 from hybridlab.errors import PlanError
 from hybridlab.model.base import MicroBatch, Model, Routed
-from hybridlab.plan import Op, Program, RequestId, Span
+from hybridlab.plans import Op, Program, RequestId, Span
 
 OnRoute = Callable[[int, list[int]], None]
 """Called with (layer, expert ids of all tokens) after each router."""

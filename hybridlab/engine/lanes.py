@@ -6,7 +6,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Protocol
 
-from hybridlab.plan import Op, Program, Span
+from hybridlab.plans import Op, Program, Span
 
 
 class Lanes(Protocol):

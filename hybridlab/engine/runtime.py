@@ -18,7 +18,7 @@ from hybridlab.engine.worker import EngineBackend, WorkerThread
 from hybridlab.errors import ConfigError, StrategyError
 from hybridlab.model import build_model
 from hybridlab.model.numerics import make_numerics
-from hybridlab.plan import PlacementPlan, Program, RequestId, Tier
+from hybridlab.plans import PlacementPlan, Program, RequestId, Tier
 from hybridlab.spec import HardwareSpec
 
 

@@ -17,7 +17,7 @@ import torch
 from hybridlab.batch import StepBatch, StepResult
 from hybridlab.engine.executor import Executor
 from hybridlab.errors import HybridlabError
-from hybridlab.plan import Program
+from hybridlab.plans import Program
 
 T = TypeVar("T")
 WORKER = "main"

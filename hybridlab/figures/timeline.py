@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from hybridlab.errors import ConfigError
 from hybridlab.figures.style import TWO_COLUMNS_IN, cycle_color, new_axes, require, style
-from hybridlab.plan import OP_KINDS
+from hybridlab.plans import OP_KINDS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,7 +16,7 @@ from hybridlab.number_formats import bf16_to_float32
 
 
 class Qwen3Moe:
-    """Computes ops of `hybridlab.plan.OP_KINDS` on the checkpoint's mapped weights. `cache` is set by the engine."""
+    """Computes ops of `hybridlab.plans.OP_KINDS` on the checkpoint's mapped weights. `cache` is set by the engine."""
 
     cache: KVStore
 

@@ -1,7 +1,7 @@
 """The three interfaces that a strategy may implement, with their whole contract.
 
 A strategy is a small object, by custom a frozen dataclass whose fields are its configuration. It returns frozen
-data (`hybridlab.plan`), never touches a device, a clock or an allocator, and does not know whether the engine
+data (`hybridlab.plans`), never touches a device, a clock or an allocator, and does not know whether the engine
 or the simulator runs its plans. Check yours with `hl.check_scheduler`, `hl.check_placement`, `hl.check_overlap`.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
-from hybridlab.plan import ExpertPath, Move, Op, PlacementPlan, QueueView, StepPlan
+from hybridlab.plans import ExpertPath, Move, Op, PlacementPlan, QueueView, StepPlan
 from hybridlab.spec import HardwareSpec, ModelSpec, RoutingStats
 
 

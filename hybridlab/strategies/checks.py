@@ -18,7 +18,7 @@ from typing import Any
 
 from hybridlab.errors import HybridlabError, StrategyError
 from hybridlab.lowering import Planner, lower
-from hybridlab.plan import (
+from hybridlab.plans import (
     ExpertPath,
     LaneKind,
     Move,

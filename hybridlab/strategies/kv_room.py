@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 
-from hybridlab.plan import QueueView, RequestId, RunningRequest, StepPlan, WaitingRequest
+from hybridlab.plans import QueueView, RequestId, RunningRequest, StepPlan, WaitingRequest
 
 AnyRequest = RunningRequest | WaitingRequest
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "hybridlab"
 
 # First part of the module name -> floor. A new module is entered here: that is when its floor is decided.
 FLOORS = {
-    0: {"errors", "plan", "request", "spec", "validation"},
+    0: {"errors", "plans", "request", "spec", "validation"},
     1: {"admission", "batch", "kv_blocks", "lowering", "strategies"},
     2: {
         "checkpoint", "engine", "hardware", "kernel_checks", "kernels", "kernels_attention", "kernels_numpy", "model",
@@ -21,8 +21,8 @@ FLOORS = {
         "simulator", "text",
     },
     3: {
-        "backends", "bench", "config", "experiment", "jobs", "metrics", "provenance", "request_queue",
-        "results", "run", "sections", "serving", "session", "strict_yaml", "sweep", "workload",
+        "axes", "backends", "bench", "config", "experiment", "jobs", "metrics", "provenance", "request_queue",
+        "sections", "serving", "session", "store", "strict_yaml", "workload",
     },
     4: {"__main__", "cli", "cli_bench", "cli_checkpoint", "cli_output", "cli_run", "figures", "widgets"},
 }  # fmt: skip
@@ -48,7 +48,7 @@ def imports(path: Path, package: Path) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             up = list(here[: len(here) - node.level + 1]) if node.level else []
             base = ".".join([*up, *([node.module] if node.module else [])])
-            # `from hybridlab import kernels` names a module, `from hybridlab.plan import Op` does not
+            # `from hybridlab import kernels` names a module, `from hybridlab.plans import Op` does not
             for alias in node.names:
                 yield node.lineno, f"{base}.{alias.name}"
         elif isinstance(node, ast.Call) and _called(node) in ("import_module", "__import__") and node.args:
@@ -138,17 +138,17 @@ def test_environment_is_read_in_listed_files_only() -> None:
 @pytest.mark.parametrize(
     ("file", "source", "message"),
     [
-        ("plan.py", "from hybridlab.strategies.base import Scheduler", "floor 0 imports"),
+        ("plans.py", "from hybridlab.strategies.base import Scheduler", "floor 0 imports"),
         ("strategies/x.py", "def f():\n    import torch", "floor 1 imports torch"),
         ("strategies/x.py", "from jax.numpy import sum", "floor 1 imports jax"),
         ("engine/x.py", "def f():\n    from hybridlab import config", "of floor 3"),
-        ("engine/x.py", "from ..run import serve", "of floor 3"),
+        ("engine/x.py", "from ..serving import serve", "of floor 3"),
         ("engine/x.py", "from hybridlab.simulator import clock", "engine imports simulator"),
         ("simulator/__init__.py", "import hybridlab.engine.lanes", "simulator imports engine"),
         ("model/x.py", "from hybridlab import _kernels", "only kernels imports"),
         ("model/x.py", "import importlib\nimportlib.import_module('hybridlab.cli')", "of floor 4"),
-        ("results.py", "from hybridlab import load", "not the package"),
-        ("results.py", "import hybridlab as hl", "not the package"),
+        ("store.py", "from hybridlab import load", "not the package"),
+        ("store.py", "import hybridlab as hl", "not the package"),
         ("novelty.py", "", "enter 'novelty' in FLOORS"),
     ],
 )
@@ -169,7 +169,7 @@ def test_planted_environment_read_is_found(tmp_path: Path, source: str) -> None:
 
 
 def test_imports_downwards_are_left_alone(tmp_path: Path) -> None:
-    engine = ["import torch", "from hybridlab.plan import Op", "from hybridlab import kernels"]
+    engine = ["import torch", "from hybridlab.plans import Op", "from hybridlab import kernels"]
     _plant(tmp_path, "engine/x.py", "\n".join(engine))
     _plant(tmp_path, "kernels.py", "import os\nfrom hybridlab import _kernels\nos.environ.get('A')")
     package = tmp_path / "hybridlab"

@@ -9,7 +9,7 @@ import pytest
 
 import hybridlab as hl
 from hybridlab.errors import StrategyError
-from hybridlab.plan import ExpertPath, PlacementPlan, StepPlan, Tier
+from hybridlab.plans import ExpertPath, PlacementPlan, StepPlan, Tier
 from hybridlab.strategies import registry
 from hybridlab.strategies.placement.all_host import AllHost
 from hybridlab.strategies.scheduler.chunked_prefill import ChunkedPrefill
@@ -288,7 +288,7 @@ def test_a_strategy_is_found_by_class_path_and_described_with_its_source():
         ("fcsf", "did you mean 'fcfs'"),
         ("nowhere.at_all:X", "cannot import module"),
         (":X", "expected 'module:Class'"),
-        ("hybridlab.plan:Nothing", "has no class 'Nothing'"),
+        ("hybridlab.plans:Nothing", "has no class 'Nothing'"),
         ({"name": "fcfs", "chunk": 3}, "has no field 'chunk'; did you mean 'chunk_tokens'"),
         ({"chunk_tokens": 3}, "either 'name' or 'class'"),
     ],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from hybridlab.plan import Op, StepPlan
+from hybridlab.plans import Op, StepPlan
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hybridlab.plan import ExpertPath, Move, PlacementPlan, Tier
+from hybridlab.plans import ExpertPath, Move, PlacementPlan, Tier
 from hybridlab.spec import HardwareSpec, ModelSpec, RoutingStats
 
 

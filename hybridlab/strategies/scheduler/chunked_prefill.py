@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hybridlab.plan import QueueView, StepPlan
+from hybridlab.plans import QueueView, StepPlan
 from hybridlab.strategies.fields import check_positive
 from hybridlab.strategies.kv_room import KVRoom
 

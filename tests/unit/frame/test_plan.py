@@ -8,7 +8,7 @@ import pytest
 
 from hybridlab.errors import PlanError, StrategyError
 from hybridlab.lowering import Planner, bind_slots, lower, parts_of
-from hybridlab.plan import ExpertPath, Lane, LaneKind, Op, PlacementPlan, Shape, SlotUse, StepPlan, Tier
+from hybridlab.plans import ExpertPath, Lane, LaneKind, Op, PlacementPlan, Shape, SlotUse, StepPlan, Tier
 from hybridlab.strategies.checks import TOY_CPU, TOY_GPU, TOY_MODEL
 from hybridlab.strategies.overlap.sequential import Sequential
 from hybridlab.strategies.placement.all_host import AllHost

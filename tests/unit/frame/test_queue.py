@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hybridlab.batch import StepResult
 from hybridlab.errors import RequestError, StrategyError
 from hybridlab.kv_blocks import BlockPool
-from hybridlab.plan import StepPlan
+from hybridlab.plans import StepPlan
 from hybridlab.request import Request, Sampling, Status
 from hybridlab.request_queue import RequestQueue
 from hybridlab.strategies.checks import TOY_MODEL

@@ -15,7 +15,7 @@ import torch
 import hybridlab as hl
 from hybridlab.engine.sampling import draw
 from hybridlab.errors import ConfigError, HybridlabError, MemoryBudgetError, RequestError, StrategyError
-from hybridlab.plan import LaneKind, PlacementPlan, StepPlan, Tier
+from hybridlab.plans import LaneKind, PlacementPlan, StepPlan, Tier
 from hybridlab.request import Sampling, Status
 from hybridlab.strategies.placement.all_host import AllHost
 

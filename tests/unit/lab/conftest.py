@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hybridlab import backends, provenance
-from hybridlab.plan import Lane, LaneKind, Op, Span, Tier
+from hybridlab.plans import Lane, LaneKind, Op, Span, Tier
 from hybridlab.request import Request, RequestRecord, Status
 from hybridlab.serving import Served
 

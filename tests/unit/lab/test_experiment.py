@@ -10,8 +10,8 @@ import pytest
 from hybridlab import experiment, provenance
 from hybridlab.errors import ConfigError, StrategyError
 from hybridlab.metrics import SLO
-from hybridlab.plan import QueueView, StepPlan
-from hybridlab.results import load_results
+from hybridlab.plans import QueueView, StepPlan
+from hybridlab.store import results
 
 SWEEP = {
     "scheduler": ["fcfs", {"name": "chunked_prefill", "chunk_tokens": 8}],
@@ -160,8 +160,8 @@ def test_slo_does_not_make_a_new_run(bench: list[str], config: dict[str, Any]) -
     assert strict.cached == tuple(first.summary["run_id"])
     assert first.summary["request_goodput_req_s"].tolist()[0] > 0
     assert strict.summary["request_goodput_req_s"].tolist() == [0]
-    assert load_results("question")["slo"].tolist() == ["paper"]
-    assert load_results("question", slo=SLO(ttft_s=1e-9, tpot_s=1.0))["request_goodput_req_s"].tolist() == [0]
+    assert results("question")["slo"].tolist() == ["paper"]
+    assert results("question", slo=SLO(ttft_s=1e-9, tpot_s=1.0))["request_goodput_req_s"].tolist() == [0]
 
 
 @pytest.mark.parametrize("change", ["trace", "weights", "code", "machine"])
@@ -181,13 +181,13 @@ def test_what_determines_the_result_is_in_the_id(
     else:
         monkeypatch.setattr(provenance, "machine", lambda gpu=False: {"cpu": "other", "cores": 2})
     assert run(config).cached == ()
-    assert len(load_results("question")) == 2
+    assert len(results("question")) == 2
 
 
 def test_load_results_is_tidy_over_different_sweeps(bench: list[str], config: dict[str, Any]) -> None:
     run(config)
     run({**config, "sweep": {"workload.num_requests": [1]}})
-    frame = load_results("question")
+    frame = results("question")
     assert frame["workload.num_requests"].tolist() == [3, 1]
     assert frame["num_requests"].tolist() == [3, 1]
 

@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from hybridlab import results
+from hybridlab import store
 from hybridlab.errors import ConfigError
 from hybridlab.experiment import run
-from hybridlab.results import load_results, read_run, spans_frame, write_run
+from hybridlab.store import read_run, results, spans_frame, write_run
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ BREAKS = ["no manifest", "torn manifest", "foreign", "renamed", "incomplete", "t
 def test_damaged_runs_are_skipped_by_name(stored: list[Path], how: str) -> None:
     _break(stored[0], how)
     with pytest.warns(UserWarning, match=stored[0].name):
-        frame = load_results("question")
+        frame = results("question")
     assert frame["run_id"].tolist() == [stored[1].name]
 
 
@@ -65,12 +65,12 @@ def test_damaged_runs_run_again(stored: list[Path], config: dict[str, Any], benc
         shutil.rmtree(stored[0])
     result = run(again, progress=False)
     assert result.cached == (stored[1].name,)
-    assert len(load_results("question")) == 2
+    assert len(results("question")) == 2
 
 
 def test_unknown_experiment(stored: list[Path]) -> None:
     with pytest.raises(ConfigError, match="no such results; experiments there: question"):
-        load_results("answer")
+        results("answer")
 
 
 def _hidden(folder: Path) -> list[str]:
@@ -83,7 +83,7 @@ def test_full_disk_leaves_nothing(stored: list[Path], monkeypatch: pytest.Monkey
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(results, "_sync", full)
+    monkeypatch.setattr(store, "_sync", full)
     target = stored[0].parent / "new"
     for folder in (target, stored[0]):
         with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\)"):
@@ -110,7 +110,7 @@ def test_leftovers_of_killed_writes_go_after_an_hour(stored: list[Path]) -> None
     os.utime(stale, (0, 0))
     write_run(stored[0], old.manifest, old.requests, old.spans, overwrite=True)
     assert not stale.exists() and fresh.exists()
-    assert len(load_results("question")) == 2
+    assert len(results("question")) == 2
 
 
 def test_tables_survive_the_disk(stored: list[Path]) -> None:

@@ -1,7 +1,7 @@
 """The results store: results/<experiment>/<run_id>/ holds manifest.json, requests.parquet and spans.parquet.
 
 A run is written to a hidden sibling folder, synced to disk and renamed, so that a folder with a run's name is
-always whole. `load_results` gives one tidy row per run.
+always whole. `results` gives one tidy row per run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from hybridlab.config import project_dir
 from hybridlab.errors import ConfigError
 from hybridlab.metrics import SLO, summarise
-from hybridlab.plan import Span
+from hybridlab.plans import Span
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -160,7 +160,7 @@ def read_run(folder: Path) -> StoredRun:
     return run
 
 
-def load_results(
+def results(
     experiment: str, results_dir: str | Path | None = None, *, slo: str | SLO | None = None
 ) -> pd.DataFrame:
     """One row per stored run of `experiment`, oldest first: axes, metrics, evidence, run_id.
