@@ -31,7 +31,7 @@ TABLE_METRICS = ("median_ttft_s", "p99_ttft_s", "median_tpot_s", "output_tokens_
 class ExperimentResult:
     """Tables: `summary` has a row per run, `requests` a row per request, `spans` a row per op kept.
 
-    All three carry `run_id`, the scheduler and what else differs between runs; units are in the column names.
+    All three carry `run_id`, `evidence`, the scheduler and what else differs between runs; units are in the names.
     `paths` are the folders of the runs, `cached` the ids of those that were in the store before.
     """
 
@@ -190,7 +190,7 @@ def _collect(
         rows.append(shown.row(config.slo))
         runs.setdefault(run.run_id, (run, rows[-1]))
     summary = pd.DataFrame(rows)
-    told = [*_axes(summary), "run_id"]
+    told = [*_axes(summary), "evidence", "run_id"]
 
     def joined(name: str) -> pd.DataFrame:
         """The table `name` of every run, with what tells the runs apart."""
