@@ -20,21 +20,26 @@ class Limits:
     vocab: int
 
 
-def why_refused(request: Request, limits: Limits) -> str:
-    """Why `request` can never be served, naming the value that is off and what was expected; "" if it can be."""
+def why_refused(request: Request, limits: Limits, context_tokens: int = 0) -> str:
+    """Why `request` can never be served, naming the value that is off and what was expected; "" if it can be.
+
+    `context_tokens` of a conversation stand before its prompt.
+    """
     if reason := _tokens("prompt", request.prompt, limits.vocab):
         return reason
     if len(request.prompt) == 0:
         return "prompt is empty, expected at least one token"
     if not _is_int(request.max_tokens) or request.max_tokens < 1:
         return f"max_tokens is {request.max_tokens!r}, expected an int, at least 1"
-    needed = len(request.prompt) + request.max_tokens - 1
+    needed = context_tokens + len(request.prompt) + request.max_tokens - 1
     if needed > limits.kv_tokens:
         return f"prompt and output need {needed} KV tokens, the cache holds {limits.kv_tokens}"
     if needed > limits.max_positions:
         return f"prompt and output reach position {needed}, the model has {limits.max_positions}"
     if not _is_finite(request.arrival_s) or request.arrival_s < 0:
         return f"arrival_s is {request.arrival_s!r}, expected a finite number >= 0"
+    if request.timeout_s is not None and (not _is_finite(request.timeout_s) or request.timeout_s <= 0):
+        return f"timeout_s is {request.timeout_s!r}, expected a finite number > 0, or None"
     return _sampling(request.sampling) or _tokens("stop_token_ids", request.stop_token_ids, limits.vocab)
 
 

@@ -31,7 +31,8 @@ DEFINITIONS = {
     "total_tokens_per_s": "prompt and output tokens of finished requests / duration",
     "request_goodput_req_s": "finished requests with ttft <= slo_ttft_s and tpot <= slo_tpot_s / duration "
     "(a request without tpot meets any tpot)",
-    "offered_req_s": "(requests - 1) / (last arrival - first arrival)",
+    "offered_req_s": "(requests that arrived - 1) / (last arrival - first arrival)",
+    "prefix_hit_rate": "prompt tokens of finished requests that were found in the KV cache / their prompt tokens",
     "aggregates": "mean, median, p90, p99 over finished requests (itl: over all gaps), linear interpolation",
 }
 
@@ -84,6 +85,7 @@ _COLUMNS: dict[str, Any] = {
     "error": "object",
     "arrival_s": "float64",
     "prompt_tokens": "int64",
+    "cached_tokens": "int64",
     "max_tokens": "int64",
     "output_tokens": "int64",
     "first_scheduled_s": "float64",
@@ -102,22 +104,24 @@ def _row(record: RequestRecord) -> dict[str, Any]:
     nan = float("nan")
     request, times = record.request, [float(t) for t in record.token_times_s]
     finished = record.status is Status.FINISHED
-    ttft = times[0] - request.arrival_s if finished and times else nan
-    e2el = times[-1] - request.arrival_s if finished and times else nan
+    arrival_s = nan if record.arrival_s is None else float(record.arrival_s)
+    ttft = times[0] - arrival_s if finished and times else nan
+    e2el = times[-1] - arrival_s if finished and times else nan
     first = record.first_scheduled_s
     return {
         "request_id": request.id,
         "status": str(record.status),
         "finish_reason": record.finish_reason,
         "error": record.error,
-        "arrival_s": request.arrival_s,
-        "prompt_tokens": len(request.prompt),
+        "arrival_s": arrival_s,
+        "prompt_tokens": len(record.prompt),
+        "cached_tokens": record.cached_tokens,
         "max_tokens": request.max_tokens,
         "output_tokens": len(record.output),
         "first_scheduled_s": nan if first is None else first,
         "first_token_s": times[0] if times else nan,
         "finished_s": nan if record.finished_s is None else record.finished_s,
-        "queue_s": first - request.arrival_s if finished and first is not None else nan,
+        "queue_s": first - arrival_s if finished and first is not None else nan,
         "ttft_s": ttft,
         "tpot_s": (e2el - ttft) / (len(times) - 1) if len(times) > 1 else nan,
         "e2el_s": e2el,
@@ -151,17 +155,21 @@ def summarise(
     good = (ttft_s <= slo.ttft_s) & ~(tpot_s > slo.tpot_s)
     times = frame["token_times_s"].to_numpy(object)[done]
     gaps = [np.diff(np.asarray(request_times, dtype=np.float64)) for request_times in times]
+    arrival_s = arrival_s[~np.isnan(arrival_s)]  # some never arrive: the turn before them did not end well
     span_s = float(np.ptp(arrival_s)) if len(arrival_s) else 0.0
     inputs, outputs = int(column("prompt_tokens").sum()), int(column("output_tokens").sum())
+    cached = int(column("cached_tokens").sum())
     unfinished = (Status.FAILED, Status.REJECTED, Status.CANCELLED)
     result: dict[str, Any] = {
         "num_requests": len(status),
         "completed": int(done.sum()),
         **{str(name): int((status == str(name)).sum()) for name in unfinished},
         "duration_s": float(duration_s),
-        "offered_req_s": (len(status) - 1) / span_s if span_s > 0 else float("nan"),
+        "offered_req_s": (len(arrival_s) - 1) / span_s if span_s > 0 else float("nan"),
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
+        "cached_prompt_tokens": cached,
+        "prefix_hit_rate": cached / inputs if inputs else float("nan"),
         "request_throughput_req_s": rate(int(done.sum())),
         "output_tokens_per_s": rate(outputs),
         "total_tokens_per_s": rate(inputs + outputs),

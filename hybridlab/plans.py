@@ -55,13 +55,17 @@ class Lane:
 
 @dataclass(frozen=True)
 class WaitingRequest:
-    """A request whose prompt is not yet computed whole; `computed_tokens` of it are in its KV cache."""
+    """A request whose prompt is not yet computed whole; `computed_tokens` of it are in the KV cache.
+
+    These may be found there before the request was ever scheduled: another request began with the same tokens.
+    """
 
     id: RequestId
     arrival_s: float
     remaining_prompt: int
     allocated_kv_tokens: int = 0
     computed_tokens: int = 0
+    shared_kv_tokens: int = 0
 
     @property
     def context_tokens(self) -> int:
@@ -75,6 +79,7 @@ class RunningRequest:
     id: RequestId
     context_tokens: int
     allocated_kv_tokens: int = 0
+    shared_kv_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,9 @@ class QueueView:
     """All that a scheduler may know. `waiting` is in arrival order; `free_kv_tokens` counts unallocated room.
 
     A request that needs more than `allocated_kv_tokens` takes whole blocks of `kv_block_tokens` from the
-    `free_kv_tokens`. `token_budget` bounds the tokens of one step. `last_decode_s` is when a decode last ended
-    (None if never).
+    `free_kv_tokens`. `shared_kv_tokens` of a request's context lie in blocks that requests ahead of it hold too:
+    they take nothing from the free ones, and preempting it does not free them. `token_budget` bounds the tokens of
+    one step. `last_decode_s` is when a decode last ended (None if never).
     """
 
     now_s: float

@@ -56,7 +56,7 @@ class Status(StrEnum):
     FAILED = "failed"
 
 
-@dataclass
+@dataclass(eq=False)
 class RequestRecord:
     """What was measured of one request; times are seconds since the start of the run.
 

@@ -3,77 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
+from math import inf
 
 from hybridlab.admission import Limits, why_refused
+from hybridlab.arrivals import Arrivals
 from hybridlab.batch import Entry, StepBatch, StepResult
-from hybridlab.errors import RequestError, StrategyError
+from hybridlab.errors import StrategyError
 from hybridlab.kv_blocks import BlockPool
+from hybridlab.live_requests import Live, views
 from hybridlab.plans import QueueView, RequestId, RunningRequest, StepPlan, WaitingRequest
+from hybridlab.prefix_cache import NoPrefixes, Prefixes
 from hybridlab.request import Request, RequestRecord, Status
 from hybridlab.spec import ModelSpec
 from hybridlab.strategies.kv_room import fit_step
 from hybridlab.validation import check_step
 
 
-@dataclass
-class _Live:
-    """A request between arrival and end. `tokens` are prompt and output, `computed` of them are in the cache."""
-
-    record: RequestRecord
-    tokens: list[int]
-    computed: int = 0
-    blocks: list[int] = field(default_factory=list)
-    in_flight: bool = False
-    seen: WaitingRequest | RunningRequest | None = None
-
-    @property
-    def is_running(self) -> bool:
-        return len(self.record.output) > 0 and self.computed == len(self.tokens) - 1
-
-    def view(self, block_tokens: int) -> WaitingRequest | RunningRequest:
-        if self.seen is None:
-            allocated = len(self.blocks) * block_tokens
-            request = self.record.request
-            if self.is_running:
-                self.seen = RunningRequest(request.id, self.computed, allocated)
-            else:
-                left = len(self.tokens) - self.computed
-                self.seen = WaitingRequest(request.id, request.arrival_s, left, allocated, self.computed)
-        return self.seen
-
-
 class RequestQueue:
     """Requests by arrival. One per run; not thread-safe, except for `cancel`.
 
-    Requests that can never be served are rejected at once; the others are not touched by it.
+    Requests that can never be served are rejected at once; the others are not touched by it. `prefixes` finds
+    computed blocks of earlier requests with the same beginning.
     """
 
-    def __init__(self, requests: Iterable[Request], pool: BlockPool, model: ModelSpec, token_budget: int) -> None:
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        pool: BlockPool,
+        model: ModelSpec,
+        token_budget: int,
+        prefixes: Prefixes | None = None,
+    ) -> None:
         self._pool, self._eos = pool, frozenset(model.eos_token_ids)
+        self._prefixes = prefixes or NoPrefixes()
         self._budget = token_budget
         limits = Limits(pool.num_blocks * pool.block_tokens, model.max_positions, model.vocab)
-        self.records: dict[RequestId, RequestRecord] = {}
-        self._future: list[_Live] = []
-        for request in requests:
-            if request.id in self.records:
-                raise RequestError(f"request id {request.id!r} occurs more than once")
-            record = self.records[request.id] = RequestRecord(request)
-            if reason := why_refused(request, limits):
-                record.error = reason
-                self._end(record, Status.REJECTED, "rejected", 0.0)
-            else:
-                self._future.append(_Live(record, [int(token) for token in request.prompt]))
-        # Latest first, so that arrivals pop from the end; the sort is stable for equal times.
-        self._future.reverse()
-        self._future.sort(key=lambda live: -live.record.request.arrival_s)
-        self._live: dict[RequestId, _Live] = {}
+        self._arrivals = Arrivals(requests, lambda request, context: why_refused(request, limits, context))
+        self._live: dict[RequestId, Live] = {}
         self._cancelled: set[RequestId] = set()
         self._last_decode_s: float | None = None
 
     @property
+    def records(self) -> dict[RequestId, RequestRecord]:
+        return self._arrivals.records
+
+    @property
     def live(self) -> bool:
-        return bool(self._future or self._live)
+        return bool(self._live) or self._arrivals.expected
 
     @property
     def in_flight(self) -> bool:
@@ -81,26 +58,32 @@ class RequestQueue:
 
     @property
     def has_cancelled(self) -> bool:
-        """Whether a cancelled request waits for `sweep_cancelled`."""
+        """Whether a cancelled request waits for `sweep`."""
         return bool(self._cancelled)
 
     @property
     def next_arrival_s(self) -> float | None:
-        return self._future[-1].record.request.arrival_s if self._future else None
+        """When the next request arrives; None if none will, or only after another has ended."""
+        return self._arrivals.next_s
+
+    @property
+    def next_event_s(self) -> float | None:
+        """When the queue changes by itself: the next arrival, or the next deadline of a request."""
+        waiting = (live.deadline_s for live in self._live.values() if not live.in_flight)
+        deadline_s = min(waiting, default=inf)
+        event_s = min(deadline_s, inf if self.next_arrival_s is None else self.next_arrival_s)
+        return None if event_s == inf else event_s
 
     def view(self, worker: str, now_s: float) -> QueueView:
         """What a scheduler may know at `now_s`; requests in flight on another worker are left out."""
-        self._admit(now_s)
-        waiting, running = [], []
-        for live in self._live.values():
-            if not live.in_flight:
-                seen = live.view(self._pool.block_tokens)
-                (running if isinstance(seen, RunningRequest) else waiting).append(seen)
+        for record in self._arrivals.until(now_s):
+            self._live[record.request.id] = Live(record, [int(token) for token in record.prompt])
+        seen = views(self._live.values(), self._pool, self._prefixes)
         return QueueView(
             now_s,
             worker,
-            tuple(waiting),
-            tuple(running),
+            tuple(request for request in seen if isinstance(request, WaitingRequest)),
+            tuple(request for request in seen if isinstance(request, RunningRequest)),
             self._budget,
             self._pool.free_tokens,
             self._pool.block_tokens,
@@ -114,32 +97,23 @@ class RequestQueue:
         """
         if problems := check_step(view, planned):
             raise StrategyError(f"scheduler {scheduler_name}: {'; '.join(problems)}")
-        if not planned.tokens or (step := fit_step(view, planned)) is None:
+        if not planned.tokens:
             return None
-        for rid in step.preempt:
-            live = self._live[rid]
-            self._pool.release(live.blocks)
-            live.computed, live.seen = 0, None
-        entries = []
-        for rid, count in step.tokens.items():
-            live = self._live[rid]
-            end = live.computed + count
-            self._pool.grow(live.blocks, end)
+        if planned.preempt:  # what that frees is only known once it is done: blocks may be shared
+            self._preempt(planned.preempt)
+            view = self.view(view.worker, view.now_s)
+        if (step := fit_step(view, replace(planned, preempt=()))) is None:
+            return None
+        self._preempt(step.preempt)
+        step = replace(step, preempt=planned.preempt + step.preempt)
+        starting = [self._live[rid] for rid in step.tokens]
+        for live in starting:  # all of them before any grows: growing may evict what was found
+            if not live.table:
+                live.start(self._pool)
             if live.record.first_scheduled_s is None:
-                live.record.first_scheduled_s = view.now_s
-            live.record.status = Status.DECODE if live.is_running else Status.PREFILL
-            live.in_flight = True
-            entries.append(
-                Entry(
-                    rid,
-                    live.tokens[live.computed : end],
-                    live.computed,
-                    tuple(live.blocks),
-                    live.record.request.sampling,
-                    end == len(live.tokens),
-                )
-            )
-        return StepBatch(view.worker, step, tuple(entries))
+                live.record.first_scheduled_s, live.record.cached_tokens = view.now_s, live.computed
+        entries = tuple(self._entry(live, count) for live, count in zip(starting, step.tokens.values(), strict=True))
+        return StepBatch(view.worker, step, entries)
 
     def apply(self, results: Sequence[StepResult]) -> list[tuple[RequestRecord, int]]:
         """Take in finished steps; return (record, token) for every token drawn, in order."""
@@ -155,6 +129,7 @@ class RequestQueue:
                 if live.is_running:
                     self._last_decode_s = result.end_s
                 live.computed = entry.context_tokens
+                live.enter(self._prefixes, self._pool.block_tokens)
                 if entry.wants_token and entry.id not in self._cancelled:
                     events.append((live.record, self._draw(live, result.tokens[entry.id], result.end_s)))
         return events
@@ -167,26 +142,37 @@ class RequestQueue:
         self._cancelled.add(request_id)
         return True
 
-    def sweep_cancelled(self, now_s: float) -> None:
-        """End the requests that were cancelled and are not being computed; their blocks return."""
+    def sweep(self, now_s: float) -> None:
+        """End the requests that were cancelled or are past their deadline and are not being computed."""
         for rid in tuple(self._cancelled):
             live = self._live.get(rid)
             if live is None:
-                live = next((f for f in self._future if f.record.request.id == rid), None)
-                if live is not None:
-                    self._future.remove(live)
+                self._arrivals.cancel(rid, now_s)
             elif live.in_flight:
                 continue
-            if live is not None:
+            else:
                 self._finish(live, Status.CANCELLED, "cancelled", now_s)
             self._cancelled.discard(rid)
+        for live in [live for live in self._live.values() if live.deadline_s <= now_s and not live.in_flight]:
+            live.record.error = f"not finished {live.record.request.timeout_s:g} s after its arrival"
+            self._finish(live, Status.CANCELLED, "timeout", now_s)
 
-    def _admit(self, now_s: float) -> None:
-        while self._future and self._future[-1].record.request.arrival_s <= now_s:
-            live = self._future.pop()
-            self._live[live.record.request.id] = live
+    def _preempt(self, request_ids: Iterable[RequestId]) -> None:
+        for rid in request_ids:
+            self._live[rid].give_up(self._pool)
 
-    def _draw(self, live: _Live, token: int, now_s: float) -> int:
+    def _entry(self, live: Live, count: int) -> Entry:
+        end = live.computed + count
+        self._pool.grow(live.table, end)
+        live.record.status = Status.DECODE if live.is_running else Status.PREFILL
+        live.in_flight = True
+        request = live.record.request
+        tokens = live.tokens[live.computed : end]
+        return Entry(
+            request.id, tokens, live.computed, tuple(live.table), request.sampling, end == len(live.tokens)
+        )
+
+    def _draw(self, live: Live, token: int, now_s: float) -> int:
         record, request = live.record, live.record.request
         live.tokens.append(token)
         record.output.append(token)
@@ -197,11 +183,8 @@ class RequestQueue:
             self._finish(live, Status.FINISHED, "length", now_s)
         return token
 
-    def _finish(self, live: _Live, status: Status, reason: str, now_s: float) -> None:
-        self._pool.release(live.blocks)
-        self._live.pop(live.record.request.id, None)
-        self._end(live.record, status, reason, now_s)
-
-    @staticmethod
-    def _end(record: RequestRecord, status: Status, reason: str, now_s: float) -> None:
-        record.status, record.finish_reason, record.finished_s = status, reason, now_s
+    def _finish(self, live: Live, status: Status, reason: str, now_s: float) -> None:
+        live.give_up(self._pool)
+        del self._live[live.record.request.id]
+        self._cancelled.discard(live.record.request.id)
+        self._arrivals.end(live.record, status, reason, now_s)

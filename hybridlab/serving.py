@@ -70,7 +70,7 @@ def steps(
     name = type(scheduler).__name__
     try:
         while queue.live:
-            queue.sweep_cancelled(backend.now_s)
+            queue.sweep(backend.now_s)
             for worker in backend.idle():
                 view = queue.view(worker, backend.now_s)
                 step = scheduler.schedule(view) if view.waiting or view.running else None
@@ -80,7 +80,7 @@ def steps(
                 if queue.live and not queue.has_cancelled:
                     raise StrategyError(f"scheduler {name} waits, but nothing runs and nothing will arrive")
                 continue
-            results = backend.wait(queue.next_arrival_s)
+            results = backend.wait(queue.next_event_s)
             yield results, queue.apply(results)
     finally:
         backend.drain()

@@ -19,6 +19,7 @@ from hybridlab.hardware import detect
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.lowering import Planner
 from hybridlab.plans import StepPlan
+from hybridlab.prefix_cache import NoPrefixes, PrefixCache, Prefixes
 from hybridlab.request import Request, RequestRecord, Sampling, Status
 from hybridlab.request_queue import RequestQueue
 from hybridlab.serving import Served, serve, steps
@@ -41,12 +42,14 @@ def load(
     kv_tokens: int | None = None,
     kv_block_tokens: int = 16,
     memory_gb: float | None = None,
+    prefix_cache: bool = True,
     quiet: bool = False,
 ) -> Engine:
     """Open a Hugging Face checkpoint folder and make it ready; the memory plan is printed before allocation.
 
     Weights stay in the memory map. `precision` is "bf16" or "exact"; `threads` defaults to all cores of this
     process; a step computes at most `token_budget` tokens; the KV cache holds `kv_tokens` (default: planned).
+    With `prefix_cache`, requests of one run that begin with the same tokens share their KV blocks.
     Raises `CheckpointError`, `ConfigError`, `StrategyError` or `MemoryBudgetError`, each in one line.
     """
     device = check_device(device)
@@ -81,7 +84,8 @@ def load(
         quiet=quiet,
     )
     planner = Planner(checkpoint.spec, hardware, placement, overlap, placed)
-    return Engine(checkpoint, runtime, planner, precision, num_threads, token_budget)
+    prefixes = PrefixCache if prefix_cache else lambda pool: NoPrefixes()
+    return Engine(checkpoint, runtime, planner, precision, num_threads, token_budget, prefixes)
 
 
 class Engine:
@@ -99,12 +103,14 @@ class Engine:
         precision: str,
         threads: int,
         token_budget: int,
+        prefixes: Callable[[BlockPool], Prefixes] = PrefixCache,
     ) -> None:
         self.checkpoint, self.spec = checkpoint, checkpoint.spec
         self.precision, self.threads, self.token_budget = precision, threads, token_budget
         self.memory = runtime.memory
         self._runtime: Runtime | None = runtime
         self.planner = planner
+        self._prefixes = prefixes
         self._text = Text(checkpoint.folder)
         self._turn = threading.Lock()
         self._queue: RequestQueue | None = None
@@ -243,7 +249,8 @@ class Engine:
         if not self._turn.acquire(blocking=False):
             raise HybridlabError("the engine is busy with another run; finish it, or close() the open stream")
         try:
-            self._queue = RequestQueue(requests, self._pool(runtime), self.spec, budget)
+            pool = self._pool(runtime)
+            self._queue = RequestQueue(requests, pool, self.spec, budget, self._prefixes(pool))
             yield runtime, self._queue
         finally:
             self._queue = None

@@ -52,7 +52,7 @@ class KVRoom:
     def most(self, request: AnyRequest) -> int:
         """The most tokens of `request` that fit now."""
         block = self._queue.kv_block_tokens
-        return request.allocated_kv_tokens + self.free_tokens // block * block - request.context_tokens
+        return self._held(request) + self.free_tokens // block * block - request.context_tokens
 
     def take(self, request: AnyRequest, num_tokens: int) -> None:
         self.free_tokens -= self.new_tokens(request, num_tokens)
@@ -83,7 +83,7 @@ class KVRoom:
         for request in (*self._queue.running, *self._queue.waiting):
             if request.id in request_ids:
                 self.preempted.append(request.id)
-                self.free_tokens += request.allocated_kv_tokens
+                self.free_tokens += max(0, request.allocated_kv_tokens - request.shared_kv_tokens)
 
     def decode_step(self) -> StepPlan | None:
         tokens = self.decodes()
@@ -93,4 +93,9 @@ class KVRoom:
         """Tokens in new blocks that `request` takes to compute `num_tokens` more."""
         block = self._queue.kv_block_tokens
         blocks = ceil((request.context_tokens + num_tokens) / block)
-        return max(0, blocks * block - request.allocated_kv_tokens)
+        return max(0, blocks * block - self._held(request))
+
+    def _held(self, request: AnyRequest) -> int:
+        """Room that `request` need not take from the free blocks: its own, or what it will share when it starts."""
+        # Whoever holds what it would share may be among the preempted.
+        return request.allocated_kv_tokens or (0 if self.preempted else request.shared_kv_tokens)

@@ -14,15 +14,15 @@ PACKAGE = ROOT / "hybridlab"
 # First part of the module name -> floor. A new module is entered here: that is when its floor is decided.
 FLOORS = {
     0: {"errors", "plans", "request", "spec", "validation"},
-    1: {"admission", "batch", "kv_blocks", "lowering", "strategies"},
+    1: {"admission", "batch", "kv_blocks", "lowering", "prefix_cache", "strategies"},
     2: {
         "checkpoint", "engine", "hardware", "kernel_checks", "kernels", "kernels_attention", "kernels_numpy", "model",
         "number_formats",
         "simulator", "text",
     },
     3: {
-        "axes", "backends", "bench", "config", "experiment", "jobs", "metrics", "provenance", "request_queue",
-        "sections", "serving", "session", "store", "strict_yaml", "workload",
+        "arrivals", "axes", "backends", "bench", "config", "experiment", "jobs", "live_requests", "metrics",
+        "provenance", "request_queue", "sections", "serving", "session", "store", "strict_yaml", "workload",
     },
     4: {"__main__", "cli", "cli_bench", "cli_checkpoint", "cli_output", "cli_run", "figures", "widgets"},
 }  # fmt: skip

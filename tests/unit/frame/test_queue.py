@@ -25,7 +25,7 @@ def drain(queue, scheduler, draw=lambda entry: 1):
     """A backend without a model: token drawn by `draw`, 1 s a step."""
     now_s, events = 0.0, []
     while queue.live:
-        queue.sweep_cancelled(now_s)
+        queue.sweep(now_s)
         view = queue.view("main", now_s)
         step = scheduler.schedule(view)
         now_s += 1.0

@@ -128,7 +128,7 @@ def test_frame_and_records_summarise_alike() -> None:
 
 
 def test_every_unit_is_in_a_name() -> None:
-    counts = {"num_requests", "completed", "failed", "rejected", "cancelled", "slo"}
+    counts = {"num_requests", "completed", "failed", "rejected", "cancelled", "slo", "prefix_hit_rate"}
     for key in summarise([record("a", [1.0, 2.0])], 1.0):
         assert key in counts or key.endswith(("_s", "_tokens")), key
     assert {"ttft_s", "tpot_s", "itl_s", "e2el_s"} <= set(DEFINITIONS)
