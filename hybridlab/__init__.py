@@ -40,7 +40,8 @@ _PUBLIC = {
     "Sampling": "hybridlab.request",
     "HardwareSpec": "hybridlab.spec",
     "ModelSpec": "hybridlab.spec",
-    "RoutingStats": "hybridlab.spec",
+    "RoutingStats": "hybridlab.routing",
+    "record_routing": "hybridlab.recording",
 }
 
 __all__ = [*_PUBLIC, "__version__", "figures"]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -74,13 +75,14 @@ if TYPE_CHECKING:
     from hybridlab.plans import QueueView as QueueView
     from hybridlab.plans import StepPlan as StepPlan
     from hybridlab.plans import Tier as Tier
+    from hybridlab.recording import record_routing as record_routing
     from hybridlab.request import Request as Request
     from hybridlab.request import Sampling as Sampling
+    from hybridlab.routing import RoutingStats as RoutingStats
     from hybridlab.session import Engine as Engine
     from hybridlab.session import load as load
     from hybridlab.spec import HardwareSpec as HardwareSpec
     from hybridlab.spec import ModelSpec as ModelSpec
-    from hybridlab.spec import RoutingStats as RoutingStats
     from hybridlab.store import results as results
     from hybridlab.strategies.checks import check_overlap as check_overlap
     from hybridlab.strategies.checks import check_placement as check_placement

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from hybridlab.plans import RequestId, Span, StepPlan
 from hybridlab.request import Sampling
@@ -49,3 +51,10 @@ class StepResult:
     tokens: Mapping[RequestId, int] = field(default_factory=dict)
     spans: tuple[Span, ...] = ()
     error: str = ""
+
+
+OnRoute = Callable[[int, Sequence[Entry], np.ndarray], np.ndarray | None]
+"""Called after each router with the layer, the entries computed, and the chosen experts int32 [T, K] of their tokens.
+
+What it returns, if anything, takes the place of the choice.
+"""

@@ -177,7 +177,11 @@ def _decode_steps(engine: Engine, depth: int, batch: int, seed: int) -> Iterator
         entries = (Entry(str(i), (last[i],), context, tables[i], Sampling(), wants_token=True) for i in range(batch))
         used: dict[int, set[int]] = defaultdict(set)
         batch_now = StepBatch(WORKER, step, tuple(entries))
-        tokens = runtime.step(program, batch_now, lambda layer, ids, used=used: used[layer].update(ids))
+
+        def count(layer: int, _: object, expert_ids: np.ndarray, used: dict[int, set[int]] = used) -> None:
+            used[layer].update(expert_ids.ravel().tolist())
+
+        tokens = runtime.step(program, batch_now, count)
         last = [tokens[str(i)] for i in range(batch)]
         yield list(used.values()), context + 1
 

@@ -2,11 +2,13 @@
 
 Relative paths in a config (checkpoint, trace) and the default `results/` folder start at the project: the
 nearest folder with a pyproject.toml or .git above the config file, else above the working directory, else the
-working directory itself.
+working directory itself. They may not leave it by `..`: data from elsewhere is named by an absolute path, so that a
+config says by itself what it needs from outside.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from hybridlab.axes import combinations, override
+from hybridlab.axes import combinations, override, without
 from hybridlab.errors import ConfigError
 from hybridlab.metrics import SLO, SLO_PRESETS, find_slo
 from hybridlab.sections import Section, one_line
@@ -55,6 +57,8 @@ class EngineConfig(Section):
     """Most tokens of one step."""
     kv_tokens: int | None = Field(default=None, gt=0)
     memory_gb: float | None = Field(default=None, gt=0)
+    prefix_cache: bool = True
+    """Requests that begin with the same tokens share their KV blocks."""
 
 
 def _slo(value: Any) -> Any:
@@ -72,8 +76,8 @@ class ExperimentConfig(Section):
     """A question put to the system: model, workload, strategies, engine, and what to sweep.
 
     A strategy is a name, `{name: ..., **fields}`, `{class: "module:Class", **fields}` or, in a notebook, the
-    object. `sweep` maps dotted keys to lists of values. `warmup_requests` are served before each run and not
-    measured.
+    object. `sweep` maps dotted keys to lists of values, and `grid`, `zip`, `list` and `random` to further axes
+    (see hybridlab.axes). `warmup_requests` are served before each run and not measured.
     """
 
     experiment: str
@@ -125,7 +129,7 @@ class ExperimentConfig(Section):
         if not strategies:
             return self
         raw = self.to_dict() | dict(strategies)
-        raw["sweep"] = {key: axis for key, axis in self.sweep.items() if key.split(".")[0] not in strategies}
+        raw["sweep"] = without(self.sweep, strategies)
         return _checked(raw, self._source)
 
 
@@ -162,7 +166,7 @@ def points(config: ExperimentConfig) -> list[Point]:
     raw.pop("sweep", None)
     result = []
     try:
-        for axes in combinations(config.sweep):
+        for axes in combinations(config.sweep, config.repeats):
             name = ", ".join(f"{key}={value!r}" for key, value in axes.items())
             point = _validate(override(raw, axes), config._source, f"sweep ({name}): " if axes else "")
             result.append(Point(point, axes))
@@ -199,4 +203,15 @@ def _validate(raw: dict[str, Any], source: Path | None, prefix: str) -> Experime
         text = one_line(error, {"workload": WORKLOAD_KINDS})
         raise ConfigError(f"{source or 'config'}: {prefix}{text}") from None
     config._source = source
+    for key, path in (("model.path", config.model.path), ("workload.path", getattr(config.workload, "path", None))):
+        if isinstance(path, str) and _leaves_project(path):
+            raise ConfigError(
+                f"{source or 'config'}: {prefix}{key}: {path!r} leaves the project {config.project_dir}; expected a "
+                "path inside it or an absolute one"
+            )
     return config
+
+
+def _leaves_project(path: str) -> bool:
+    # By its words alone: links inside the project may point to a disk with room for checkpoints.
+    return not os.path.isabs(path) and Path(os.path.normpath(path)).parts[:1] == ("..",)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hybridlab.admission import Limits, why_refused
-from hybridlab.batch import Entry
+from hybridlab.batch import Entry, OnRoute
 from hybridlab.checkpoint import Checkpoint, open_checkpoint
 from hybridlab.engine.runtime import Runtime, check_device, check_placed, check_threads
 from hybridlab.errors import ConfigError, HybridlabError, RequestError
@@ -22,8 +22,8 @@ from hybridlab.plans import StepPlan
 from hybridlab.prefix_cache import NoPrefixes, PrefixCache, Prefixes
 from hybridlab.request import Request, RequestRecord, Sampling, Status
 from hybridlab.request_queue import RequestQueue
+from hybridlab.routing import RoutingStats
 from hybridlab.serving import Served, serve, steps
-from hybridlab.spec import RoutingStats
 from hybridlab.strategies.registry import label, resolve
 from hybridlab.text import Text
 
@@ -43,13 +43,15 @@ def load(
     kv_block_tokens: int = 16,
     memory_gb: float | None = None,
     prefix_cache: bool = True,
+    routing: RoutingStats | None = None,
     quiet: bool = False,
 ) -> Engine:
     """Open a Hugging Face checkpoint folder and make it ready; the memory plan is printed before allocation.
 
     Weights stay in the memory map. `precision` is "bf16" or "exact"; `threads` defaults to all cores of this
     process; a step computes at most `token_budget` tokens; the KV cache holds `kv_tokens` (default: planned).
-    With `prefix_cache`, requests of one run that begin with the same tokens share their KV blocks.
+    With `prefix_cache`, requests of one run that begin with the same tokens share their KV blocks. `routing` is what
+    the placement knows of the experts' popularity (see `hl.record_routing`).
     Raises `CheckpointError`, `ConfigError`, `StrategyError` or `MemoryBudgetError`, each in one line.
     """
     device = check_device(device)
@@ -70,7 +72,7 @@ def load(
     hardware = detect()
     num_threads = check_threads(threads, hardware)
     checkpoint = open_checkpoint(path)
-    placed = placement.place(checkpoint.spec, hardware, RoutingStats())
+    placed = placement.place(checkpoint.spec, hardware, routing or RoutingStats())
     check_placed(placed, type(placement).__name__)
     runtime = Runtime(
         checkpoint,
@@ -123,15 +125,19 @@ class Engine:
         token_budget: int | None = None,
         keep_span_steps: int = 64,
         on_event: Callable[[RequestRecord, int], None] | None = None,
+        on_route: OnRoute | None = None,
     ) -> Served:
         """Serve `requests` at their arrival times under `scheduler`; one bad request never stops the others.
 
-        `token_budget` lowers the engine's own. `on_event(record, token)` is called for every drawn token.
+        `token_budget` lowers the engine's own. `on_event(record, token)` is called for every drawn token. `on_route`
+        sees, or replaces, what every router chose (`RoutingStats.replay`); each token is computed then, for
+        nothing is taken from the prefix cache.
         """
         scheduler = resolve("scheduler", scheduler)
-        with self._run(requests, token_budget) as (runtime, queue):
+        prefixes = self._prefixes if on_route is None else lambda pool: NoPrefixes()
+        with self._run(requests, token_budget, prefixes) as (runtime, queue):
             return serve(
-                runtime.backend(),
+                runtime.backend(on_route),
                 queue,
                 scheduler,
                 self.planner,
@@ -178,7 +184,7 @@ class Engine:
 
     def logits(self, prompt: Prompt) -> np.ndarray:
         """Logits after every token of the prompt, float32 [T, V]."""
-        ids = self._token_ids(prompt)
+        ids = self.token_ids(prompt)
         request = Request("logits", ids, max_tokens=1)
         with self._run((request,), None) as (runtime, _):
             pool = self._pool(runtime)
@@ -225,7 +231,7 @@ class Engine:
     def _token_stream(
         self, prompt: Prompt, max_tokens: int, sampling: Sampling, stop_token_ids: Sequence[int]
     ) -> Iterator[int]:
-        request = Request("generate", self._token_ids(prompt), max_tokens, 0.0, sampling, stop_token_ids)  # type: ignore[arg-type]
+        request = Request("generate", self.token_ids(prompt), max_tokens, 0.0, sampling, stop_token_ids)  # type: ignore[arg-type]
         if reason := why_refused(request, self._limits()):
             raise RequestError(reason)
         return self._drawn(request)
@@ -240,7 +246,12 @@ class Engine:
                 raise HybridlabError(f"generation failed: {record.error}")
 
     @contextmanager
-    def _run(self, requests: Sequence[Request], token_budget: int | None) -> Iterator[tuple[Runtime, RequestQueue]]:
+    def _run(
+        self,
+        requests: Sequence[Request],
+        token_budget: int | None,
+        prefixes: Callable[[BlockPool], Prefixes] | None = None,
+    ) -> Iterator[tuple[Runtime, RequestQueue]]:
         runtime = self.runtime
         if token_budget is not None and not _is_count(token_budget):
             raise ConfigError(f"token_budget is {token_budget!r}, expected an int >= 1")
@@ -250,7 +261,7 @@ class Engine:
             raise HybridlabError("the engine is busy with another run; finish it, or close() the open stream")
         try:
             pool = self._pool(runtime)
-            self._queue = RequestQueue(requests, pool, self.spec, budget, self._prefixes(pool))
+            self._queue = RequestQueue(requests, pool, self.spec, budget, (prefixes or self._prefixes)(pool))
             yield runtime, self._queue
         finally:
             self._queue = None
@@ -262,7 +273,8 @@ class Engine:
     def _limits(self) -> Limits:
         return Limits(self.memory.kv_tokens, self.spec.max_positions, self.spec.vocab)
 
-    def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+    def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The ids of a text, by the checkpoint's tokenizer, or of a sequence; raises `RequestError` for bad ones."""
         ids = self._text.encode(prompt) if isinstance(prompt, str) else prompt
         if reason := why_refused(Request("prompt", ids, 1), self._limits()):  # type: ignore[arg-type]
             raise RequestError(reason)

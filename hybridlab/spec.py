@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil, prod
 
 BLOCK_FP8 = 128
@@ -93,12 +93,3 @@ class HardwareSpec:
     host_read_gb_s: float | None = None
     link_gb_s: float | None = None
     evidence: str = "measured"
-
-
-@dataclass(frozen=True)
-class RoutingStats:
-    """Routes per (MoE layer, expert), from a recording or a prior; empty `counts` means nothing is known."""
-
-    counts: tuple[tuple[int, ...], ...] = ()
-    source: str = "none"
-    layers: tuple[int, ...] = field(default=())

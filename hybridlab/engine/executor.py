@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from hybridlab.batch import Entry, StepBatch
+from hybridlab.batch import Entry, OnRoute, StepBatch
 from hybridlab.engine.kv_cache import KVCache
 from hybridlab.engine.lanes import Lanes
 from hybridlab.engine.sampling import draw
 from hybridlab.errors import PlanError
 from hybridlab.model.base import MicroBatch, Model, Routed
 from hybridlab.plans import Op, Program, RequestId, Span
-
-OnRoute = Callable[[int, list[int]], None]
-"""Called with (layer, expert ids of all tokens) after each router."""
 
 
 @dataclass
@@ -76,9 +73,11 @@ class Executor:
                 case "attention":
                     micro.x_TH = model.attention(op.layer, micro.x_TH, micro.batch)
                 case "router":
-                    micro.routed = model.router(op.layer, micro.x_TH)
+                    routed = model.router(op.layer, micro.x_TH)
                     if on_route is not None:
-                        on_route(op.layer, micro.routed.expert_ids.flatten().tolist())
+                        ids = on_route(op.layer, micro.entries, routed.expert_ids.numpy())
+                        routed = routed if ids is None else replace(routed, expert_ids=torch.from_numpy(ids))
+                    micro.routed = routed
                 case "experts":
                     assert micro.routed is not None
                     micro.parts.append(model.experts(op.layer, micro.routed, op.experts))

@@ -8,9 +8,9 @@ import threading
 
 import torch
 
-from hybridlab.batch import Entry, StepBatch
+from hybridlab.batch import Entry, OnRoute, StepBatch
 from hybridlab.checkpoint import Checkpoint
-from hybridlab.engine.executor import Executor, OnRoute
+from hybridlab.engine.executor import Executor
 from hybridlab.engine.kv_cache import KVCache
 from hybridlab.engine.lanes import TurnTakingLanes
 from hybridlab.engine.memory import GIB, MemoryPlan, plan_memory
@@ -66,9 +66,9 @@ class Runtime:
         """Wait until the weights' pages are mapped: benchmarks start from there."""
         self._mapping.join()
 
-    def backend(self) -> EngineBackend:
+    def backend(self, on_route: OnRoute | None = None) -> EngineBackend:
         """A backend whose clock starts now."""
-        return EngineBackend(self._executor, self._worker)
+        return EngineBackend(self._executor, self._worker, on_route)
 
     def step(self, program: Program, batch: StepBatch, on_route: OnRoute | None = None) -> dict[RequestId, int]:
         """Run one step and wait for it, outside any queue; returns the drawn tokens."""

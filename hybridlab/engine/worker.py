@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 import torch
 
-from hybridlab.batch import StepBatch, StepResult
+from hybridlab.batch import OnRoute, StepBatch, StepResult
 from hybridlab.engine.executor import Executor
 from hybridlab.errors import HybridlabError
 from hybridlab.plans import Program
@@ -74,8 +74,8 @@ def _close_workers() -> None:
 class EngineBackend:
     """`hybridlab.serving.Backend` over one worker. The clock starts at construction: make one per run."""
 
-    def __init__(self, executor: Executor, worker: WorkerThread) -> None:
-        self._executor, self._worker = executor, worker
+    def __init__(self, executor: Executor, worker: WorkerThread, on_route: OnRoute | None = None) -> None:
+        self._executor, self._worker, self._on_route = executor, worker, on_route
         # The step in flight, kept until its result is taken: an interrupt at any point loses nothing.
         self._step_in_flight: Future[StepResult] | None = None
         self._clock_start_s = perf_counter()
@@ -110,7 +110,7 @@ class EngineBackend:
     def _step(self, program: Program, batch: StepBatch) -> StepResult:
         start_s = self.now_s
         try:
-            tokens, spans = self._executor.run(program, batch, self._clock_start_s)
+            tokens, spans = self._executor.run(program, batch, self._clock_start_s, self._on_route)
         except Exception as error:
             logging.getLogger(__name__).exception("a step failed; its requests are marked as failed")
             return StepResult(batch, start_s, self.now_s, error=f"{type(error).__name__}: {error}")

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from hybridlab.plans import ExpertPath, Move, Op, PlacementPlan, QueueView, StepPlan
-from hybridlab.spec import HardwareSpec, ModelSpec, RoutingStats
+from hybridlab.routing import RoutingStats
+from hybridlab.spec import HardwareSpec, ModelSpec
 
 
 @runtime_checkable

@@ -30,7 +30,8 @@ from hybridlab.plans import (
     Tier,
     WaitingRequest,
 )
-from hybridlab.spec import HardwareSpec, KVEntry, ModelSpec, RopeSpec, RoutingStats
+from hybridlab.routing import RoutingStats
+from hybridlab.spec import HardwareSpec, KVEntry, ModelSpec, RopeSpec
 from hybridlab.strategies.kv_room import fit_step
 from hybridlab.strategies.placement.all_host import AllHost
 from hybridlab.strategies.registry import resolve

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "hybridlab"
 
 # First part of the module name -> floor. A new module is entered here: that is when its floor is decided.
 FLOORS = {
-    0: {"errors", "plans", "request", "spec", "validation"},
+    0: {"errors", "plans", "request", "routing", "spec", "validation"},
     1: {"admission", "batch", "kv_blocks", "lowering", "prefix_cache", "strategies"},
     2: {
         "checkpoint", "engine", "hardware", "kernel_checks", "kernels", "kernels_attention", "kernels_numpy", "model",
@@ -22,7 +22,7 @@ FLOORS = {
     },
     3: {
         "arrivals", "axes", "backends", "bench", "config", "experiment", "jobs", "live_requests", "metrics",
-        "provenance", "request_queue", "sections", "serving", "session", "store", "strict_yaml", "workload",
+        "provenance", "recording", "request_queue", "sections", "serving", "session", "store", "strict_yaml", "workload",
     },
     4: {"__main__", "cli", "cli_bench", "cli_checkpoint", "cli_output", "cli_run", "figures", "widgets"},
 }  # fmt: skip

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybridlab.plans import ExpertPath, Move, PlacementPlan, Tier
-from hybridlab.spec import HardwareSpec, ModelSpec, RoutingStats
+from hybridlab.routing import RoutingStats
+from hybridlab.spec import HardwareSpec, ModelSpec
 
 
 @dataclass(frozen=True)
