@@ -42,6 +42,7 @@ _PUBLIC = {
     "ModelSpec": "hybridlab.spec",
     "RoutingStats": "hybridlab.routing",
     "record_routing": "hybridlab.recording",
+    "workload_table": "hybridlab.workload",
 }
 
 __all__ = [*_PUBLIC, "__version__", "figures"]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -87,3 +88,4 @@ if TYPE_CHECKING:
     from hybridlab.strategies.checks import check_overlap as check_overlap
     from hybridlab.strategies.checks import check_placement as check_placement
     from hybridlab.strategies.checks import check_scheduler as check_scheduler
+    from hybridlab.workload import workload_table as workload_table

@@ -133,7 +133,7 @@ def test_missing_and_binary_traces(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"workload\.path: .*none\.csv: cannot be read"):
         make_requests(azure(Path("none.csv")), vocab=9, base=tmp_path)
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(ConfigError, match="not a CSV text file"):
+    with pytest.raises(ConfigError, match="line 1: not UTF-8 text"):
         make_requests(azure(tmp_path / "b.csv"), vocab=9)
 
 
