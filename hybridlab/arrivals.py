@@ -40,8 +40,9 @@ class Arrivals:
             if record.request.after is None and rid not in refused
         ]
         heapify(self._timed)
-        for rid, reason in refused.items():
+        for rid in refused:
             self._remove(self.records[rid])
+        for rid, reason in refused.items():
             self.records[rid].error = reason
             self.end(self.records[rid], Status.REJECTED, "rejected", 0.0)
 

@@ -168,9 +168,7 @@ class RequestQueue:
         live.in_flight = True
         request = live.record.request
         tokens = live.tokens[live.computed : end]
-        return Entry(
-            request.id, tokens, live.computed, tuple(live.table), request.sampling, end == len(live.tokens)
-        )
+        return Entry(request.id, tokens, live.computed, tuple(live.table), request.sampling, end == len(live.tokens))
 
     def _draw(self, live: Live, token: int, now_s: float) -> int:
         record, request = live.record, live.record.request
