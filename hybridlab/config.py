@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from hybridlab.axes import combinations, override, without
-from hybridlab.errors import ConfigError
+from hybridlab.errors import ConfigError, HybridlabError
 from hybridlab.metrics import SLO, SLO_PRESETS, find_slo
 from hybridlab.sections import Section, one_line
 from hybridlab.strict_yaml import read_yaml, refuse_nonfinite
@@ -114,6 +115,19 @@ class ExperimentConfig(Section):
     def source(self) -> str:
         """The file that the config was read from, for messages; "config" if there is none."""
         return str(self._source) if self._source else "config"
+
+    @contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """Errors of the block name the config's file, if there is one."""
+        try:
+            yield
+        except HybridlabError as error:
+            raise self.named(error) from None
+
+    def named(self, error: HybridlabError) -> HybridlabError:
+        """The error with the config's file in front, if there is one and it is not named yet."""
+        prefix = f"{self._source}: "
+        return type(error)(prefix + str(error)) if self._source and not str(error).startswith(prefix) else error
 
     @property
     def project_dir(self) -> Path:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +14,25 @@ from hybridlab import provenance
 from hybridlab.backends import checkpoint_of
 from hybridlab.config import STRATEGIES, ExperimentConfig, Point, points
 from hybridlab.strategies import registry
-from hybridlab.workload import load_rows
+from hybridlab.workload import content_hash, load_rows
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run to be: a point of the sweep, a repeat, the strategies, and the identity of the result."""
+class Draft:
+    """One run as the config has it: a point of the sweep, a repeat, the strategies, a checkpoint made or not."""
 
     point: Point
     repeat: int
     strategies: Mapping[str, Any]
     checkpoint: Path
-    identity: Mapping[str, Any]
 
     @property
-    def run_id(self) -> str:
-        return provenance.digest(self.identity)
-
-    @property
-    def engine_key(self) -> str:
-        """Jobs with equal keys share one loaded engine."""
-        own = {key: self.identity[key] for key in ("backend", "model", "engine")}
-        return provenance.digest(
-            [own, self.identity["strategies"]["placement"], self.identity["strategies"]["overlap"]]
-        )
+    def config(self) -> ExperimentConfig:
+        return self.point.config
 
     def labels(self) -> dict[str, str]:
         """The columns that say what ran, readable."""
-        config = self.point.config
+        config = self.config
         return {
             "model": config.model.preset or Path(config.model.path or "").name,
             "workload": _workload_label(config),
@@ -57,9 +50,29 @@ class Job:
             if key not in STRATEGIES
         }
 
+
+@dataclass(frozen=True)
+class Job:
+    """A draft whose checkpoint is there, so that the identity of its result is known."""
+
+    draft: Draft
+    identity: Mapping[str, Any]
+
+    @cached_property
+    def run_id(self) -> str:
+        return provenance.digest(self.identity)
+
+    @cached_property
+    def engine_key(self) -> str:
+        """Jobs with equal keys share one loaded engine."""
+        own = {key: self.identity[key] for key in ("backend", "model", "engine")}
+        return provenance.digest(
+            [own, self.identity["strategies"]["placement"], self.identity["strategies"]["overlap"]]
+        )
+
     def resolved(self) -> dict[str, Any]:
         """The config of this run with every default filled in."""
-        config = self.point.config
+        config = self.draft.config
         sections = {name: getattr(config, name).model_dump() for name in ("model", "workload", "engine")}
         strategies = {kind: self.identity["strategies"][kind]["fields"] for kind in STRATEGIES}
         return {
@@ -70,49 +83,85 @@ class Job:
         }
 
 
-def plan_jobs(config: ExperimentConfig, backend: str, results: Path, progress: bool) -> list[Job]:
-    """Every run; repeats are outermost so that a slow drift of the machine spreads over the points."""
+def make_drafts(config: ExperimentConfig, results: Path) -> list[Draft]:
+    """Every run; repeats are outermost so that a slow drift of the machine spreads over the points.
+
+    All points are checked as far as that needs no checkpoint. Raises ConfigError, StrategyError or CheckpointError,
+    naming the config's file.
+    """
     base = config.project_dir
-    prepared = []
-    for point in points(config):
-        # The cheap checks of all points come first: nothing has run or been made if one of them fails.
-        strategies = {kind: registry.resolve(kind, getattr(point.config, kind)) for kind in STRATEGIES}
-        load_rows(point.config.workload, base)
-        prepared.append((point, strategies))
-    jobs = []
-    for point, strategies in prepared:
-        checkpoint = checkpoint_of(point.config.model, results, base, progress=progress)
-        identity = _identity(point.config, strategies, checkpoint, backend, base)
-        jobs.append(Job(point, 0, strategies, checkpoint, identity))
+    resolved: dict[tuple[str, str], Any] = {}
+    loaded: set[str] = set()
+    drafts = []
+    with config.named_errors():
+        for point in points(config):
+            strategies = {kind: _resolve(kind, getattr(point.config, kind), resolved) for kind in STRATEGIES}
+            workload = point.config.workload
+            if (key := workload.model_dump_json()) not in loaded:  # a trace is read once, not once a point
+                load_rows(workload, base)
+                loaded.add(key)
+            checkpoint = checkpoint_of(point.config.model, results, base)
+            drafts.append(Draft(point, 0, strategies, checkpoint))
     return [
-        replace(job, repeat=repeat, identity={**job.identity, "repeat": repeat})
+        Draft(draft.point, repeat, draft.strategies, draft.checkpoint)
         for repeat in range(config.repeats)
-        for job in jobs
+        for draft in drafts
     ]
 
 
-def _identity(
-    config: ExperimentConfig, strategies: Mapping[str, Any], checkpoint: Path, backend: str, base: Path
-) -> dict[str, Any]:
+def identify(drafts: Sequence[Draft], backend: str) -> list[Job]:
+    """The jobs of drafts whose checkpoints are there."""
+    known: dict[Any, Any] = {}
+
+    def once(key: Any, make: Any) -> Any:
+        """Files are hashed and sources read once, not once a run."""
+        if key not in known:
+            known[key] = make()
+        return known[key]
+
+    return [Job(draft, _identity(draft, backend, once)) for draft in drafts]
+
+
+def _resolve(kind: str, value: Any, resolved: dict[tuple[str, str], Any]) -> Any:
+    """One strategy object per distinct setting."""
+    try:
+        key = (kind, json.dumps(value, sort_keys=True))
+    except (TypeError, ValueError):  # an object, or a mapping that holds one
+        return registry.resolve(kind, value)
+    if key not in resolved:
+        resolved[key] = registry.resolve(kind, value)
+    return resolved[key]
+
+
+def _identity(draft: Draft, backend: str, once: Any) -> dict[str, Any]:
     """All that determines the result of a run, as plain data; the SLO and the names of things do not."""
+    config = draft.config
     workload = config.workload.model_dump()
-    if "path" in workload:
-        workload["path"] = provenance.file_hash(base / workload["path"])
-    versions = provenance.versions()
+    if isinstance(path := workload.get("path"), str):
+        key = ("trace", workload["kind"], path)
+        workload["path"] = once(key, lambda: content_hash(config.workload, config.project_dir))
+    versions = once("versions", provenance.versions)
+    gpu = config.engine.device == "cuda"
     return {
         "backend": backend,
-        "model": provenance.checkpoint_hash(checkpoint),
+        "model": once(("model", draft.checkpoint), lambda: provenance.checkpoint_hash(draft.checkpoint)),
         "workload": workload,
         "warmup_requests": config.warmup_requests,
         "engine": config.engine.model_dump(),
         "strategies": {
-            kind: {**_finite(registry.describe(strategy)), "files": provenance.strategy_files_hash(strategy)}
-            for kind, strategy in strategies.items()
+            kind: once((kind, id(strategy)), lambda strategy=strategy: _described(strategy))
+            for kind, strategy in draft.strategies.items()
         },
         "code": provenance.code_hash(),
         "libraries": {name: versions.get(name) for name in ("python", "numpy", "torch")},
-        "machine": provenance.machine(gpu=config.engine.device == "cuda"),
+        "machine": once(("machine", gpu), lambda: provenance.machine(gpu=gpu)),
+        # The first of several is the run without repeats, so that raising `repeats` keeps it.
+        "repeat": draft.repeat,
     }
+
+
+def _described(strategy: Any) -> dict[str, Any]:
+    return {**_finite(registry.describe(strategy)), "files": provenance.strategy_files_hash(strategy)}
 
 
 def _finite(description: dict[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,10 @@ FLOORS = {
         "simulator", "text",
     },
     3: {
-        "arrivals", "axes", "backends", "bench", "config", "experiment", "jobs", "live_requests", "metrics",
-        "provenance", "recording", "request_queue", "sections", "serving", "session", "store", "strict_yaml", "workload",
+        "arrivals", "axes", "axes_random", "backends", "bench", "config", "device_lock", "execution", "experiment",
+        "export", "jobs", "live_requests", "metrics", "prediction", "run_files", "summary_table", "sweep_plan",
+        "provenance", "recording", "request_queue", "sections", "serving", "session", "store", "strict_yaml",
+        "workload",
     },
     4: {"__main__", "cli", "cli_bench", "cli_checkpoint", "cli_output", "cli_run", "figures", "widgets"},
 }  # fmt: skip

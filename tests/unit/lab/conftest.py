@@ -18,20 +18,45 @@ class FakeBench:
 
     log: list[str]
     evidence = "measured"
+    exclusive_device: str | None = None
     vocab = 1000
 
     def __init__(self, config: Any, checkpoint: Path, placement: Any, overlap: Any, quiet: bool) -> None:
         self.config = config
+        self.loaded = False
+
+    def check(self) -> None:
+        pass
+
+    def load(self) -> None:
+        assert not self.loaded
+        self.loaded = True
         self.log.append("open")
 
     def serve(self, requests: Sequence[Request], scheduler: Any, on_event: Callable[..., None]) -> Served:
+        assert self.loaded
         self.log.append(f"serve {type(scheduler).__name__} {len(requests)}")
         clock, records, spans = 0.0, [], []
+        finished_s: dict[str, float] = {}
         for request in requests:
-            start = max(clock, request.arrival_s)
+            arrival_s = request.arrival_s + (finished_s[request.after] if request.after else 0.0)
+            start = max(clock, arrival_s)
             first = start + 0.001 * len(request.prompt)
             times = [first + 0.010 * i for i in range(request.max_tokens)]
-            records.append(RequestRecord(request, Status.FINISHED, [7] * len(times), times, start, times[-1], "length"))
+            records.append(
+                RequestRecord(
+                    request,
+                    Status.FINISHED,
+                    [7] * len(times),
+                    times,
+                    start,
+                    times[-1],
+                    "length",
+                    prompt=request.prompt,
+                    arrival_s=arrival_s,
+                )
+            )
+            finished_s[request.id] = times[-1]
             op = Op(len(spans), "experts", Lane("main", LaneKind.CPU), layer=0, tier=Tier.HOST)
             spans.append(Span(op, start, first))
             clock = times[-1]
@@ -39,7 +64,9 @@ class FakeBench:
         return Served(records, spans, clock, len(spans))
 
     def close(self) -> None:
-        self.log.append("close")
+        if self.loaded:
+            self.loaded = False
+            self.log.append("close")
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def test_engines_are_per_engine_setting(bench: list[str], config: dict[str, Any]
 
 
 def test_killed_sweep_resumes(bench: list[str], config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    import hybridlab.experiment as module
+    import hybridlab.execution as module
 
     whole = module.write_run
     calls = []

@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from hybridlab import store
 from hybridlab.errors import ConfigError
 from hybridlab.experiment import run
 from hybridlab.store import read_run, results, spans_frame, write_run
@@ -83,7 +82,7 @@ def test_full_disk_leaves_nothing(stored: list[Path], monkeypatch: pytest.Monkey
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store, "_sync", full)
+    monkeypatch.setattr(os, "fsync", full)
     target = stored[0].parent / "new"
     for folder in (target, stored[0]):
         with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\)"):

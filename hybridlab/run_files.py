@@ -1,0 +1,315 @@
+"""One run on disk: results/<experiment>/<run_id>/ with manifest.json, requests.parquet and spans.parquet.
+
+A run that failed has a manifest alone. Either is written to a hidden sibling folder, synced to disk and renamed, so
+that a folder with a run's name is always whole, whatever kills the process and whenever.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybridlab.errors import ConfigError
+from hybridlab.metrics import SLO, summarise
+from hybridlab.plans import Span
+from hybridlab.provenance import digest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = "hybridlab-run/1"
+SPAN_COLUMNS = {
+    "lane": "object",
+    "kind": "object",
+    "layer": "int64",
+    "part": "int64",
+    "microbatch": "int64",
+    "rank": "int64",
+    "tier": "object",
+    "start_s": "float64",
+    "end_s": "float64",
+}
+_LEFTOVER_AGE_S = 3600  # younger ones may be another process's, which is writing now
+
+
+@dataclass(frozen=True)
+class _Run:
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        return self.manifest["run_id"]
+
+    def origin(self) -> dict[str, str]:
+        """Where the numbers of this run come from, as columns of its row."""
+        manifest = self.manifest
+        return {
+            "backend": manifest["backend"],
+            "evidence": manifest["evidence"],
+            "machine": f"{manifest['machine']['cpu']}, {manifest['machine']['cores']} cores",
+            "code": _code_name(manifest),
+            "run_id": manifest["run_id"],
+        }
+
+    def _what_ran(self) -> dict[str, Any]:
+        manifest = self.manifest
+        told = {"experiment": manifest["experiment"], **manifest["labels"], **manifest["axes"]}
+        return {**told, "repeat": manifest["repeat"]}
+
+
+@dataclass(frozen=True)
+class StoredRun(_Run):
+    """A run that was served to its end."""
+
+    requests: pd.DataFrame
+    spans: pd.DataFrame
+
+    def row(self, slo: str | SLO | None = None) -> dict[str, Any]:
+        """Config axes, metrics and provenance as one flat row; goodput at `slo` (default: the config's)."""
+        slo = SLO.model_validate(self.manifest["slo"]) if slo is None else slo
+        metrics = summarise(self.requests, self.manifest["duration_s"], slo)
+        return {**self._what_ran(), **metrics, "num_steps": self.manifest["num_steps"], **self.origin()}
+
+
+@dataclass(frozen=True)
+class FailedRun(_Run):
+    """A run that ended in an error; it has no tables."""
+
+    @property
+    def error(self) -> str:
+        """The error in one line, with its type."""
+        return self.manifest["error"]
+
+    def row(self) -> dict[str, Any]:
+        """Config axes, provenance, status and error as one flat row, without metrics."""
+        return {**self._what_ran(), **self.origin(), "status": "failed", "error": self.error}
+
+
+def _code_name(manifest: Mapping[str, Any]) -> str:
+    """The commit (outside git the version), hashes of what the tree had beside it and of strategies from elsewhere."""
+    code = manifest["code"]
+    parts = [code.get("commit", code.get("version", ""))[:12]]
+    if "dirty" in code:
+        parts.append(f"dirty.{code['dirty'][:6]}")
+    for strategy in manifest["strategies"].values():
+        if not strategy.get("files"):  # not one of the package, whose version the commit tells
+            told = digest([strategy.get("source"), strategy.get("globals")], 6)
+            parts.append(f"{strategy['class'].rpartition(':')[2]}.{told}")
+    return "+".join(parts)
+
+
+def spans_frame(spans: Iterable[Span]) -> pd.DataFrame:
+    """One row per span; times in seconds since the start of the run, `tier` empty for ops without experts."""
+    import pandas as pd
+
+    rows = [
+        (
+            str(s.op.lane),
+            s.op.kind,
+            s.op.layer,
+            s.op.part,
+            s.op.microbatch,
+            s.op.rank,
+            str(s.op.tier or ""),
+            s.start_s,
+            s.end_s,
+        )
+        for s in spans
+    ]
+    return pd.DataFrame(rows, columns=list(SPAN_COLUMNS)).astype(SPAN_COLUMNS)
+
+
+def write_run(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    requests: pd.DataFrame,
+    spans: pd.DataFrame,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a run so that `folder` appears whole or not at all.
+
+    A run that is already there stays unless `overwrite`. Raises ConfigError naming the folder if it cannot be
+    written (full disk, no permission) or holds something that is not a run; nothing is left behind then.
+    """
+    tables = {"requests.parquet": _parquet(requests), "spans.parquet": _parquet(spans)}
+    _write(folder, {**tables, "manifest.json": _json(manifest)}, overwrite)
+
+
+def write_failure(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Record a run that failed (`manifest` has "status": "failed"), like `write_run`.
+
+    Replaces an earlier failure; a run that was served to its end stays.
+    """
+    known = find_run(folder)
+    if not isinstance(known, StoredRun):
+        _write(folder, {"manifest.json": _json(manifest)}, overwrite=True)
+
+
+def find_run(folder: Path) -> StoredRun | FailedRun | None:
+    """The run in `folder`; None if there is none, or a damaged one, which counts as missing and is written anew."""
+    try:
+        return read_any(folder) if folder.is_dir() else None
+    except ConfigError:
+        return None
+
+
+def find_runs(folder: Path, run_ids: Iterable[str]) -> dict[str, StoredRun | FailedRun]:
+    """Those of `run_ids` that `folder` holds, in the order given."""
+    restore_replaced(folder)
+    found = {run_id: find_run(folder / run_id) for run_id in run_ids}
+    return {run_id: run for run_id, run in found.items() if run is not None}
+
+
+def read_run(folder: Path) -> StoredRun:
+    """The run in `folder`. Raises ConfigError naming the file that is missing, corrupt or not ours."""
+    run = read_any(folder)
+    if isinstance(run, FailedRun):
+        raise ConfigError(f"{folder}: the run failed ({run.error})")
+    return run
+
+
+def read_any(folder: Path) -> StoredRun | FailedRun:
+    """Like `read_run`, for runs that failed too."""
+    import pandas as pd
+
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise ConfigError(f"{path}: expected a manifest with format {FORMAT!r}")
+        if manifest.get("run_id") != folder.name:
+            raise ConfigError(f"{path}: is of run {manifest.get('run_id')!r}; expected {folder.name!r}")
+        if manifest.get("status") == "failed":
+            failed = FailedRun(folder, manifest)
+            failed.row()
+            return failed
+        path = folder / "requests.parquet"
+        requests = pd.read_parquet(path)
+        path = folder / "spans.parquet"
+        run = StoredRun(folder, manifest, requests, pd.read_parquet(path))
+        path = folder
+        run.row()
+    except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors
+        raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: incomplete run ({type(error).__name__}: {error})") from None
+    return run
+
+
+def restore_replaced(parent: Path) -> None:
+    """Give runs their names back whose replacement was killed between two renames."""
+    for old in parent.glob(".old-*"):
+        folder = _replaced_by(old)
+        if not folder.exists() and (old / "manifest.json").is_file():
+            with suppress(OSError):  # another process was faster, or the store cannot be written
+                os.rename(old, folder)
+
+
+def _parquet(table: pd.DataFrame) -> bytes:
+    buffer = BytesIO()
+    table.to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def _json(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def _write(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
+    if folder.exists() and not (folder / "manifest.json").is_file():
+        raise ConfigError(f"{folder}: exists and is not a run; move it away")
+    part = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder.parent)
+        part = Path(tempfile.mkdtemp(prefix=f".part-{folder.name}-", dir=folder.parent))
+        part.chmod(0o755)
+        for name, content in files.items():
+            _write_file(part / name, content)
+        _sync_folder(part)
+        _rename(part, folder, overwrite)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rename(part: Path, folder: Path, overwrite: bool) -> None:
+    for _ in range(3):
+        try:
+            os.rename(part, folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        if not overwrite:
+            return
+        # A folder cannot replace a folder in one step. Whatever ends the process in between, `restore_replaced` gives
+        # the old one its name back.
+        old = folder.parent / f".old-{folder.name}-{os.getpid()}"
+        try:
+            os.rename(folder, old)
+            os.rename(part, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+            continue  # another process restored the old one, or replaced it as well
+        finally:
+            restore_replaced(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+        return
+    raise ConfigError(f"{folder}: another process keeps writing the same run")
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Runs that have been replaced, and parts of runs that were killed."""
+    restore_replaced(parent)
+    for old in parent.glob(".old-*"):
+        if _replaced_by(old).exists():
+            shutil.rmtree(old, ignore_errors=True)
+    for part in parent.glob(".part-*"):
+        try:
+            age_s = time.time() - part.stat().st_mtime
+        except OSError:
+            continue  # another process was faster
+        if age_s > _LEFTOVER_AGE_S:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _replaced_by(old: Path) -> Path:
+    return old.parent / old.name.removeprefix(".old-").rsplit("-", 1)[0]
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
