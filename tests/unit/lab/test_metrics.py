@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hybridlab.errors import ConfigError
 from hybridlab.metrics import DEFINITIONS, SLO, SLO_PRESETS, requests_frame, summarise
@@ -132,3 +135,58 @@ def test_every_unit_is_in_a_name() -> None:
     for key in summarise([record("a", [1.0, 2.0])], 1.0):
         assert key in counts or key.endswith(("_s", "_tokens")), key
     assert {"ttft_s", "tpot_s", "itl_s", "e2el_s"} <= set(DEFINITIONS)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 5),  # arrival
+            st.lists(st.sampled_from([0.0, 0.01, 0.25, 1.0]), max_size=6),  # gaps before each token
+            st.integers(1, 30),  # prompt tokens
+            st.sampled_from([Status.FINISHED] * 3 + [Status.FAILED, Status.REJECTED, Status.CANCELLED]),
+        ),
+        max_size=8,
+    )
+)
+def test_a_plain_loop_by_the_definitions_of_vllm_bench_serve_agrees(rows: list) -> None:
+    """Its calculate_metrics: successful requests only; no TPOT for one token, which counts as 0 for goodput."""
+    records, slo = [], SLO(ttft_s=0.5, tpot_s=0.1)
+    ttfts, tpots, itls, e2els, good, inputs, outputs = [], [], [], [], 0, 0, 0
+    for index, (arrival_s, gaps, prompt, status) in enumerate(rows):
+        gaps = gaps if gaps or status is not Status.FINISHED else [0.25]
+        times = [arrival_s + sum(gaps[: i + 1]) for i in range(len(gaps))]
+        records.append(record(f"r{index}", times, arrival_s=arrival_s, prompt=prompt, status=status))
+        if status is not Status.FINISHED:
+            continue
+        ttft, latency = times[0] - arrival_s, times[-1] - arrival_s
+        tpot = (latency - ttft) / (len(times) - 1) if len(times) > 1 else 0.0
+        ttfts.append(ttft)
+        e2els.append(latency)
+        tpots += [tpot] if len(times) > 1 else []
+        itls += [after - before for before, after in pairwise(times)]
+        good += ttft <= slo.ttft_s and tpot <= slo.tpot_s
+        inputs, outputs = inputs + prompt, outputs + len(times)
+    got = summarise(records, 12.5, slo)
+    assert got["completed"] == len(ttfts)
+    assert (got["total_input_tokens"], got["total_output_tokens"]) == (inputs, outputs)
+    assert got["request_throughput_req_s"] == len(ttfts) / 12.5 and got["output_tokens_per_s"] == outputs / 12.5
+    assert got["total_tokens_per_s"] == (inputs + outputs) / 12.5 and got["request_goodput_req_s"] == good / 12.5
+    for name, values in (("ttft_s", ttfts), ("tpot_s", tpots), ("itl_s", itls), ("e2el_s", e2els)):
+        for kind, reduce in (("mean", np.mean), ("median", np.median), ("p99", lambda v: np.percentile(v, 99))):
+            expected = reduce(values) if values else math.nan
+            assert got[f"{kind}_{name}"] == pytest.approx(expected, nan_ok=True)
+
+
+def test_prompt_tokens_found_in_the_cache_are_counted_for_finished_requests() -> None:
+    found, lost = record("a", [1.0], prompt=30), record("b", [], prompt=30, status=Status.FAILED)
+    found.cached_tokens = lost.cached_tokens = 16
+    got = summarise([found, lost, record("c", [2.0], prompt=10)], 2.0)
+    assert (got["cached_prompt_tokens"], got["prefix_hit_rate"]) == (16, 16 / 40)
+
+
+def test_a_turn_that_never_came_has_no_arrival() -> None:
+    turn = RequestRecord(Request("b", (1,), 1, 3.0, after="a", continues=True), Status.REJECTED)
+    frame = requests_frame([record("a", [1.0]), turn])
+    assert frame["arrival_s"].isna().tolist() == [False, True]
+    assert math.isnan(summarise(frame, 1.0)["offered_req_s"])
