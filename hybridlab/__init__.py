@@ -20,6 +20,7 @@ _PUBLIC = {
     "Engine": "hybridlab.session",
     "load": "hybridlab.session",
     "run": "hybridlab.experiment",
+    "sweep": "hybridlab.experiment",
     "load_config": "hybridlab.config",
     "results": "hybridlab.store",
     "check_scheduler": "hybridlab.strategies.checks",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from hybridlab.config import load_config as load_config
     from hybridlab.errors import HybridlabError as HybridlabError
     from hybridlab.experiment import run as run
+    from hybridlab.experiment import sweep as sweep
     from hybridlab.hardware.doctor import doctor as doctor
     from hybridlab.plans import ExpertPath as ExpertPath
     from hybridlab.plans import Move as Move
