@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import chain
 from math import inf
 
 from hybridlab.kv_blocks import BlockPool
@@ -67,36 +68,40 @@ class Live:
 
 def views(lives: Iterable[Live], pool: BlockPool, prefixes: Prefixes) -> list[WaitingRequest | RunningRequest]:
     """The requests that are not in flight: running before waiting, each by arrival."""
-    ranked = [live for live in lives if not live.in_flight]
-    ranked.sort(key=lambda live: not live.is_running)  # stable: by arrival among equals
+    # Those in flight count as ahead of all others. The sort is stable: by arrival among equals.
+    ranked = sorted(lives, key=lambda live: (not live.in_flight, not live.is_running))
     shared = _shared_blocks(ranked, pool, prefixes)
     size = pool.block_tokens
-    return [_view(live, blocks * size, size) for live, blocks in zip(ranked, shared, strict=True)]
+    pairs = zip(ranked, shared, strict=True)
+    return [_view(live, blocks * size, size) for live, blocks in pairs if not live.in_flight]
 
 
 def _shared_blocks(ranked: Sequence[Live], pool: BlockPool, prefixes: Prefixes) -> list[int]:
-    """For each request, how many leading blocks of its context those ahead of it hold (in flight counts as ahead).
+    """For each request, how many leading blocks of its context those ahead of it hold.
 
-    Whoever holds a known block holds those before it, so the first block that nobody ahead holds is the end.
+    Whoever holds a known block holds those before it, so the first that nobody ahead holds can be bisected.
     """
-    shared = [0] * len(ranked)
-    behind: Counter[int] = Counter()  # how many requests behind the current one hold a block
-    for rank in range(len(ranked) - 1, -1, -1):
-        live = ranked[rank]
-        live.find(prefixes, pool.block_tokens)
-        own = 1 if live.table else 0
-        for block in live.table[: live.entered] if own else live.found:
-            if pool.holders(block) <= own + behind[block]:
-                break
-            shared[rank] += 1
-        if own:
-            # A running request's own blocks matter to nobody ahead: those who look for blocks are all behind it.
-            behind.update(_leading(live, pool) if live.is_running else live.table[: live.entered])
+    shared = []
+    ahead: set[int] = set()  # blocks of requests ahead that others hold too
+    behind = [live for live in ranked if live.table and not live.is_running and not live.in_flight]
+    for live in ranked:
+        if live.table:
+            if behind and behind[0] is live:
+                behind.pop(0)
+            own = live.table[: live.entered]
+            shared.append(_leading(own, ahead.__contains__))
+            ahead.update(own[: _leading(own, lambda block: pool.holders(block) > 1)])
+        else:
+            # It looks for blocks, so it waits: all that hold some are ahead, but for prompts behind it.
+            live.find(prefixes, pool.block_tokens)
+            holders = Counter(chain.from_iterable(other.table for other in behind))
+            shared.append(_leading(live.found, lambda block, late=holders: pool.holders(block) > late[block]))
     return shared
 
 
-def _leading(live: Live, pool: BlockPool) -> Iterable[int]:
-    return takewhile(lambda block: pool.holders(block) > 1, live.table)
+def _leading(blocks: Sequence[int], fulfils: Callable[[int], bool]) -> int:
+    """How many of the first blocks fulfil what no block behind the first that does not fulfils."""
+    return bisect_left(blocks, True, key=lambda block: not fulfils(block))
 
 
 def _view(live: Live, shared_kv_tokens: int, block_tokens: int) -> WaitingRequest | RunningRequest:
