@@ -28,9 +28,9 @@ class AzureWorkload(RowTrace):
     def parse(self, record: dict[str, Any], where: str) -> Row:
         try:
             # The traces have seven decimals of a second; datetime takes six. Those of 2024 add "+00:00".
-            time = datetime.fromisoformat((record["TIMESTAMP"] or "").removesuffix("+00:00")[:26])
+            time = datetime.fromisoformat(record["TIMESTAMP"].removesuffix("+00:00")[:26])
             arrival_s = (time - ORIGIN).total_seconds()
-        except (ValueError, TypeError):  # TypeError: a time zone
+        except (ValueError, TypeError):  # TypeError: of another time zone
             text = shown(record["TIMESTAMP"])
             raise ConfigError(f"{where}: TIMESTAMP {text}: expected YYYY-MM-DD HH:MM:SS") from None
         prompt, output = (token_count(record[name], f"{where}: {name}") for name in COLUMNS[1:])

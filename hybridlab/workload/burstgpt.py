@@ -35,7 +35,7 @@ class BurstGPTWorkload(RowTrace):
         wanted = {"Model": self.model, "Log Type": self.log_type}
         wanted = {column: value for column, value in wanted.items() if value is not None}
         for where, record in csv_records(path, [*COLUMNS, *wanted]):
-            if any((record[column] or "").strip() != value for column, value in wanted.items()):
+            if any(record[column].strip() != value for column, value in wanted.items()):
                 continue
             if all(token_count(record[name], f"{where}: {name}", least=0) for name in COLUMNS[1:]):
                 yield where, record

@@ -44,7 +44,7 @@ def text_lines(path: Path) -> Iterator[str]:
 
 def csv_records(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """("path: line n", record) of a CSV file with a header; `columns` must be there, others may be."""
-    reader = csv.DictReader(text_lines(path))
+    reader = csv.DictReader(text_lines(path), restval="")
     try:
         missing = [name for name in columns if name not in (reader.fieldnames or ())]
         if missing:
@@ -97,7 +97,7 @@ def token_count(value: Any, where: str, least: int = 1) -> int:
 
 def shown(value: Any) -> str:
     """`value` as a short text for messages."""
-    text = repr("" if value is None else value)
+    text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
