@@ -1,8 +1,30 @@
-"""Figures: DataFrame -> Axes. Every function takes `ax=None` and returns the Axes it drew on."""
+"""Figures: DataFrame -> Axes. Every function takes `ax=None` and returns the Axes it drew on.
 
+Rows of several kinds of evidence are compared only if `evidence=[...]` asks for it.
+"""
+
+from hybridlab.figures.latency_cdf import latency_cdf
+from hybridlab.figures.load_curves import load_curves
+from hybridlab.figures.pareto import pareto_front
+from hybridlab.figures.perfetto import save_perfetto
 from hybridlab.figures.save import save_figure
-from hybridlab.figures.style import style
+from hybridlab.figures.style import ONE_COLUMN_IN, TWO_COLUMNS_IN, style
+from hybridlab.figures.tables import Tables
 from hybridlab.figures.timeline import timeline
+from hybridlab.figures.ttft_prompt_length import ttft_prompt_length
 from hybridlab.figures.ttft_throughput import ttft_throughput
 
-__all__ = ["save_figure", "style", "timeline", "ttft_throughput"]
+__all__ = [
+    "ONE_COLUMN_IN",
+    "TWO_COLUMNS_IN",
+    "Tables",
+    "latency_cdf",
+    "load_curves",
+    "pareto_front",
+    "save_figure",
+    "save_perfetto",
+    "style",
+    "timeline",
+    "ttft_prompt_length",
+    "ttft_throughput",
+]

@@ -1,50 +1,80 @@
-"""Figure files that say where they come from."""
+"""Figure files that say where they come from, and are the same bytes whenever they are made."""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hybridlab import __version__
 from hybridlab.errors import ConfigError
-from hybridlab.figures.style import RC
+from hybridlab.figures.files import write_whole
+from hybridlab.figures.origin import Origin, noted
+from hybridlab.figures.style import style
 
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def save_figure(drawn: Axes | Figure, path: str | Path, *, run_ids: Sequence[str], command: str) -> dict[str, Path]:
+def save_figure(
+    drawn: Axes | Figure | Iterable[Axes],
+    path: str | Path,
+    *,
+    command: str,
+    run_ids: Sequence[str] | None = None,
+    version: str = __version__,
+) -> dict[str, Path]:
     """Write PNG, SVG, PDF and a JSON sidecar beside each other; returns the paths by suffix.
 
-    `path` may carry one of those suffixes or none. The run ids and the command that made the figure go into
-    the metadata of each file and into the sidecar. Raises ConfigError naming the file that cannot be written.
+    `path` may carry one of those suffixes or none. Run ids, evidence, machine and code commit of the rows that
+    the figure functions drew go into the metadata of each file and into the sidecar, with `command` and the
+    `version` of hybridlab. `run_ids` is for figures drawn by other means. No file holds a time: the same tables
+    give the same bytes with the same versions of the libraries. Raises ConfigError naming the file that cannot
+    be written; then none is.
     """
-    found = drawn.figure if isinstance(drawn, Axes) else drawn
+    axes = [drawn] if isinstance(drawn, Axes | Figure) else list(drawn)
+    if not axes:
+        raise ConfigError("save_figure: nothing drawn; pass the Axes that a figure function returned")
+    found: Any = axes[0] if isinstance(axes[0], Figure) else axes[0].figure
     figure = found.get_figure(root=True) or found
+    origin = noted(figure)
+    if run_ids is not None:
+        origin = Origin(tuple(run_ids), origin.evidence, origin.machine, origin.code)
     path = Path(path)
     stem = path.with_suffix("") if path.suffix in (*FORMATS, ".json") else path
-    origin = f"hybridlab runs {', '.join(run_ids) or 'none'}; command: {command}"
-    now = datetime.now(UTC)
-    metadata = {
-        ".png": {"Title": stem.name, "Description": origin},
-        ".svg": {"Title": stem.name, "Description": origin},
-        ".pdf": {"Title": stem.name, "Subject": origin},
+    text = describe(origin, command, version)
+    # A None leaves out what matplotlib would put there: the time.
+    metadata: dict[str, dict[str, Any]] = {
+        ".png": {"Title": stem.name, "Description": text},
+        ".svg": {"Title": stem.name, "Description": text, "Date": None},
+        ".pdf": {"Title": stem.name, "Subject": text, "CreationDate": None},
     }
-    written = {}
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        # fonttype is read when the file is written, not when the figure is made
-        with mpl.rc_context(dict(RC)):
-            for suffix in FORMATS:
-                written[suffix] = stem.with_name(stem.name + suffix)
-                figure.savefig(written[suffix], metadata=metadata[suffix])
-        sidecar = {"figure": stem.name, "run_ids": list(run_ids), "command": command, "made": now.isoformat()}
-        written[".json"] = stem.with_name(stem.name + ".json")
-        written[".json"].write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{stem}: figure cannot be written ({error.strerror or error})") from None
+    sidecar = {"figure": stem.name, "command": command, **origin.as_dict(), "hybridlab": version}
+    files = {}
+    # Font type and salt are read when the file is written, not when the figure is made.
+    with style():
+        for suffix in FORMATS:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix[1:], metadata=metadata[suffix])
+            files[suffix] = buffer.getvalue()
+    files[".json"] = (json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n").encode()
+    written = {suffix: stem.with_name(stem.name + suffix) for suffix in files}
+    write_whole({written[suffix]: content for suffix, content in files.items()}, "figure")
     return written
+
+
+def describe(origin: Origin, command: str, version: str) -> str:
+    """One line: runs, evidence, machine, code, version, command."""
+    return "; ".join(
+        (
+            f"hybridlab {version} runs {', '.join(origin.run_ids) or 'none'}",
+            f"evidence {', '.join(origin.evidence) or 'unknown'}",
+            f"machine {' and '.join(origin.machine) or 'unknown'}",
+            f"code {', '.join(origin.code) or 'unknown'}",
+            f"command: {command}",
+        )
+    )

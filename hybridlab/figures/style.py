@@ -1,23 +1,19 @@
-"""The one look of all figures: colour-blind-safe colours, print widths, a mark for each kind of evidence."""
+"""The one look of all figures: print widths, fonts, colours, and the frame that keeps them from a user's settings."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import matplotlib.style
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-
-from hybridlab.errors import ConfigError
-
-if TYPE_CHECKING:
-    import pandas as pd
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 ONE_COLUMN_IN = 3.33
 TWO_COLUMNS_IN = 7.0
@@ -31,6 +27,8 @@ RC: Mapping[Any, Any] = MappingProxyType(
         "figure.constrained_layout.use": True,
         "figure.constrained_layout.h_pad": 0.015,
         "savefig.dpi": 300,
+        # The fonts that matplotlib brings: the same letters, and the same bytes, on every machine.
+        "font.family": ["DejaVu Sans"],
         "font.size": 8,
         "axes.titlesize": 8,
         "axes.labelsize": 8,
@@ -51,36 +49,40 @@ RC: Mapping[Any, Any] = MappingProxyType(
         "pdf.fonttype": 42,
         "ps.fonttype": 42,
         "svg.fonttype": "none",
+        # Without a salt the ids in an SVG differ from one file to the next.
+        "svg.hashsalt": "hybridlab",
     }
 )
 
-
-@dataclass(frozen=True)
-class EvidenceMark:
-    """How a kind of evidence is drawn; shape and line differ, so that it survives a grey print."""
-
-    fillstyle: Any
-    linestyle: Any
-    marker: str
-
-
-EVIDENCE: Mapping[str, EvidenceMark] = MappingProxyType(
-    {
-        "measured": EvidenceMark("full", "-", "o"),
-        "emulated": EvidenceMark("left", "--", "o"),
-        "simulated": EvidenceMark("none", ":", "o"),
-        "extrapolated": EvidenceMark("none", (0, (1, 3)), "D"),
-        "published": EvidenceMark("none", "none", "*"),
-    }
-)
+# What the last part of a column's name says about its unit (house rule: units are in names).
+UNITS = {
+    "_tokens_per_s": "tokens/s",
+    "_req_s": "requests/s",
+    "_gb_s": "GB/s",
+    "_s": "s",
+    "_tokens": "tokens",
+    "_bytes": "bytes",
+}
+NAMES = {
+    "offered_req_s": "offered load (requests/s)",
+    "output_tokens_per_s": "output throughput (tokens/s)",
+    "prompt_tokens": "prompt length (tokens)",
+}
+# Labels of a log axis within a decade, densest first, and the room that one takes.
+LOG_STEPS = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
+LABEL_WIDTH_PT, LABEL_HEIGHT_PT = 24.0, 16.0
+ACRONYMS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL"}
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """`with style(): ...` for figures of your own; those of this package apply it themselves."""
+    """`with style(): ...` for figures of your own; those of this package apply it themselves.
+
+    Starts from matplotlib's defaults, so that a user's matplotlibrc changes no figure.
+    """
     interactive = mpl.is_interactive()
     try:
-        with mpl.rc_context(dict(RC)):
+        with matplotlib.style.context(["default", dict(RC)]):
             try:
                 yield
             finally:
@@ -101,39 +103,25 @@ def cycle_color(number: int) -> str:
     return colors[number % len(colors)]
 
 
-def evidence_mark(kind: str) -> EvidenceMark:
-    """The mark of a kind of evidence. Raises ConfigError for an unknown kind."""
-    if kind not in EVIDENCE:
-        raise ConfigError(f"evidence: unknown kind {kind!r}; expected one of {', '.join(EVIDENCE)}")
-    return EVIDENCE[kind]
+def axis_label(column: str) -> str:
+    """What a table's column is called on an axis, with its unit: "median_ttft_s" -> "median TTFT (s)"."""
+    name = column.split(".")[-1]
+    if name in NAMES:
+        return NAMES[name]
+    suffix = next((end for end in UNITS if name.endswith(end)), "")
+    words = re.split("_", name.removesuffix(suffix))
+    text = " ".join(ACRONYMS.get(word, word) for word in words)
+    return f"{text} ({UNITS[suffix]})" if suffix else text
 
 
-def evidence_handle(kind: str) -> Line2D:
-    """A legend entry, in grey, that shows how `kind` is drawn."""
-    mark = evidence_mark(kind)
-    return Line2D(
-        [],
-        [],
-        color=GREY,
-        markerfacecoloralt="white",
-        fillstyle=mark.fillstyle,
-        linestyle=mark.linestyle,
-        marker=mark.marker,
-        label=kind,
-    )
-
-
-def require(data: Any, attribute: str, columns: tuple[str, ...], what: str) -> pd.DataFrame:
-    """`data`, or its `attribute` (of a result), if that has rows and the columns that `what` needs.
-
-    Raises ConfigError that says what to pass or names the first column that is missing.
-    """
-    frame = getattr(data, attribute, data)
-    if not hasattr(frame, "columns"):
-        raise ConfigError(f"{what}: pass a result or result.{attribute}, got {type(data).__name__}")
-    missing = [name for name in columns if name not in frame.columns]
-    if missing:
-        raise ConfigError(f"{what}: no column {missing[0]!r}; pass a result or result.{attribute}")
-    if not len(frame):
-        raise ConfigError(f"{what}: no rows to draw")
-    return frame
+def log_axis(ax: Axes, which: str) -> None:
+    """A log scale on "x" or "y" with plain numbers, as many as have room; call it when the limits are final."""
+    ax.set(**{f"{which}scale": "log"})
+    axis, (low, high) = (ax.xaxis, ax.get_xlim()) if which == "x" else (ax.yaxis, ax.get_ylim())
+    size_pt = (ax.bbox.width if which == "x" else ax.bbox.height) * 72 / ax.figure.dpi
+    room = size_pt / (LABEL_WIDTH_PT if which == "x" else LABEL_HEIGHT_PT)
+    decades = math.log10(high / low)
+    fitting = [steps for steps in LOG_STEPS if decades * len(steps) <= room]
+    axis.set_major_locator(LogLocator(subs=fitting[0] if fitting else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

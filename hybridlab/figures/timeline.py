@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.patches import Patch
 
 from hybridlab.errors import ConfigError
-from hybridlab.figures.style import TWO_COLUMNS_IN, cycle_color, new_axes, require, style
+from hybridlab.figures.marks import evidence_mark
+from hybridlab.figures.origin import note_origin
+from hybridlab.figures.style import GREY, TWO_COLUMNS_IN, cycle_color, new_axes, style
+from hybridlab.figures.tables import Where, chosen, rows_of
 from hybridlab.plans import OP_KINDS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hybridlab.experiment import ExperimentResult
+    from hybridlab.figures.tables import Data
 
 COLUMNS = ("lane", "kind", "microbatch", "start_s", "end_s")
 WINDOW_S = 0.050
@@ -25,59 +29,52 @@ LEGEND_COLUMN_IN = 0.62
 
 
 def timeline(
-    spans: pd.DataFrame | ExperimentResult,
+    spans: Data,
     ax: Axes | None = None,
     *,
     start_s: float | None = None,
     end_s: float | None = None,
+    where: Where | None = None,
+    width_in: float = TWO_COLUMNS_IN,
 ) -> Axes:
     """One bar per op on the row of its lane, coloured by kind; later microbatches are hatched. x is in ms.
 
-    Kinds whose bars are all too thin to see are not in the legend.
+    Kinds whose bars are all too thin to see are not in the legend. Bars that were not measured are pale, with
+    an outline in the line style of their evidence.
 
-    `spans` is a result of one run, or its rows of `result.spans`. `start_s` and `end_s` cut out a window (default:
-    the last 50 ms, or all that is there). Raises ConfigError for a missing column, several runs, an empty or a
-    crowded window.
+    `spans` is a result or rows of its `spans`, of one run; `where` picks it by column. `start_s` and `end_s`
+    cut out a window (default: the last 50 ms, or all that is there). Raises ConfigError for a missing column,
+    several runs, an empty or a crowded window.
     """
-    frame = require(spans, "spans", COLUMNS, "timeline")
-    runs = list(dict.fromkeys(frame["run_id"].tolist())) if "run_id" in frame.columns else []
-    if len(runs) > 1:
-        raise ConfigError(f"timeline: spans of {len(runs)} runs ({', '.join(runs[:3])}, ...); pass those of one")
+    frame = one_run(spans, COLUMNS, where, "timeline")
     begin, finish = frame["start_s"].to_numpy(np.float64), frame["end_s"].to_numpy(np.float64)
     end_s = float(finish.max()) if end_s is None else end_s
     start_s = max(float(begin.min()), end_s - WINDOW_S) if start_s is None else start_s
     shown = np.flatnonzero((finish > start_s) & (begin < end_s))
     if not 0 < len(shown) <= MAX_SPANS:
-        where = f"between {start_s:g} and {end_s:g} s"
-        raise ConfigError(f"timeline: {len(shown):,} ops {where}; expected 1 to {MAX_SPANS:,}")
+        found = f"between {start_s:g} and {end_s:g} s"
+        raise ConfigError(f"timeline: {len(shown):,} ops {found}; expected 1 to {MAX_SPANS:,}")
     left_ms = 1000 * (np.maximum(begin[shown], start_s) - start_s)
     width_ms = 1000 * (np.minimum(finish[shown], end_s) - start_s) - left_ms
     lane, kind = frame["lane"].to_numpy(object)[shown], frame["kind"].to_numpy(object)[shown]
     later = frame["microbatch"].to_numpy(np.int64)[shown] > 0
     lanes = sorted(set(lane))
     row = np.array([lanes.index(name) for name in lane])
+    evidence = str(frame["evidence"].iloc[0])
     handles = []
     with style():
-        ax = new_axes(TWO_COLUMNS_IN, 1.0 + 0.35 * len(lanes)) if ax is None else ax
+        ax = new_axes(width_in, 1.0 + 0.35 * len(lanes)) if ax is None else ax
         visible_ms = VISIBLE_PT / 72 * ax.figure.dpi / ax.bbox.width * (end_s - start_s) * 1000
         for name in sorted(set(kind), key=_order):
-            color = cycle_color(_order(name))
+            look = _look(cycle_color(_order(name)), evidence)
             if width_ms[kind == name].max() >= min(visible_ms, width_ms.max()):
-                handles.append(Patch(color=color, label=name))
+                handles.append(Patch(**look, label=name))
             for hatch, batch in (("", ~later), ("////", later)):
                 part = (kind == name) & batch
-                ax.barh(
-                    row[part],
-                    width_ms[part],
-                    left=left_ms[part],
-                    height=0.7,
-                    color=color,
-                    edgecolor="white",
-                    linewidth=0.3,
-                    hatch=hatch,
-                )
+                ax.barh(row[part], width_ms[part], left=left_ms[part], height=0.7, **look, hatch=hatch)
         if later.any():
             handles.append(Patch(facecolor="white", edgecolor="black", hatch="////", label="later microbatch"))
+        handles.append(Patch(**_look(GREY, evidence), label=evidence))
         ax.set_yticks(range(len(lanes)), lanes)
         ax.set_ylim(len(lanes) - 0.4, -0.6)
         ax.set_xlim(0, (end_s - start_s) * 1000)
@@ -93,7 +90,27 @@ def timeline(
             handletextpad=0.4,
             columnspacing=1.2,
         )
+    note_origin(ax, [frame])
     return ax
+
+
+def one_run(data: Any, columns: tuple[str, ...], where: Where | None, what: str) -> pd.DataFrame:
+    """The spans of the one run that `data` holds or `where` picks. Raises ConfigError if there are several."""
+    frame = chosen(rows_of(data, "spans", columns, what), where, None, what)
+    runs = list(dict.fromkeys(frame["run_id"].tolist())) if "run_id" in frame.columns else []
+    if len(runs) > 1:
+        names = ", ".join(map(str, runs[:3]))
+        raise ConfigError(f"{what}: spans of {len(runs)} runs ({names}, ...); pass those of one, or pick with where=")
+    return frame
+
+
+def _look(color: str, evidence: str) -> dict[str, Any]:
+    """Keywords of a bar."""
+    line = evidence_mark(evidence).linestyle
+    if evidence == "measured":
+        return {"facecolor": color, "edgecolor": "white", "linewidth": 0.3}
+    outline = {"edgecolor": color, "linewidth": 0.6, "linestyle": "-" if line == "none" else line}
+    return {"facecolor": to_rgba(color, 0.4), **outline}
 
 
 def _order(kind: str) -> int:

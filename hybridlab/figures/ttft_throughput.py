@@ -1,152 +1,140 @@
-"""TTFT against output throughput: one line per scheduler, joined over the load, with the SLO's limit."""
+"""TTFT against output throughput: one line per scheduler, joined over the load, the Pareto front and the SLO."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from matplotlib.transforms import ScaledTranslation
 
-from hybridlab.figures.style import (
-    GREY,
-    ONE_COLUMN_IN,
-    cycle_color,
-    evidence_handle,
-    evidence_mark,
-    new_axes,
-    require,
-    style,
-)
+from hybridlab.errors import ConfigError
+from hybridlab.figures.limits import DASHED, Level, level_of, name_level
+from hybridlab.figures.marks import band_handle, evidence_handle, evidence_mark, line_of, put_legend, series_handles
+from hybridlab.figures.origin import note_origin
+from hybridlab.figures.pareto import front_of
+from hybridlab.figures.repeats import Curve, curve_of
+from hybridlab.figures.style import GREY, ONE_COLUMN_IN, axis_label, cycle_color, log_axis, new_axes, style
+from hybridlab.figures.tables import Kinds, Where, rows_of, series_of
+from hybridlab.metrics import SLO
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from hybridlab.figures.tables import Data
 
-    from hybridlab.experiment import ExperimentResult
-
-METRICS = ("output_tokens_per_s", "median_ttft_s", "p90_ttft_s", "median_tpot_s", "slo_ttft_s", "slo_tpot_s")
-BELOW_LABEL_PT = 29
-Row = dict[str, Any]
+PERCENTILES = ("median", "p90", "p99")
+FADED = 0.4
 
 
 def ttft_throughput(
-    df: pd.DataFrame | ExperimentResult,
+    df: Data,
     ax: Axes | None = None,
     *,
-    by: str = "scheduler",
+    by: str | Sequence[str] = "scheduler",
     load: str = "offered_req_s",
+    ttft: str = "median",
+    front: bool = True,
+    slo: Level | None = None,
+    where: Where | None = None,
+    evidence: Kinds | None = None,
+    width_in: float = ONE_COLUMN_IN,
 ) -> Axes:
-    """Median TTFT (s, log scale; whisker to p90) over output tokens/s, from a result or rows of its `summary`.
+    """TTFT (s, log scale) over output tokens/s, from a result or rows of its `summary`.
 
-    One line per value of `by` and kind of evidence, joined in the order of `load`; repeats are averaged and
-    their range is a band. Points whose median TPOT misses the SLO are ringed: throughput without TPOT means
-    little. Rows in which no request finished are left out. Raises ConfigError naming a missing column.
+    One line per value of `by`, joined in the order of `load`; repeats are averaged and their range is a band.
+    `ttft` is "median" (with a whisker to p90), "p90" or "p99". `front` draws the Pareto front over all points
+    (of one kind of evidence). Below the SLO's TTFT the background is shaded. Points that miss the SLO are pale;
+    a ring says that it is TPOT that they miss, at the percentile of `ttft`: throughput without TPOT means
+    little. Runs in which no request finished are left out.
+
+    `slo` replaces the one in the table, `where` picks rows by column, `evidence` asks for kinds to be compared.
+    Raises ConfigError naming a missing column, an unknown value, or kinds mixed unasked.
     """
-    frame = require(df, "summary", (*METRICS, "slo", "evidence", by, load), "ttft_throughput")
-    rows: list[Row] = [row for row in frame.to_dict("records") if row["median_ttft_s"] > 0]
-    names = list(dict.fromkeys(row[by] for row in rows))
-    kinds = list(dict.fromkeys(row["evidence"] for row in rows))
+    what = "ttft_throughput"
+    if ttft not in PERCENTILES:
+        raise ConfigError(f"{what}: ttft: expected one of {', '.join(PERCENTILES)}, got {ttft!r}")
+    y, tpot = f"{ttft}_ttft_s", f"{ttft}_tpot_s"
+    frame = rows_of(df, "summary", ("output_tokens_per_s", y, "p90_ttft_s", tpot, load), what)
+    series = series_of(frame, by, what, needs=y, where=where, evidence=evidence)
+    curves = [curve_of(one, load, what) for one in series]
+    level = level_of(series, slo, what)
     with style():
         own = ax is None
-        ax = new_axes(ONE_COLUMN_IN, 3.2) if ax is None else ax
-        handles: list[Any] = [
-            Line2D([], [], color=cycle_color(number), linewidth=2.5, label=str(name))
-            for number, name in enumerate(names)
-        ]
-        missed = False
-        for number, name in enumerate(names):
-            for kind in kinds:
-                part = [row for row in rows if row[by] == name and row["evidence"] == kind]
-                missed |= bool(part) and _draw(ax, _points(part, load), cycle_color(number), kind)
+        ax = new_axes(width_in, 2.3 if width_in < 5 else 3.0) if ax is None else ax
+        missed = [_draw(ax, curve, ttft, level) for curve in curves]
+        handles: list[Any] = [evidence_handle(kind) for kind in dict.fromkeys(s.kind for s in series)]
+        if front:
+            handles.append(_draw_front(ax, curves, y))
+        if any(curve.repeated for curve in curves):
+            handles.append(band_handle())
+        if any(pale for pale, _ in missed):
+            grey = line_of(0, "measured") | {"color": GREY, "linestyle": "none", "alpha": FADED}
+            handles.append(Line2D([], [], **grey, label="misses SLO"))
+        if any(ringed for _, ringed in missed):
+            handles.append(_ring([], [], label=f"{ttft} TPOT misses"))
+        ax.set_xlim(0, 1.06 * max(curve.mean("output_tokens_per_s").max() for curve in curves))
+        ax.set_xlabel(axis_label("output_tokens_per_s"))
+        ax.set_ylabel("TTFT (s), median and p90" if ttft == "median" else axis_label(y))
         ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.set_xlim(left=0)
-        ax.set_xlabel("output throughput (tokens/s)")
-        ax.set_ylabel("TTFT (s), median and p90")
-        _draw_slo(ax, rows)
-        bottom, top = ax.get_ylim()
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top > 10 * bottom else (1, 1.5, 2, 3, 5, 7)))
-        handles += [evidence_handle(kind) for kind in kinds]
-        if missed:
-            handles.append(_ring([], [], label="median TPOT misses SLO"))
-        if own:
-            columns = 2 if max(len(handle.get_label()) for handle in handles) < 24 else 1
-            # At a fixed distance, so that the gap stays the same where a backend crops the figure.
-            below = ax.transAxes + ScaledTranslation(0, -BELOW_LABEL_PT / 72, ax.figure.dpi_scale_trans)
-            ax.legend(
-                handles=handles, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below,
-                borderaxespad=0,
-            )  # fmt: skip
-        else:
-            ax.legend(handles=handles, loc="best", fontsize=6)
+        if level is not None:
+            _draw_level(ax, level)
+        log_axis(ax, "y")
+        put_legend(ax, series_handles(series), handles, below=own)
+    note_origin(ax, [one.rows for one in series])
     return ax
 
 
-def _points(rows: Sequence[Row], load: str) -> list[list[Row]]:
-    """The rows grouped by load, lowest first; a group holds repeats. Undefined loads are one group."""
-    groups: dict[float, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(math.inf if math.isnan(row[load]) else row[load], []).append(row)
-    return [groups[key] for key in sorted(groups)]
+def _draw(ax: Axes, curve: Curve, ttft: str, level: SLO | None) -> tuple[bool, bool]:
+    """Draw one line; whether a point misses the SLO, and whether one misses its TPOT."""
+    look = line_of(curve.series.number, curve.series.kind)
+    color = look["color"]
+    x, y = curve.mean("output_tokens_per_s"), curve.mean(f"{ttft}_ttft_s")
+    if curve.repeated:
+        low, high = curve.range(f"{ttft}_ttft_s")
+        ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+        ax.vlines(x, low, high, color=color, alpha=0.18, linewidth=3)  # a band of one point has no area
+    if ttft == "median":
+        whisker = np.vstack([np.zeros_like(y), np.maximum(curve.mean("p90_ttft_s") - y, 0)])
+        ax.errorbar(x, y, yerr=whisker, fmt="none", ecolor=color, elinewidth=0.7, capsize=2, alpha=0.7)
+    ax.plot(x, y, **{**look, "marker": "none"}, zorder=3)
+    tpot = np.zeros(len(x), bool) if level is None else curve.mean(f"{ttft}_tpot_s") > level.tpot_s
+    missed = tpot if level is None else tpot | (y > level.ttft_s)
+    for part, alpha in ((~missed, 1.0), (missed, FADED)):
+        if part.any():
+            ax.plot(x[part], y[part], **{**look, "linestyle": "none"}, alpha=alpha, zorder=4)
+    if tpot.any():
+        ax.add_line(_ring(x[tpot], y[tpot]))
+    return bool(missed.any()), bool(tpot.any())
 
 
-def _draw(ax: Axes, points: Sequence[Sequence[Row]], color: str, kind: str) -> bool:
-    """Draw one line; True if a point misses the TPOT of its SLO."""
-    mark = evidence_mark(kind)
-    mean = {name: np.array([np.mean([row[name] for row in rows]) for rows in points]) for name in METRICS}
-    x, y = mean["output_tokens_per_s"], mean["median_ttft_s"]
-    if any(len(rows) > 1 for rows in points):
-        low = [min(row["median_ttft_s"] for row in rows) for rows in points]
-        high = [max(row["median_ttft_s"] for row in rows) for rows in points]
-        ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-    whisker = np.vstack([np.zeros_like(y), np.maximum(mean["p90_ttft_s"] - y, 0)])
-    ax.errorbar(x, y, yerr=whisker, fmt="none", ecolor=color, elinewidth=0.7, capsize=2, alpha=0.7)
-    ax.plot(
-        x,
-        y,
-        color=color,
-        linestyle=mark.linestyle,
-        marker=mark.marker,
-        fillstyle=mark.fillstyle,
-        markerfacecoloralt="white",
-        zorder=3,
-    )
-    misses = mean["median_tpot_s"] > mean["slo_tpot_s"]
-    ax.add_line(_ring(x[misses], y[misses]))
-    return bool(misses.any())
+def _draw_front(ax: Axes, curves: Sequence[Curve], column: str) -> Line2D:
+    """The front of each kind of evidence: the least TTFT at which at least this throughput was reached."""
+    look = {"color": "black", "linewidth": 0.7, "drawstyle": "steps-pre", "zorder": 2}
+    for kind in dict.fromkeys(curve.series.kind for curve in curves):
+        of_kind = [curve for curve in curves if curve.series.kind == kind]
+        x = np.concatenate([curve.mean("output_tokens_per_s") for curve in of_kind])
+        y = np.concatenate([curve.mean(column) for curve in of_kind])
+        kept = np.flatnonzero(front_of(x, y))
+        kept = kept[np.argsort(x[kept])]
+        line = evidence_mark(kind).linestyle
+        ax.plot(x[kept], y[kept], **look, linestyle=(0, (1, 4)) if line == "none" else line, label="_front")
+    return Line2D([], [], color="black", linewidth=0.7, label="Pareto front")
 
 
 def _ring(x: Any, y: Any, label: str = "") -> Line2D:
-    return Line2D(
-        x,
-        y,
-        linestyle="none",
-        marker="o",
-        markersize=9,
-        fillstyle="none",
-        markeredgewidth=0.7,
-        color=GREY,
-        label=label,
-    )
+    look = {"linestyle": "none", "marker": "o", "markersize": 9, "fillstyle": "none", "markeredgewidth": 0.7}
+    return Line2D(x, y, color=GREY, label=label, **look)
 
 
-def _draw_slo(ax: Axes, rows: Sequence[Row]) -> None:
-    """Shade what meets the TTFT limit; the title names the SLO. Several SLOs have no common region."""
-    named = {(row["slo"], row["slo_ttft_s"], row["slo_tpot_s"]) for row in rows}
-    if len(named) != 1:
-        return
-    name, ttft_s, tpot_s = named.pop()
+def _draw_level(ax: Axes, level: SLO) -> None:
+    """Shade what meets the TTFT limit; the title names the SLO."""
     bottom, top = ax.get_ylim()
-    if top < ttft_s < 4 * top:
-        top = 1.3 * ttft_s  # near enough to be worth showing
+    if top < level.ttft_s < 4 * top:
+        top = 1.3 * level.ttft_s  # near enough to be worth showing
     ax.set_ylim(bottom, top)
-    ax.axhspan(bottom, min(max(ttft_s, bottom), top), color=cycle_color(0), alpha=0.07, linewidth=0, zorder=0)
-    if bottom < ttft_s < top:
-        ax.axhline(ttft_s, color=GREY, linewidth=0.7, linestyle=(0, (4, 2)))
-    limits = f"TTFT ≤ {ttft_s:g} s, TPOT ≤ {tpot_s * 1000:g} ms"
-    ax.set_title(f"SLO {name} (TTFT part shaded):\n{limits}", loc="left", fontsize=7)
+    meets = min(max(level.ttft_s, bottom), top)
+    ax.axhspan(bottom, meets, color=cycle_color(0), alpha=0.07, linewidth=0, zorder=0)
+    if bottom < level.ttft_s < top:
+        ax.axhline(level.ttft_s, color=GREY, linewidth=0.7, linestyle=DASHED)
+    shaded = " (shaded)" if meets > bottom else ""
+    name_level(ax, level, f"TTFT ≤ {level.ttft_s:g} s{shaded}, TPOT ≤ {level.tpot_s * 1000:g} ms")
