@@ -1,0 +1,33 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from hybridlab.errors import ConfigError
+
+
+def write_whole(files: Mapping[Path, bytes], what: str) -> None:
+    """Write every file under a hidden name first, then rename all: a full disk leaves none of them.
+
+    Makes missing folders. Raises ConfigError "<path>: `what` cannot be written (reason)".
+    """
+    parts: dict[Path, Path] = {}
+    path = Path()
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            parts[path] = path.with_name(f".part-{os.getpid()}-{path.name}")
+            with parts[path].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, part in parts.items():
+            os.replace(part, path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {what} cannot be written ({error.strerror or error})") from None
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
