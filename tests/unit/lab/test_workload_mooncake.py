@@ -36,7 +36,7 @@ def test_slice() -> None:
     for line, row in zip(lines, rows, strict=True):
         assert (row.prompt_tokens, row.output_tokens) == (line["input_length"], line["output_length"])
         assert row.blocks == tuple(line["hash_ids"])
-    with pytest.raises(ConfigError, match="496 rows; workload.start"):
+    with pytest.raises(ConfigError, match=r"496 rows; workload\.start"):
         load_rows(mooncake(num_requests=497), Path())
 
 
@@ -119,10 +119,11 @@ def test_common_prefixes_are_what_hash_ids_say(
 
 def test_table_says_how_much_of_the_slice_may_be_reused() -> None:
     table = workload_table(mooncake(num_requests=496))
-    share = table["shared_prefix_tokens"].sum() / table["prompt_tokens"].sum()
+    share = sum(table["shared_prefix_tokens"].tolist()) / sum(table["prompt_tokens"].tolist())
     assert share == pytest.approx(0.2051, abs=1e-4)  # as the README of the data says
     scaled = workload_table(mooncake(num_requests=496, length_scale=64.0))
-    assert scaled["shared_prefix_tokens"].sum() / scaled["prompt_tokens"].sum() == pytest.approx(share, rel=0.01)
+    scaled_share = sum(scaled["shared_prefix_tokens"].tolist()) / sum(scaled["prompt_tokens"].tolist())
+    assert scaled_share == pytest.approx(share, rel=0.01)
 
 
 def test_gzip_and_blank_lines(tmp_path: Path) -> None:
@@ -143,7 +144,10 @@ def changed(**values: Any) -> str:
         ("3\n", "line 2: expected a JSON object, got 3"),
         ("[" * 100_000 + "\n", "line 2: not JSON ("),
         ("1" * 5000 + "\n", "line 2: not JSON ("),
-        (LINE.replace("output", "out"), "line 2: no key 'output_length'; expected timestamp, input_length, output_length"),
+        (
+            LINE.replace("output", "out"),
+            "line 2: no key 'output_length'; expected timestamp, input_length, output_length",
+        ),
         (LINE.replace('"timestamp": 0', '"timestamp": NaN'), "line 2: not JSON (NaN is no number)"),
         (changed(timestamp="0"), "line 2: timestamp '0': expected a number, got text"),
         (changed(timestamp=-1), "line 2: timestamp -1: expected a number >= 0"),

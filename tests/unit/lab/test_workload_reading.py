@@ -31,7 +31,7 @@ def test_only_what_is_needed_is_read(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "trace"
     path.write_bytes((head + line * 20_000).encode() + b"\xff\xff\n")
     assert len(rows(kind, path, 100, start=50)) == 100
-    with pytest.raises(ConfigError, match="line 2000[12]: not UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"line 2000[12]: not UTF-8 text"):
         rows(kind, path, 20_001)
 
 
