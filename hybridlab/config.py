@@ -20,6 +20,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field
 
 from hybridlab.axes import combinations, override, without
 from hybridlab.errors import ConfigError, HybridlabError
+from hybridlab.figures_config import DEFAULT_FIGURES, Figures
 from hybridlab.metrics import SLO, SLO_PRESETS, find_slo
 from hybridlab.sections import Section, one_line
 from hybridlab.strict_yaml import read_yaml, refuse_nonfinite
@@ -92,6 +93,8 @@ class ExperimentConfig(Section):
     repeats: int = Field(default=1, gt=0, le=1000)
     warmup_requests: int = Field(default=0, ge=0, le=1000)
     sweep: dict[str, Any] = Field(default_factory=dict)
+    figures: Figures = DEFAULT_FIGURES
+    """What to draw (see hybridlab.figures_config)."""
     _source: Path | None = PrivateAttr(default=None)
 
     @field_validator("experiment")
