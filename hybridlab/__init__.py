@@ -19,8 +19,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Engine": "hybridlab.session",
     "load": "hybridlab.session",
+    "explore": "hybridlab.widgets",
     "run": "hybridlab.experiment",
     "sweep": "hybridlab.experiment",
+    "plan": "hybridlab.sweep_plan",
     "load_config": "hybridlab.config",
     "results": "hybridlab.store",
     "check_scheduler": "hybridlab.strategies.checks",
@@ -90,4 +92,6 @@ if TYPE_CHECKING:
     from hybridlab.strategies.checks import check_overlap as check_overlap
     from hybridlab.strategies.checks import check_placement as check_placement
     from hybridlab.strategies.checks import check_scheduler as check_scheduler
+    from hybridlab.sweep_plan import plan as plan
+    from hybridlab.widgets import explore as explore
     from hybridlab.workload import workload_table as workload_table

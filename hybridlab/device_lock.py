@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 _POLL_S = 0.2
 _EVERYBODY = 0o666  # another user's process waits, too
@@ -32,26 +35,52 @@ def alone(device: str | None) -> Iterator[None]:
     if device is None:
         yield
         return
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    lock = FileLock(lock_folder() / f"hybridlab-{device}.lock", mode=_EVERYBODY)
-    note = lock_folder() / f"hybridlab-{device}.holder"
+    lock = _lock(device)
     with ExitStack() as held:
         try:
             try:
                 held.enter_context(lock.acquire(timeout=0))
             except Timeout:
-                print(f"hybridlab: waiting for the {device}: {_holder(note)}", file=sys.stderr, flush=True)
-                held.enter_context(lock.acquire(poll_interval=_POLL_S))
+                print(f"hybridlab: waiting for the {device}: {_holder(device)}", file=sys.stderr, flush=True)
+                held.enter_context(lock.acquire(timeout=-1, poll_interval=_POLL_S))
         except OSError as error:
             reason = error.strerror or error
             warnings.warn(f"{lock.lock_file}: no lock ({reason}); others may measure beside this run", stacklevel=3)
         else:
-            _write_note(note)
+            _write_note(device)
         yield
 
 
-def _write_note(path: Path) -> None:
+@contextmanager
+def alone_if_free(device: str) -> Iterator[bool]:
+    """Hold `device` for the time of the block if nobody else does; whether that worked."""
+    from filelock import Timeout
+
+    with ExitStack() as held:
+        try:
+            held.enter_context(_lock(device).acquire(timeout=0))
+        except (Timeout, OSError):
+            free = False
+        else:
+            free = True
+            _write_note(device)
+        yield free
+
+
+def _lock(device: str) -> BaseFileLock:
+    from filelock import FileLock
+
+    return FileLock(lock_folder() / f"hybridlab-{device}.lock", mode=_EVERYBODY)
+
+
+def _note_path(device: str) -> Path:
+    return lock_folder() / f"hybridlab-{device}.holder"
+
+
+def _write_note(device: str) -> None:
+    path = _note_path(device)
     text = json.dumps({"pid": os.getpid(), "since": f"{datetime.now():%H:%M:%S}"})
     flags = os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
     with suppress(OSError):  # the lock counts; the note only makes the message better
@@ -67,9 +96,9 @@ def _write_note(path: Path) -> None:
             os.close(descriptor)
 
 
-def _holder(path: Path) -> str:
+def _holder(device: str) -> str:
     try:
-        note: Any = json.loads(path.read_text(encoding="utf-8"))
+        note: Any = json.loads(_note_path(device).read_text(encoding="utf-8"))
         pid, since = int(note["pid"]), str(note["since"])[:8]
     except (OSError, ValueError, KeyError, TypeError):
         return "another process measures on it"
