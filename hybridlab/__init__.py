@@ -25,6 +25,7 @@ _PUBLIC = {
     "plan": "hybridlab.sweep_plan",
     "load_config": "hybridlab.config",
     "results": "hybridlab.store",
+    "export_results": "hybridlab.export",
     "check_scheduler": "hybridlab.strategies.checks",
     "check_placement": "hybridlab.strategies.checks",
     "check_overlap": "hybridlab.strategies.checks",
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from hybridlab.errors import HybridlabError as HybridlabError
     from hybridlab.experiment import run as run
     from hybridlab.experiment import sweep as sweep
+    from hybridlab.export import export_results as export_results
     from hybridlab.hardware.doctor import doctor as doctor
     from hybridlab.plans import ExpertPath as ExpertPath
     from hybridlab.plans import Move as Move

@@ -43,7 +43,7 @@ class SweepPlan:
 
     def count(self, status: str) -> int:
         """How many runs are "stored", "failed" (earlier, and left out) or "to do"."""
-        return int((self.frame["status"] == status).sum())
+        return self.frame["status"].tolist().count(status)
 
     @property
     def predicted_s(self) -> float:
