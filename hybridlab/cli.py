@@ -1,6 +1,6 @@
 """The command line: `hybridlab COMMAND`. Results go to stdout, everything else to stderr.
 
-Exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted. With `--json`, stdout holds one JSON
+Exit status: 0 done, 1 some runs failed, 2 bad input (one line on stderr), 130 interrupted. With `--json`, stdout holds one JSON
 value and nothing else. Packages are imported inside the commands, so that `hybridlab --help` answers at once.
 """
 
@@ -15,7 +15,9 @@ from typer.core import TyperGroup
 
 from hybridlab.cli_bench import bench
 from hybridlab.cli_checkpoint import checkpoint
+from hybridlab.cli_figures import figures
 from hybridlab.cli_output import Json, emit, human_output, note
+from hybridlab.cli_sweep import Config, Force, ResultsDir, RetryFailed, plan, results, sweep
 from hybridlab.errors import HybridlabError, RequestError
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click and exports only this subclass
@@ -64,6 +66,10 @@ app = typer.Typer(
 )
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(bench, name="bench")
+app.command()(figures)
+app.command()(plan)
+app.command()(sweep)
+app.command()(results)
 
 
 @app.command()
@@ -80,27 +86,25 @@ def doctor(
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="An experiment's YAML file.")],
-    force: Annotated[bool, typer.Option("--force", help="Run again what results/ already holds.")] = False,
-    results_dir: Annotated[Path | None, typer.Option(help="Default: the project's results.")] = None,
+    config: Config,
+    force: Force = False,
+    retry_failed: RetryFailed = False,
+    results_dir: ResultsDir = None,
     figure: Annotated[bool, typer.Option(help="Draw TTFT against throughput.")] = True,
     json: Json = False,
 ) -> None:
     """Serve an experiment's requests, print the metrics, keep the runs and draw the figure."""
     import hybridlab as hl
     from hybridlab.cli_run import as_json, draw, table
+    from hybridlab.cli_sweep import end
 
     with human_output():
-        result = hl.run(config, force=force, results_dir=results_dir)
+        result = hl.run(config, force=force, retry_failed=retry_failed, results_dir=results_dir)
         drawn = draw(result, config) if figure else None
-    if json:
-        emit(as_json(result, drawn), json)
-        return
-    emit(table(result), json)
-    for path in result.paths:
-        note(f"run     {path}")
+    emit(as_json(result, drawn) if json else table(result), json)
     if drawn is not None:
         note(f"figure  {drawn}")
+    end(result)
 
 
 @app.command()

@@ -14,9 +14,9 @@ from hybridlab.errors import ConfigError
 from hybridlab.figures.limits import Level, draw_limit, level_of, name_level
 from hybridlab.figures.marks import band_handle, evidence_handle, line_of, put_legend, series_handles
 from hybridlab.figures.origin import note_origin
-from hybridlab.figures.repeats import Curve, curve_of
+from hybridlab.figures.repeats import Curve, curve_of, told_apart
 from hybridlab.figures.style import GREY, ONE_COLUMN_IN, axis_label, style
-from hybridlab.figures.tables import Kinds, Where, rows_of, series_of
+from hybridlab.figures.tables import Kinds, Where, chosen, rows_of, series_of
 from hybridlab.figures.ttft_throughput import PERCENTILES
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def load_curves(
     df: Data,
     ax: tuple[Axes, Axes] | None = None,
     *,
-    by: str | Sequence[str] = "scheduler",
+    by: str | Sequence[str] | None = None,
     load: str = "offered_req_s",
     tpot: str = "median",
     slo: Level | None = None,
@@ -39,8 +39,10 @@ def load_curves(
 
     Two panels, one above the other, so the one figure that takes a pair of Axes and returns the pair. The grey
     line in the upper panel is what the load asks for (requests/s times tokens per finished request): a curve
-    that leaves it is saturated. `tpot` is "median", "p90" or "p99"; the dashed line below is the SLO's. One
-    curve per value of `by`; repeats are averaged and their range is a band.
+    that leaves it is saturated. `tpot` is "median", "p90" or "p99"; the dashed line below is the SLO's.
+
+    One curve per value of `by` (default: the scheduler, and what else differs between runs at the same load);
+    repeats are averaged and their range is a band.
 
     `slo` replaces the one in the table, `where` picks rows by column, `evidence` asks for kinds to be
     compared. Raises ConfigError naming a missing column, an unknown value, kinds mixed unasked, or loads that
@@ -51,6 +53,8 @@ def load_curves(
         raise ConfigError(f"{what}: tpot: expected one of {', '.join(PERCENTILES)}, got {tpot!r}")
     column = f"{tpot}_tpot_s"
     frame = rows_of(df, "summary", ("output_tokens_per_s", column, load), what)
+    if by is None:
+        by = told_apart(chosen(frame, where, evidence, what), load)
     series = series_of(frame, by, what, needs="output_tokens_per_s", where=where, evidence=evidence)
     curves = [curve_of(one, load, what) for one in series]
     if any(np.isnan(curve.load).any() for curve in curves):

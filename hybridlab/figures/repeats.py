@@ -38,11 +38,29 @@ class Curve:
         return np.array([min(v) for v in values]), np.array([max(v) for v in values])
 
 
+def told_apart(frame: Any, load: str) -> list[str]:
+    """The scheduler, and the columns in which runs at the same `load` differ beside it: one curve for each."""
+    keys = ["scheduler"]
+    loads = [f"{value:.9g}" if isinstance(value, float) else str(value) for value in frame[load].tolist()]
+    for column in settings(frame):
+        if column not in keys and column != load and not _constant(frame, keys, loads, column):
+            keys.append(column)
+    return keys
+
+
+def _constant(frame: Any, keys: list[str], loads: list[str], column: str) -> bool:
+    """Whether rows that agree in `keys` and load agree in `column`."""
+    first: dict[Any, str] = {}
+    values = map(repr, frame[column].tolist())
+    groups = zip(loads, *(map(repr, frame[key].tolist()) for key in keys), strict=True)
+    return all(first.setdefault(group, value) == value for group, value in zip(groups, values, strict=True))
+
+
 def curve_of(series: Series, load: str, what: str) -> Curve:
     """The curve of a series over the column `load`; undefined loads come last.
 
     Runs are repeats if they agree in every column that says what ran. Raises ConfigError if a repeat is there
-    twice (runs of different code), or if points at the same load differ in something that is not drawn.
+    twice (runs of different code, say), or if points at the same load differ in something that is not drawn.
     """
     same = settings(series.rows)
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -70,8 +88,8 @@ def _points(rows: list[Row], load: str, name: str, what: str) -> list[list[Row]]
         counted = [row.get("repeat") for row in same]
         if None not in counted and len(set(counted)) < len(same):
             raise ConfigError(
-                f"{what}: {name!r} has the same repeat twice (runs {', '.join(ids[:3])}), of different code; "
-                "pass the runs of one (the column 'code' tells)"
+                f"{what}: {name!r} has the same repeat twice (runs {', '.join(ids[:3])}): their code or "
+                "settings that are not in the table differ; pass the runs of one (run_id, code)"
             )
     return list(by_load.values())
 

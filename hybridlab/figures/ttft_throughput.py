@@ -14,9 +14,9 @@ from hybridlab.figures.limits import DASHED, Level, level_of, name_level
 from hybridlab.figures.marks import band_handle, evidence_handle, evidence_mark, line_of, put_legend, series_handles
 from hybridlab.figures.origin import note_origin
 from hybridlab.figures.pareto import front_of
-from hybridlab.figures.repeats import Curve, curve_of
+from hybridlab.figures.repeats import Curve, curve_of, told_apart
 from hybridlab.figures.style import GREY, ONE_COLUMN_IN, axis_label, cycle_color, log_axis, new_axes, style
-from hybridlab.figures.tables import Kinds, Where, rows_of, series_of
+from hybridlab.figures.tables import Kinds, Where, chosen, rows_of, series_of
 from hybridlab.metrics import SLO
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def ttft_throughput(
     df: Data,
     ax: Axes | None = None,
     *,
-    by: str | Sequence[str] = "scheduler",
+    by: str | Sequence[str] | None = None,
     load: str = "offered_req_s",
     ttft: str = "median",
     front: bool = True,
@@ -41,11 +41,12 @@ def ttft_throughput(
 ) -> Axes:
     """TTFT (s, log scale) over output tokens/s, from a result or rows of its `summary`.
 
-    One line per value of `by`, joined in the order of `load`; repeats are averaged and their range is a band.
-    `ttft` is "median" (with a whisker to p90), "p90" or "p99". `front` draws the Pareto front over all points
-    (of one kind of evidence). Below the SLO's TTFT the background is shaded. Points that miss the SLO are pale;
-    a ring says that it is TPOT that they miss, at the percentile of `ttft`: throughput without TPOT means
-    little. Runs in which no request finished are left out.
+    One line per value of `by` (default: the scheduler, and what else differs between runs at the same load),
+    joined in the order of `load`; repeats are averaged and their range is a band. `ttft` is "median" (with a
+    whisker to p90), "p90" or "p99". `front` draws the Pareto front over all points (of one kind of evidence).
+    Below the SLO's TTFT the background is shaded. Points that miss the SLO are pale; a ring says that it is TPOT
+    that they miss, at the percentile of `ttft`: throughput without TPOT means little. Runs in which no request
+    finished are left out.
 
     `slo` replaces the one in the table, `where` picks rows by column, `evidence` asks for kinds to be compared.
     Raises ConfigError naming a missing column, an unknown value, or kinds mixed unasked.
@@ -55,6 +56,8 @@ def ttft_throughput(
         raise ConfigError(f"{what}: ttft: expected one of {', '.join(PERCENTILES)}, got {ttft!r}")
     y, tpot = f"{ttft}_ttft_s", f"{ttft}_tpot_s"
     frame = rows_of(df, "summary", ("output_tokens_per_s", y, "p90_ttft_s", tpot, load), what)
+    if by is None:
+        by = told_apart(chosen(frame, where, evidence, what), load)
     series = series_of(frame, by, what, needs=y, where=where, evidence=evidence)
     curves = [curve_of(one, load, what) for one in series]
     level = level_of(series, slo, what)
