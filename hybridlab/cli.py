@@ -1,7 +1,8 @@
 """The command line: `hybridlab COMMAND`. Results go to stdout, everything else to stderr.
 
-Exit status: 0 done, 1 some runs failed, 2 bad input (one line on stderr), 130 interrupted. With `--json`, stdout holds one JSON
-value and nothing else. Packages are imported inside the commands, so that `hybridlab --help` answers at once.
+Exit status: 0 done, 1 some runs failed, 2 bad input (one line on stderr), 130 interrupted. With `--json`, stdout
+holds one JSON value and nothing else. Packages are imported inside the commands, so that `hybridlab --help` answers
+at once.
 """
 
 from __future__ import annotations

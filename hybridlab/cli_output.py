@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, is_dataclass
@@ -27,8 +28,13 @@ def note(text: str) -> None:
 
 @contextmanager
 def human_output() -> Iterator[None]:
-    """What the library prints while it works (memory plan, cached runs) is not the command's result."""
-    with redirect_stdout(sys.stderr):
+    """What the library says while it works (memory plan, cached runs, warnings) is not the command's result."""
+
+    def one_line(message: Warning | str, *_: Any, **__: Any) -> None:
+        note(f"hybridlab: warning: {' '.join(str(message).split())}")
+
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.showwarning = one_line
         yield
 
 

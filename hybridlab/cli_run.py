@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import pandas as pd
+from hybridlab import cli_sweep
 
+if TYPE_CHECKING:
     from hybridlab.experiment import ExperimentResult
 
 _FIGURE = "ttft_throughput.png"
@@ -36,14 +35,5 @@ def table(result: ExperimentResult) -> str:
 
 
 def as_json(result: ExperimentResult, figure: Path | None) -> dict[str, Any]:
-    """Metrics per run, where the runs are, and the figure."""
-    return {
-        "summary": _records(result.summary),
-        "paths": [str(path) for path in result.paths],
-        "figure": None if figure is None else str(figure),
-    }
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    # pandas turns its own scalars and NaN into JSON's better than a loop over cells would
-    return json.loads(frame.to_json(orient="records") or "[]")
+    """Metrics per run, where the runs are, which failed, and the figure."""
+    return {**cli_sweep.as_json(result), "figure": None if figure is None else str(figure)}

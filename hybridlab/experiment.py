@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["TABLE_METRICS", "ExperimentResult", "run", "sweep"]
-RETRY = "retry_failed=True runs them again"
+RETRY = "retry_failed=True or --retry-failed runs them again"
 
 Source = str | Path | Mapping[str, Any] | ExperimentConfig
 

@@ -13,17 +13,22 @@ TABLE_METRICS = ("median_ttft_s", "p99_ttft_s", "median_tpot_s", "output_tokens_
 def short_table(summary: pd.DataFrame) -> pd.DataFrame:
     """What differs between runs, and `TABLE_METRICS`.
 
-    `completed` and `evidence` are there if some requests did not complete or some runs were not measured.
+    `completed` and `evidence` are there if some requests did not complete or some runs were not measured, `status`
+    and `error` if the table holds failed runs.
     """
-    whole = summary["completed"].tolist() == summary["num_requests"].tolist()
+    there = set(summary.columns)
+    whole = "completed" in there and summary["completed"].tolist() == summary["num_requests"].tolist()
     measured = set(summary["evidence"].tolist()) <= {"measured"}
-    extra = [*([] if whole else ["completed"]), *([] if measured else ["evidence"])]
-    return summary.loc[:, [*axes_of(summary), *TABLE_METRICS, *extra]]
+    extra = [*([] if whole else ["completed"]), *([] if measured else ["evidence"]), "status", "error"]
+    return summary.loc[:, [*axes_of(summary), *(name for name in (*TABLE_METRICS, *extra) if name in there)]]
 
 
 def axes_of(summary: pd.DataFrame) -> list[str]:
     """The columns of `summary` that say what ran: the scheduler, and what differs between runs."""
-    named = [c for c in summary.columns[: summary.columns.get_loc("num_requests")] if c != "experiment"]
+    columns = summary.columns.tolist()
+    # Runs that failed have no metrics between what ran and where.
+    end = next(columns.index(name) for name in ("num_requests", "backend") if name in columns)
+    named = [name for name in columns[:end] if name != "experiment"]
     distinct = {name: len(set(summary[name].tolist())) for name in named}
     # The label of the workload repeats what its swept keys say.
     told = {"workload"} if any(name.startswith("workload.") for name in named) else set()

@@ -1,0 +1,108 @@
+"""`hybridlab plan`, `hybridlab sweep` and `hybridlab results`: experiments before, while and after they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hybridlab.cli_output import Json, emit, human_output, note
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hybridlab.experiment import ExperimentResult
+
+Config = Annotated[Path, typer.Argument(help="An experiment's YAML file.")]
+ResultsDir = Annotated[Path | None, typer.Option(help="Default: the project's results.")]
+Force = Annotated[bool, typer.Option("--force", help="Run again what results/ already holds.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run again what failed earlier.")]
+
+
+def plan(config: Config, results_dir: ResultsDir = None, json: Json = False) -> None:
+    """Say how many runs an experiment has, how long they may take, and what memory and disk; starts nothing."""
+    import hybridlab as hl
+
+    with human_output():
+        found = hl.plan(config, results_dir=results_dir)
+    emit(found.as_dict() if json else f"{found}\n{rows(_plan_table(found.frame))}", json)
+
+
+def sweep(
+    config: Config,
+    retry_failed: RetryFailed = False,
+    force: Force = False,
+    results_dir: ResultsDir = None,
+    json: Json = False,
+) -> None:
+    """Run what is missing of an experiment, one run at a time; killed or interrupted, it resumes when called again.
+
+    Exit status 1 if some runs failed.
+    """
+    import hybridlab as hl
+
+    with human_output():
+        note(str(hl.plan(config, force=force, retry_failed=retry_failed, results_dir=results_dir)))
+        result = hl.run(config, force=force, retry_failed=retry_failed, results_dir=results_dir)
+    emit(as_json(result) if json else rows(result.table), json)
+    end(result)
+
+
+def results(
+    experiment: Annotated[str, typer.Argument(help="The experiment's name, as in its config.")],
+    slo: Annotated[str | None, typer.Option(help="Goodput at another service level.")] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Show the runs that failed, too.")] = False,
+    evidence: Annotated[list[str] | None, typer.Option(help="Kinds to take (may be repeated).")] = None,
+    export: Annotated[Path | None, typer.Option(help="Write all of it to a .csv, .parquet or .tex file.")] = None,
+    results_dir: ResultsDir = None,
+    json: Json = False,
+) -> None:
+    """Print what the store holds of an experiment, one run a row."""
+    import hybridlab as hl
+    from hybridlab.summary_table import short_table
+
+    with human_output():
+        table = hl.results(experiment, results_dir, slo=slo, failed=failed, evidence=evidence)
+        if export is not None:
+            note(f"written {hl.export_results(table, export)}")
+    emit(records(table) if json else rows(short_table(table)), json)
+
+
+def end(result: ExperimentResult) -> None:
+    """Name the folders of the runs and those that failed; exit status 1 if there are any."""
+    for path in result.paths:
+        note(f"run     {path}")
+    for run in result.failed:
+        note(f"failed  {run.path}: {run.error}")
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def as_json(result: ExperimentResult) -> dict[str, Any]:
+    """Metrics per run, where the runs are, and which failed."""
+    return {
+        "summary": records(result.summary),
+        "paths": [str(path) for path in result.paths],
+        "failed": {run.run_id: run.error for run in result.failed},
+    }
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as plain data."""
+    import json
+
+    # pandas turns its own scalars and NaN into JSON's better than a loop over cells would
+    return json.loads(table.to_json(orient="records") or "[]")
+
+
+def rows(table: pd.DataFrame) -> str:
+    """A table with one run a line."""
+    return table.to_string(index=False, float_format=lambda x: f"{x:.4g}")
+
+
+def _plan_table(frame: pd.DataFrame) -> pd.DataFrame:
+    from hybridlab.summary_table import axes_of
+
+    shown = ["num_requests", "arrival_span_s", "work_s", "predicted_s", "memory_gib", "status"]
+    return frame.loc[:, [*axes_of(frame), *shown]]
