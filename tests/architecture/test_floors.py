@@ -26,7 +26,10 @@ FLOORS = {
         "summary_table", "sweep_plan", "provenance", "recording", "request_queue", "sections", "serving", "session",
         "store", "strict_yaml", "workload",
     },
-    4: {"__main__", "cli", "cli_bench", "cli_checkpoint", "cli_figures", "cli_output", "cli_run", "cli_sweep", "figures", "widgets"},
+    4: {
+        "__main__", "cli", "cli_bench", "cli_checkpoint", "cli_figures", "cli_output", "cli_run", "cli_sweep",
+        "figures", "widgets",
+    },
 }  # fmt: skip
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 EXEMPT = {"__init__"}  # hybridlab/__init__.py re-exports from every floor, lazily
