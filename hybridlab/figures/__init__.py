@@ -3,6 +3,7 @@
 Rows of several kinds of evidence are compared only if `evidence=[...]` asks for it.
 """
 
+from hybridlab.figures.draw import draw_figures
 from hybridlab.figures.latency_cdf import latency_cdf
 from hybridlab.figures.load_curves import load_curves
 from hybridlab.figures.pareto import pareto_front
@@ -18,6 +19,7 @@ __all__ = [
     "ONE_COLUMN_IN",
     "TWO_COLUMNS_IN",
     "Tables",
+    "draw_figures",
     "latency_cdf",
     "load_curves",
     "pareto_front",

@@ -207,8 +207,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], Tables]:
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             raise ConfigError(f"{path}: expected a file of format {FORMAT!r}")
         path = folder / "summary.csv"
-        # Text such as "NA" or "None" is text; floats come back as they were written.
-        summary = pd.read_csv(path, keep_default_na=False, na_values=[""], float_precision="round_trip")
+        texts = pd.read_csv(path, dtype=str, keep_default_na=False)
+        summary = pd.DataFrame({name: _values(texts[name].tolist()) for name in texts.columns})
         found = {}
         for name in ("requests", "spans"):
             path = folder / f"{name}.parquet"
@@ -216,6 +216,19 @@ def _read(folder: Path) -> tuple[dict[str, Any], Tables]:
     except (OSError, ValueError) as error:  # pandas', pyarrow's and json's errors are ValueErrors
         raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
     return meta, Tables(summary, found["requests"], found["spans"])
+
+
+def _values(texts: list[str]) -> list[Any]:
+    """A column of a CSV file as whole numbers, numbers or text, whichever holds for all; "" is NaN.
+
+    pandas would read "None" and "NA" as NaN, and round the last digit of some numbers.
+    """
+    for kind in (int, float):
+        try:
+            return [kind(text) if text else float("nan") for text in texts]
+        except ValueError:
+            continue
+    return [text or float("nan") for text in texts]
 
 
 def _replace(part: Path, folder: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def save_figure(
     sidecar = {"figure": stem.name, "command": command, **origin.as_dict(), "hybridlab": version}
     files = {}
     # Font type and salt are read when the file is written, not when the figure is made.
-    with style():
+    with style(), _laid_out(figure):
         for suffix in FORMATS:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix[1:], metadata=metadata[suffix])
@@ -65,6 +66,27 @@ def save_figure(
     written = {suffix: stem.with_name(stem.name + suffix) for suffix in files}
     write_whole({written[suffix]: content for suffix, content in files.items()}, "figure")
     return written
+
+
+@contextmanager
+def _laid_out(figure: Any) -> Iterator[None]:
+    """The axes where the layout puts them, to a billionth of the figure.
+
+    The layout's solver adds up in the order of addresses in memory, so that its last digits change from run to run, and
+    with them the names of clip paths in an SVG.
+    """
+    engine = figure.get_layout_engine()
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    was_in_layout = {ax: ax.get_in_layout() for ax in figure.axes}
+    try:
+        for ax in figure.axes:
+            ax.set_position([round(number, 9) for number in ax.get_position(original=True).bounds])
+        yield
+    finally:
+        for ax, flag in was_in_layout.items():
+            ax.set_in_layout(flag)  # set_position took them out
+        figure.set_layout_engine(engine)
 
 
 def describe(origin: Origin, command: str, version: str) -> str:

@@ -121,3 +121,26 @@ def test_files_that_cannot_be_written(tables: Any, tmp_path: Path) -> None:
         save_figure(ttft_throughput(tables()), tmp_path / "file" / "fig", command="")
     with pytest.raises(ConfigError, match="thing cannot be written"):
         write_whole({tmp_path / "file" / "x": b""}, "thing")
+
+
+def test_noise_of_the_layout_does_not_show(tables: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kiwisolver's last digits depend on where things lie in memory."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    plain = ConstrainedLayoutEngine.execute
+    files = []
+    for noise in (0.0, 1e-13):
+
+        def noisy(self: Any, fig: Any, noise: float = noise) -> Any:
+            done = plain(self, fig)
+            for ax in fig.axes:
+                x, y, width, height = ax.get_position(original=True).bounds
+                ax._set_position([x + noise, y + noise, width - noise, height + noise])
+            return done
+
+        monkeypatch.setattr(ConstrainedLayoutEngine, "execute", noisy)
+        ax = load_curves(tables(loads=[1], repeats=1))
+        written = save_figure(ax, tmp_path / str(noise) / "fig", command="")
+        files.append([path.read_bytes() for path in written.values()])
+        assert ax[0].figure.get_layout_engine() is not None and all(one.get_in_layout() for one in ax)
+    assert files[0] == files[1]
