@@ -98,7 +98,7 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def rows(table: pd.DataFrame) -> str:
     """A table with one run a line."""
-    return table.to_string(index=False, float_format=lambda x: f"{x:.4g}")
+    return table.to_string(index=False, float_format=lambda x: f"{x:.4g}", max_colwidth=80)
 
 
 def _plan_table(frame: pd.DataFrame) -> pd.DataFrame:

@@ -74,7 +74,7 @@ class _Bars:
 
     def start(self, job: Job, num_requests: int, what: str) -> None:
         self.requests.reset(total=num_requests)
-        self.requests.set_description(f"{what} {job.draft.labels()['scheduler']}")
+        self.requests.set_description(f"{what} {job.draft.labels['scheduler']}")
 
     def on_event(self, record: RequestRecord, token: int) -> None:
         if record.is_final:
@@ -148,7 +148,7 @@ def _manifest(job: Job, bench: Bench, started: datetime) -> dict[str, Any]:
         "status": "done",
         "evidence": bench.evidence,
         "backend": job.identity["backend"],
-        "labels": job.draft.labels(),
+        "labels": job.draft.labels,
         "axes": job.draft.axes(),
         "repeat": job.draft.repeat,
         "slo": config.slo.model_dump(),

@@ -210,7 +210,7 @@ def _collect(
             continue
         # A cached run may have been stored under other axes; this experiment's axes hold here.
         axes = settings({"axes": job.draft.axes(), "config": job.resolved()}, keys)
-        shown = replace(run, manifest={**run.manifest, "labels": job.draft.labels(), "axes": axes})
+        shown = replace(run, manifest={**run.manifest, "labels": job.draft.labels, "axes": axes})
         rows.append(shown.row(config.slo))
         stored.setdefault(run.run_id, (run, rows[-1]))
     summary = pd.DataFrame(rows)

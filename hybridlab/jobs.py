@@ -30,6 +30,7 @@ class Draft:
     def config(self) -> ExperimentConfig:
         return self.point.config
 
+    @cached_property
     def labels(self) -> dict[str, str]:
         """The columns that say what ran, readable."""
         config = self.config

@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
-# What draws, prints or stores cannot change a measurement; strategies are identified one by one.
-NOT_MEASURED = ("cli", "widgets", "figures", "strategies", "store", "provenance", "sections", "__main__")
+# What draws, prints, predicts or stores cannot change a measurement; strategies are identified one by one.
+NOT_MEASURED = (
+    *("cli", "widgets", "figures", "strategies", "store", "provenance", "sections", "__main__"),
+    *("axes", "device_lock", "experiment", "export", "prediction", "run_costs", "run_files", "strict_yaml"),
+    *("summary_table", "sweep_plan"),
+)
 LIBRARIES = ("numpy", "torch", "jax", "pandas", "pyarrow", "safetensors", "pydantic")
 
 
@@ -94,6 +98,7 @@ def machine(*, gpu: bool = False) -> dict[str, Any]:
     }
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python, hybridlab and the libraries that are installed."""
     found = {"python": platform.python_version()}

@@ -142,7 +142,7 @@ def plan(
             status = "to do" if run is None else "stored" if isinstance(run, StoredRun) else "failed"
             rows.append(
                 {
-                    **draft.labels(),
+                    **draft.labels,
                     **draft.axes(),
                     "repeat": draft.repeat,
                     **costs.row(draft, job),

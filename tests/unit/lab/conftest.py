@@ -7,16 +7,21 @@ from typing import Any
 
 import pytest
 
-from hybridlab import backends, provenance
+from hybridlab import backends, device_lock, provenance
 from hybridlab.plans import Lane, LaneKind, Op, Span, Tier
 from hybridlab.request import Request, RequestRecord, Status
 from hybridlab.serving import Served
 
 
 class FakeBench:
-    """One request at a time, 1 ms per prompt token and 10 ms per output token; counts what it served."""
+    """One request at a time, 1 ms per prompt token and 10 ms per output token; counts what it served.
+
+    Tests reach the class as `backends.BACKENDS["engine"]` and may set `hook`, which is called with (what, bench, number
+    of requests or None) before it checks, loads or serves, and raises what they like.
+    """
 
     log: list[str]
+    hook: Callable[[str, FakeBench, int | None], None] = staticmethod(lambda what, bench, count: None)
     evidence = "measured"
     exclusive_device: str | None = None
     vocab = 1000
@@ -26,15 +31,17 @@ class FakeBench:
         self.loaded = False
 
     def check(self) -> None:
-        pass
+        self.hook("check", self, None)
 
     def load(self) -> None:
         assert not self.loaded
+        self.hook("load", self, None)
         self.loaded = True
         self.log.append("open")
 
     def serve(self, requests: Sequence[Request], scheduler: Any, on_event: Callable[..., None]) -> Served:
         assert self.loaded
+        self.hook("serve", self, len(requests))
         self.log.append(f"serve {type(scheduler).__name__} {len(requests)}")
         clock, records, spans = 0.0, [], []
         finished_s: dict[str, float] = {}
@@ -76,6 +83,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(FakeBench, "log", [], raising=False)
     here = {"cpu": "test", "cores": 1, "isa": "none", "memory_gib": 1, "system": "test", "gpus": []}
     monkeypatch.setattr(provenance, "machine", lambda gpu=False: here)
+    monkeypatch.setattr(device_lock, "lock_folder", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pyproject.toml").write_text("")
     return FakeBench.log
