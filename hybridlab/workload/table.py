@@ -55,14 +55,13 @@ def shared_prefix_tokens(workload: WorkloadBase, rows: Sequence[Row]) -> list[in
     result = []
     for row in rows:
         length, _ = workload.lengths(row)
-        node, shared, known = 0, 0, True
+        node, shared = 0, 0
         for number, block in enumerate(row.blocks, start=1):
             end = min(workload.prompt_end(number * row.block_tokens), length)
-            known = known and (node, block) in nodes
             node = nodes.setdefault((node, block), len(longest))
-            if node == len(longest):
+            if node == len(longest):  # new, and so will be all that follow
                 longest.append(0)
-            if known:
+            else:
                 shared = min(end, longest[node])
             longest[node] = max(longest[node], end)
             if end == length:

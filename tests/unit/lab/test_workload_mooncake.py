@@ -36,6 +36,8 @@ def test_slice() -> None:
     for line, row in zip(lines, rows, strict=True):
         assert (row.prompt_tokens, row.output_tokens) == (line["input_length"], line["output_length"])
         assert row.blocks == tuple(line["hash_ids"])
+    grid = load_rows(mooncake(num_requests=496, spread_s=0.0), Path())
+    assert [row.arrival_s for row in grid] == pytest.approx([(n["timestamp"] - 374_999) / 1000 for n in lines])
     with pytest.raises(ConfigError, match=r"496 rows; workload\.start"):
         load_rows(mooncake(num_requests=497), Path())
 
