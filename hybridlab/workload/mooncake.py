@@ -29,7 +29,8 @@ class MooncakeWorkload(RowTrace):
     Equal hash ids give equal tokens: those of a block depend on (seed, hash id) alone, so two prompts have in common
     what their leading equal ids say. With `length_scale` s, block i covers the tokens ceil(i * block_tokens / s) to
     ceil((i + 1) * block_tokens / s), cut at the end of the prompt: shared prefixes shrink as much as the prompts, which
-    have ceil(input_length / s) tokens.
+    have ceil(input_length / s) tokens. A cache of whole KV blocks finds a single shared block only while it is as long
+    as one of them: s up to 32 with KV blocks of 16 tokens.
 
     The published arrivals lie on a grid of three seconds. They are spread (uniformly, seeded) over the `spread_s`
     seconds that follow, never past the next time stamp, so their order stays; 0 keeps them as they are.
