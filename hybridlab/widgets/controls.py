@@ -21,8 +21,8 @@ from hybridlab.widgets.table import PROVENANCE, Choice, ResultsTable
 
 STORED, CUSTOM = "as stored", "custom"
 LIMITS = ("ttft_s", "tpot_ms")
-WIDTH_PX = 262
-LETTER_PX, LEAST_PX, MOST_PX, MOST_ROWS = 7.5, 110, 285, 5
+WIDTH_PX = 250
+LETTER_PX, ROW_PX, LEAST_PX, MOST_PX, MOST_ROWS = 7.5, 18, 110, 285, 5
 
 
 class Controls:
@@ -49,7 +49,9 @@ class Controls:
             "slo": _dropdown("SLO", [STORED, *SLO_PRESETS, CUSTOM], STORED),
             "ttft_s": _number("TTFT ≤ (s)", self._stored.ttft_s, step=0.1),
             "tpot_ms": _number("TPOT ≤ (ms)", self._stored.tpot_s * 1000, step=1),
-            "band": ipywidgets.Checkbox(True, description="show the range of repeats", indent=False),
+            "band": ipywidgets.Checkbox(
+                True, description="range of repeats", indent=False, layout={"width": f"{WIDTH_PX}px"}
+            ),
         }
         self.filters = {name: _filter(tuple(table.values(name))) for name in table.filters}
         if "evidence" in self.filters:  # kinds are compared only when somebody asks for it
@@ -69,7 +71,7 @@ class Controls:
         return Choice(**{name: value[name] for name in names}, slo=self._slo(), kept=kept)
 
     def follow(self, changed: Any) -> None:
-        """Keep what belongs together in step after `changed` was set, and grey out what the figure ignores."""
+        """Keep what belongs together in step after `changed` was set, and hide what the figure ignores."""
         preset = self.named["slo"]
         if changed is preset and preset.value != CUSTOM:
             slo = SLO_PRESETS.get(preset.value, self._stored)
@@ -80,7 +82,8 @@ class Controls:
             self._narrow()
         heeded = VIEWS[self.named["figure"].value].controls
         for name, control in self.named.items():
-            control.disabled = name != "figure" and ("slo" if name in LIMITS else name) not in heeded
+            shown = name == "figure" or ("slo" if name in LIMITS else name) in heeded
+            control.layout.display = None if shown else "none"
 
     def _narrow(self) -> None:
         """For figures of requests, one value of what lines do not tell apart (the last: the highest load).
@@ -174,7 +177,7 @@ def _first(names: Sequence[str], wanted: str) -> str:
 
 def _dropdown(description: str, options: Sequence[Any], value: str) -> Any:
     layout = {"width": f"{WIDTH_PX}px"}
-    style = {"description_width": "62px"}
+    style = {"description_width": "72px"}
     return ipywidgets.Dropdown(options=options, value=value, description=description, layout=layout, style=style)
 
 
@@ -182,15 +185,15 @@ def _number(description: str, value: float, step: float) -> Any:
     # Sent on Enter or on leaving the field, so that half-typed numbers draw nothing.
     return ipywidgets.BoundedFloatText(
         value, min=1e-3, max=1e6, step=step, description=description, layout={"width": f"{WIDTH_PX}px"},
-        style={"description_width": "95px"},
+        style={"description_width": "92px"},
     )  # fmt: skip
 
 
 def _filter(labels: Sequence[str]) -> Any:
     width_px = min(MOST_PX, max(LEAST_PX, 40 + LETTER_PX * max(map(len, labels))))
+    height_px = 12 + ROW_PX * min(MOST_ROWS, max(2, len(labels)))
     return ipywidgets.SelectMultiple(
-        options=labels, value=tuple(labels), rows=min(MOST_ROWS, max(2, len(labels))),
-        layout={"width": f"{width_px:.0f}px"},
+        options=labels, value=tuple(labels), layout={"width": f"{width_px:.0f}px", "height": f"{height_px}px"},
     )  # fmt: skip
 
 

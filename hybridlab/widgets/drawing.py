@@ -20,9 +20,9 @@ from hybridlab.figures.tables import Tables, rows_of
 from hybridlab.widgets.metrics_xy import metrics_xy
 from hybridlab.widgets.table import Choice, ResultsTable, Rows
 
-WIDTH_IN, DPI = 6.1, 150
+WIDTH_IN, DPI = 5.9, 150
 # Fixed margins: a layout engine would add half to the time of a redraw.
-LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 0.72, 0.15, 0.3, 0.5
+LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 0.72, 0.15, 0.3, 0.42
 FEW_NAMES = 6
 # Of legend entries: height, width of a letter, width of the rest; with few names and with many.
 LEGEND = {True: (7, 0.165, 0.058, 0.45), False: (6, 0.14, 0.05, 0.4)}
@@ -57,12 +57,10 @@ class View:
 
 VIEWS: Mapping[str, View] = MappingProxyType(
     {
-        "ttft_throughput": View("TTFT against throughput", figures.ttft_throughput, {"percentile": "ttft"}),
-        "load_curves": View(
-            "throughput and TPOT over load", figures.load_curves, {"percentile": "tpot"}, num_axes=2, height_in=3.4
-        ),
-        "latency_cdf": View("latency of requests (CDF)", figures.latency_cdf, {"metric": "metric"}, table="requests"),
-        "ttft_prompt_length": View("TTFT over prompt length", figures.ttft_prompt_length, {}, table="requests"),
+        "ttft_throughput": View("TTFT over throughput", figures.ttft_throughput, {"percentile": "ttft"}),
+        "load_curves": View("load curves", figures.load_curves, {"percentile": "tpot"}, num_axes=2, height_in=3.4),
+        "latency_cdf": View("latency CDF", figures.latency_cdf, {"metric": "metric"}, table="requests"),
+        "ttft_prompt_length": View("TTFT over prompts", figures.ttft_prompt_length, {}, table="requests"),
         "metrics_xy": View("any two metrics", metrics_xy, {"x": "x", "y": "y"}),
     }
 )

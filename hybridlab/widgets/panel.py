@@ -63,7 +63,7 @@ class Panel:
         self.line = ipywidgets.HTML()
         self.file_name = ipywidgets.Text(
             f"results/figures/{table.name or 'explored'}", description="file", layout={"width": "400px"},
-            style={"description_width": "62px"},
+            style={"description_width": "32px"},
         )  # fmt: skip
         self.save_button = ipywidgets.Button(
             description="save figure", icon="save", tooltip="PDF, SVG, PNG at print size, and JSON that names the runs"
@@ -133,12 +133,12 @@ class Panel:
     def _arranged(self) -> Any:
         named = self.controls.named
         left = ipywidgets.VBox([named[name] for name in named])
-        right = ipywidgets.VBox([self.image, self.line], layout={"max_width": f"{FIGURE_PX}px"})
+        right = ipywidgets.VBox([self.image, self.line], layout={"max_width": f"{FIGURE_PX + 8}px"})
         filters = [
             ipywidgets.VBox([ipywidgets.HTML(f"<b>{html.escape(name)}</b>"), control])
             for name, control in self.controls.filters.items()
         ]
-        wrapped = {"flex_flow": "row wrap", "grid_gap": "4px 14px"}
+        wrapped = {"flex_flow": "row wrap", "grid_gap": "4px 10px"}
         parts = [
             ipywidgets.HBox([left, right], layout=wrapped),
             ipywidgets.HTML("runs shown (Ctrl-click: several, Ctrl-A: all)"),
