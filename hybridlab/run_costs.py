@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ class Costs:
             "num_requests": load.num_requests,
             "prompt_tokens": load.prompt_tokens,
             "output_tokens": load.output_tokens,
-            "arrival_span_s": predicted.arrival_span_s,
+            "arrival_span_s": nan if predicted.arrival_span_s is None else predicted.arrival_span_s,
             "work_s": predicted.work_s,
             "predicted_s": before_s + predicted.predicted_s,
             "predicted_from": rates.source,
