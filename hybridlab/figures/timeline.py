@@ -25,7 +25,9 @@ COLUMNS = ("lane", "kind", "microbatch", "start_s", "end_s")
 WINDOW_S = 0.050
 MAX_SPANS = 20_000
 VISIBLE_PT = 0.5
-LEGEND_COLUMN_IN = 0.62
+OUTLINED_PT = 2.0
+"""Narrower bars have no outline: it would cover them."""
+LEGEND_ENTRY_IN, LEGEND_LETTER_IN = 0.28, 0.051
 
 
 def timeline(
@@ -64,14 +66,19 @@ def timeline(
     handles = []
     with style():
         ax = new_axes(width_in, 1.0 + 0.35 * len(lanes)) if ax is None else ax
-        visible_ms = VISIBLE_PT / 72 * ax.figure.dpi / ax.bbox.width * (end_s - start_s) * 1000
+        point_ms = ax.figure.dpi / 72 / ax.bbox.width * (end_s - start_s) * 1000
+        visible_ms, narrow_ms = VISIBLE_PT * point_ms, OUTLINED_PT * point_ms
         for name in sorted(set(kind), key=_order):
             look = _look(cycle_color(_order(name)), evidence)
             if width_ms[kind == name].max() >= min(visible_ms, width_ms.max()):
                 handles.append(Patch(**look, label=name))
             for hatch, batch in (("", ~later), ("////", later)):
                 part = (kind == name) & batch
-                ax.barh(row[part], width_ms[part], left=left_ms[part], height=0.7, **look, hatch=hatch)
+                # "linewidth" of bars takes one number per bar.
+                outlines: dict[str, Any] = look | {
+                    "linewidth": np.where(width_ms[part] > narrow_ms, look["linewidth"], 0.0)
+                }
+                ax.barh(row[part], width_ms[part], left=left_ms[part], height=0.7, **outlines, hatch=hatch)
         if later.any():
             handles.append(Patch(facecolor="white", edgecolor="black", hatch="////", label="later microbatch"))
         handles.append(Patch(**_look(GREY, evidence), label=evidence))
@@ -80,12 +87,11 @@ def timeline(
         ax.set_xlim(0, (end_s - start_s) * 1000)
         ax.grid(visible=False, axis="y")
         ax.set_xlabel(f"time after {start_s:.3f} s (ms)")
-        columns = max(1, min(len(handles), int(ax.bbox.width / ax.figure.dpi / LEGEND_COLUMN_IN)))
         ax.legend(
             handles=handles,
             loc="lower center",
             bbox_to_anchor=(0.5, 1.0),
-            ncols=columns,
+            ncols=_columns([str(handle.get_label()) for handle in handles], ax.bbox.width / ax.figure.dpi),
             handlelength=1.2,
             handletextpad=0.4,
             columnspacing=1.2,
@@ -102,6 +108,16 @@ def one_run(data: Any, columns: tuple[str, ...], where: Where | None, what: str)
         names = ", ".join(map(str, runs[:3]))
         raise ConfigError(f"{what}: spans of {len(runs)} runs ({names}, ...); pass those of one, or pick with where=")
     return frame
+
+
+def _columns(labels: list[str], room_in: float) -> int:
+    """The most columns of a legend (filled column by column) that fit."""
+    widths = [LEGEND_ENTRY_IN + LEGEND_LETTER_IN * len(label) for label in labels]
+    for columns in range(len(labels), 1, -1):
+        rows = -(-len(labels) // columns)
+        if sum(max(widths[first : first + rows]) for first in range(0, len(widths), rows)) <= room_in:
+            return -(-len(labels) // rows)  # no more than these rows need
+    return 1
 
 
 def _look(color: str, evidence: str) -> dict[str, Any]:
