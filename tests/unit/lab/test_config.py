@@ -15,6 +15,10 @@ BASE: dict[str, Any] = {
     "workload": {"kind": "offline", "num_requests": 4, "prompt_tokens": [3, 9], "output_tokens": 4},
 }
 WORKLOAD = BASE["workload"]
+# Nine levels of nine: a loader that follows aliases makes 10^9 values of half a kilobyte.
+BOMB = "a: &a [x]\n" + "".join(
+    f"{n}: &{n} [{', '.join([f'*{m}'] * 9)}]\n" for m, n in zip("abcdefgh", "bcdefghi", strict=True)
+)
 
 
 def test_defaults() -> None:
@@ -79,6 +83,24 @@ def test_is_frozen() -> None:
         ({"sweep": {"slo": ["paper"]}}, "'slo' cannot be swept"),
         ({"sweep": {"a": list(range(10_000)), "b": list(range(1000))}}, "a grid of 10,000,000 points"),
         ({"sweep": {"experiment.x": [1]}}, "'experiment' cannot be swept"),
+        ({"sweep": {"figures": [[]]}}, "'figures' cannot be swept"),
+        ({"sweep": {"workload.num_requests": ["4"]}}, "num_requests: expected a valid integer, got '4' (text; write 4"),
+        ({"sweep": {"zip": {"workload.length_scale": [1.0, "1e3"]}}}, "got '1e3' (text; write 1000.0)"),
+        ({"sweep": {"list": [{"engine.threads": 1.5}]}}, "sweep (engine.threads=1.5): engine.threads: expected"),
+        (
+            {"sweep": {"grid": {"workload.length_scale": [1.0, float("nan")]}}},
+            "length_scale.1: expected a finite number",
+        ),
+        ({"model": {"path": "../model"}}, "model.path: '../model' leaves the project"),
+        ({"model": {"path": "a/../../b"}}, "model.path: 'a/../../b' leaves the project"),
+        (
+            {"workload": {"kind": "azure", "path": "../t.csv", "num_requests": 1}},
+            "workload.path: '../t.csv' leaves the",
+        ),
+        (
+            {"sweep": {"model.path": ["a", "../b"]}, "model": {"path": "a"}},
+            "(model.path='../b'): model.path: '../b' leaves",
+        ),
         ({"sweep": {"warmup_requests.x": [1]}}, "warmup_requests: expected"),
     ],
 )
@@ -102,6 +124,7 @@ def test_missing_key() -> None:
         ("model: {seed: 1, seed: 2}\n", "line 1: duplicate key 'seed'"),
         ("a: &x [1]\nb: *x\n", "line 1: anchors and aliases are not allowed"),
         ("a: &x 1\n", "anchors and aliases are not allowed"),
+        (BOMB, "line 1: anchors and aliases are not allowed"),
         ("<<: {a: 1}\n", "line 1: expected a text key, got '<<'"),
         ("experiment: .nan\n", "experiment: expected a finite number, got nan"),
         ("workload: {rate: -.inf}\n", "workload.rate: expected a finite number, got -inf"),
@@ -125,6 +148,11 @@ def test_yaml_traps(tmp_path: Path, text: str, message: str) -> None:
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_paths_may_be_absolute_or_go_round_inside_the_project(tmp_path: Path) -> None:
+    for path in ("a/../b", "./model", str(tmp_path / "model"), "/data/../models/x"):
+        assert load_config({**BASE, "model": {"path": path}}).model.path == path
 
 
 def test_files_that_are_no_config(tmp_path: Path) -> None:
