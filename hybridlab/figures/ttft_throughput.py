@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hybridlab.figures.tables import Data
 
 PERCENTILES = ("median", "p90", "p99")
-FADED = 0.4
+FADED, SHRUNK = 0.4, 0.75
 
 
 def ttft_throughput(
@@ -44,9 +44,9 @@ def ttft_throughput(
     One line per value of `by` (default: the scheduler, and what else differs between runs at the same load),
     joined in the order of `load`; repeats are averaged and their range is a band. `ttft` is "median" (with a
     whisker to p90), "p90" or "p99". `front` draws the Pareto front over all points (of one kind of evidence).
-    Below the SLO's TTFT the background is shaded. Points that miss the SLO are pale; a ring says that it is TPOT
-    that they miss, at the percentile of `ttft`: throughput without TPOT means little. Runs in which no request
-    finished are left out.
+    Below the SLO's TTFT the background is shaded. Points that miss the SLO are pale and small; a ring says that it
+    is TPOT that they miss, at the percentile of `ttft`: throughput without TPOT means little. Runs in which no
+    request finished are left out.
 
     `slo` replaces the one in the table, `where` picks rows by column, `evidence` asks for kinds to be compared.
     Raises ConfigError naming a missing column, an unknown value, or kinds mixed unasked.
@@ -71,8 +71,8 @@ def ttft_throughput(
         if any(curve.repeated for curve in curves):
             handles.append(band_handle())
         if any(pale for pale, _ in missed):
-            grey = line_of(0, "measured") | {"color": GREY, "linestyle": "none", "alpha": FADED}
-            handles.append(Line2D([], [], **grey, label="misses SLO"))
+            grey: Any = line_of(0, "measured") | {"color": GREY, "linestyle": "none"}
+            handles.append(Line2D([], [], **grey | _faded(grey), label="misses SLO"))
         if any(ringed for _, ringed in missed):
             handles.append(_ring([], [], label=f"{ttft} TPOT misses"))
         ax.set_xlim(0, 1.06 * max(curve.mean("output_tokens_per_s").max() for curve in curves))
@@ -89,7 +89,7 @@ def ttft_throughput(
 
 def _draw(ax: Axes, curve: Curve, ttft: str, level: SLO | None) -> tuple[bool, bool]:
     """Draw one line; whether a point misses the SLO, and whether one misses its TPOT."""
-    look = line_of(curve.series.number, curve.series.kind)
+    look: dict[str, Any] = line_of(curve.series.number, curve.series.kind)
     color = look["color"]
     x, y = curve.mean("output_tokens_per_s"), curve.mean(f"{ttft}_ttft_s")
     if curve.repeated:
@@ -102,12 +102,17 @@ def _draw(ax: Axes, curve: Curve, ttft: str, level: SLO | None) -> tuple[bool, b
     ax.plot(x, y, **{**look, "marker": "none"}, zorder=3)
     tpot = np.zeros(len(x), bool) if level is None else curve.mean(f"{ttft}_tpot_s") > level.tpot_s
     missed = tpot if level is None else tpot | (y > level.ttft_s)
-    for part, alpha in ((~missed, 1.0), (missed, FADED)):
+    for part, faded in ((~missed, {"alpha": 1.0}), (missed, _faded(look))):
         if part.any():
-            ax.plot(x[part], y[part], **{**look, "linestyle": "none"}, alpha=alpha, zorder=4)
+            ax.plot(x[part], y[part], **{**look, **faded, "linestyle": "none"}, zorder=4)
     if tpot.any():
         ax.add_line(_ring(x[tpot], y[tpot]))
     return bool(missed.any()), bool(tpot.any())
+
+
+def _faded(look: dict[str, Any]) -> dict[str, Any]:
+    """What a point that misses the SLO looks like: paler and, for grey prints, smaller."""
+    return {"alpha": FADED, "markersize": SHRUNK * look["markersize"]}
 
 
 def _draw_front(ax: Axes, curves: Sequence[Curve], column: str) -> Line2D:
