@@ -178,7 +178,7 @@ def _histories(results: Path, wanted: set[str]) -> dict[str, list[pd.DataFrame]]
     import pandas as pd
 
     found: dict[str, list[tuple[bool, str, Path]]] = {}
-    for path in results.glob("*/*/manifest.json") if wanted else ():
+    for path in results.glob("[!.]*/[!.]*/manifest.json") if wanted else ():
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             key, code = _rates_key(manifest["identity"]), manifest["identity"]["code"]
