@@ -176,7 +176,7 @@ def _strategy_label(value: Any, strategy: Any) -> str:
     """The strategy's name and the fields that were given or differ from their defaults."""
     defaults = {name: f.default for name, f in getattr(type(strategy), "__dataclass_fields__", {}).items()}
     given = set(value) if isinstance(value, Mapping) else set()
-    fields = registry.describe(strategy)["fields"]
+    fields = registry.fields(strategy)
     shown = {k: v for k, v in fields.items() if k in given or k not in defaults or defaults[k] != v}
     arguments = ", ".join(f"{k}={v}" for k, v in shown.items())
     return registry.label(strategy) + (f"({arguments})" if arguments else "")

@@ -61,16 +61,21 @@ def describe(strategy: Any) -> dict[str, Any]:
     cannot be had (a class made by `exec`), the code objects stand for it.
     """
     cls = type(strategy)
-    if dataclasses.is_dataclass(strategy) and not isinstance(strategy, type):
-        fields = dataclasses.asdict(strategy)
-    else:
-        fields = dict(vars(strategy))
     return {
         "class": f"{cls.__module__}:{cls.__qualname__}",
-        "fields": {k: _plain(v) for k, v in fields.items()},
+        "fields": fields(strategy),
         "source": _source(cls),
         "globals": _referenced_globals(cls),
     }
+
+
+def fields(strategy: Any) -> dict[str, Any]:
+    """The fields of a strategy as plain data; what is no number, text or None becomes its repr."""
+    if dataclasses.is_dataclass(strategy) and not isinstance(strategy, type):
+        found = dataclasses.asdict(strategy)
+    else:
+        found = vars(strategy)
+    return {name: _plain(value) for name, value in found.items()}
 
 
 def label(strategy: Any) -> str:
