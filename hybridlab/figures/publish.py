@@ -126,6 +126,8 @@ def _stored(path: Path, results: Path) -> tuple[Tables, list[StoredRun]]:
 
 def _meta(question: str, command: str, config: Path, runs: Sequence[StoredRun]) -> dict[str, Any]:
     """What meta.json holds; lists have an entry per distinct value."""
+    import matplotlib
+
     from hybridlab.strict_yaml import read_yaml
 
     def distinct(key: str) -> list[Any]:
@@ -138,6 +140,7 @@ def _meta(question: str, command: str, config: Path, runs: Sequence[StoredRun]) 
         "command": command,
         "run_ids": [run.run_id for run in runs],
         **{key: distinct(key) for key in ("evidence", "machine", "code", "versions")},
+        "matplotlib": matplotlib.__version__,
         "config": read_yaml(config),
     }
 

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
@@ -84,6 +85,7 @@ def test_published_figures_are_rebuilt_from_their_tables_alone(project: Path, tm
     assert meta["run_ids"] == result.summary["run_id"].tolist()
     assert meta["evidence"] == ["measured"] and meta["machine"][0]["cpu"] == "test"
     assert meta["config"]["figures"] == FIGURES and "hybridlab" in meta["versions"][0]
+    assert meta["matplotlib"] == matplotlib.__version__
     sidecar = json.loads((folder / "gaps.json").read_text())
     command = "hybridlab sweep experiments/question/config.yaml && hybridlab figures --publish question"
     assert sidecar["command"] == meta["command"] == command
