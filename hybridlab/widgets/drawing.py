@@ -10,9 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from hybridlab import figures
 from hybridlab.errors import ConfigError
@@ -20,7 +22,8 @@ from hybridlab.figures.tables import Tables, rows_of
 from hybridlab.widgets.metrics_xy import metrics_xy
 from hybridlab.widgets.table import Choice, ResultsTable, Rows
 
-WIDTH_IN, DPI = 5.9, 150
+WIDTH_IN, DPI = 5.9, 120
+FALLBACK_COLORS = 128
 # Fixed margins: a layout engine would add half to the time of a redraw.
 LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 0.72, 0.15, 0.3, 0.42
 FEW_NAMES = 6
@@ -77,10 +80,14 @@ def picture(table: ResultsTable, choice: Choice) -> tuple[bytes, Rows]:
         _lay_out(figure, view.height_in, 0.0)
         view.call(rows, choice, axes)
         _lay_out(figure, view.height_in, _legend_below(figure))
-        png = io.BytesIO()
-        # A light compression: the bytes only travel to the browser.
-        canvas.print_png(png, pil_kwargs={"compress_level": 1})
-    return png.getvalue(), rows
+        canvas.draw()
+        shown = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return _png(shown, compress_level=1), rows  # lightly: the bytes only travel to the browser
+
+
+def small_png(png: bytes) -> bytes:
+    """The same picture in a third of the bytes and a palette of its own, to lie in a notebook."""
+    return _png(Image.open(io.BytesIO(png)).quantize(FALLBACK_COLORS, dither=Image.Dither.NONE), compress_level=9)
 
 
 def save_picture(table: ResultsTable, choice: Choice, path: str | Path, command: str) -> dict[str, Path]:
@@ -93,6 +100,12 @@ def save_picture(table: ResultsTable, choice: Choice, path: str | Path, command:
         return figures.save_figure(ax, path, run_ids=rows.run_ids, command=command)
     finally:
         plt.close(ax.get_figure(root=True))  # or a notebook would show it under the next cell
+
+
+def _png(image: Image.Image, compress_level: int) -> bytes:
+    png = io.BytesIO()
+    image.save(png, "png", compress_level=compress_level)
+    return png.getvalue()
 
 
 def _prepared(table: ResultsTable, choice: Choice) -> tuple[View, Rows]:

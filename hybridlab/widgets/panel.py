@@ -16,7 +16,7 @@ from hybridlab.config import project_dir
 from hybridlab.errors import ConfigError, HybridlabError
 from hybridlab.sections import did_you_mean
 from hybridlab.widgets.controls import Controls
-from hybridlab.widgets.drawing import VIEWS, WIDTH_IN, picture, save_picture
+from hybridlab.widgets.drawing import VIEWS, WIDTH_IN, picture, save_picture, small_png
 from hybridlab.widgets.table import ResultsTable, open_results
 
 MAX_PX = 900
@@ -154,5 +154,5 @@ class Panel:
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         """The widget, and for viewers that cannot show it (GitHub, PDF) the picture and a line of text."""
-        picture = {"image/png": base64.b64encode(self.png).decode("ascii")} if self.png else {}
+        picture = {"image/png": base64.b64encode(small_png(self.png)).decode("ascii")} if self.png else {}
         return {**self.widget._repr_mimebundle_(), **picture, "text/plain": repr(self)}
