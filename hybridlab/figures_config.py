@@ -88,6 +88,7 @@ class LoadCurves(_OfRuns):
 
 class TtftPromptLength(_OfRuns):
     figure: Literal["ttft_prompt_length"] = "ttft_prompt_length"
+    length: Literal["prompt_tokens", "computed_tokens"] = "prompt_tokens"
 
 
 class LatencyCdf(_OfRuns):

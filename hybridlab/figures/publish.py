@@ -150,7 +150,7 @@ def _tables(tables: Tables, figures: Sequence[FigureConfig], meta: dict[str, Any
     files = {folder / "meta.json": (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode()}
     files[folder / "summary.csv"] = tables.summary.to_csv(index=False, lineterminator="\n").encode()
     columns = {
-        "ttft_prompt_length": ["prompt_tokens", "ttft_s"],
+        "ttft_prompt_length": ["prompt_tokens", "cached_tokens", "ttft_s"],
         "latency_cdf": [],
     }
     of_requests = [figure for figure in figures if figure.figure in columns]

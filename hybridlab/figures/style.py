@@ -67,6 +67,7 @@ NAMES = {
     "offered_req_s": "offered load (requests/s)",
     "output_tokens_per_s": "output throughput (tokens/s)",
     "prompt_tokens": "prompt length (tokens)",
+    "computed_tokens": "prompt computed, not reused (tokens)",
 }
 # Labels of a log axis within a decade, densest first, and the room that one takes.
 LOG_STEPS = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,6 +18,7 @@ from hybridlab.figures.tables import Kinds, Series, Where, require_one_setting, 
 if TYPE_CHECKING:
     from hybridlab.figures.tables import Data
 
+Length = Literal["prompt_tokens", "computed_tokens"]
 MOST_BINS = 8
 LEAST_PER_BIN = 10
 # More points than this are one picture inside a PDF or SVG: as shapes they would take megabytes.
@@ -29,6 +30,7 @@ def ttft_prompt_length(
     ax: Axes | None = None,
     *,
     by: str | Sequence[str] = "scheduler",
+    length: Length = "prompt_tokens",
     slo: Level | None = None,
     where: Where | None = None,
     evidence: Kinds | None = None,
@@ -39,14 +41,18 @@ def ttft_prompt_length(
     A pale point per finished request. Over it, per value of `by`, the median (thick) and p90 (thin) of bins
     that hold equally many requests: at most 8, at least 10 requests each (one bin if there are fewer), drawn
     at the median length of the bin. Repeats are pooled; the band spans the medians of the single runs. The
-    dashed line is the SLO's TTFT.
+    dashed line is the SLO's TTFT. With `length` "computed_tokens" the prompt counts without what was found in the
+    prefix cache: what TTFT should follow if reuse saves the time that it promises.
 
     `slo` replaces the one in the table, `where` picks rows by column, `evidence` asks for kinds to be
     compared. Raises ConfigError naming a missing column, an unknown value, kinds mixed unasked, or a column
     in which the runs of one series differ.
     """
     what = "ttft_prompt_length"
-    frame = rows_of(df, "requests", ("prompt_tokens", "ttft_s"), what)
+    found = ("cached_tokens",) if length == "computed_tokens" else ()
+    frame = rows_of(df, "requests", ("prompt_tokens", "ttft_s", *found), what)
+    if found:
+        frame = frame.assign(computed_tokens=frame["prompt_tokens"] - frame["cached_tokens"])
     series = series_of(frame, by, what, needs="ttft_s", where=where, evidence=evidence)
     require_one_setting(series, by, what)
     level = level_of(series, slo, what)
@@ -54,11 +60,11 @@ def ttft_prompt_length(
         own = ax is None
         ax = new_axes(width_in, 2.3 if width_in < 5 else 3.0) if ax is None else ax
         for one in series:
-            _draw_requests(ax, one)
-        banded = [_draw_bins(ax, one) for one in series]
+            _draw_requests(ax, one, length)
+        banded = [_draw_bins(ax, one, length) for one in series]
         log_axis(ax, "x")
         ax.set_yscale("log")
-        ax.set_xlabel(axis_label("prompt_tokens"))
+        ax.set_xlabel(axis_label(length))
         ax.set_ylabel(axis_label("ttft_s"))
         if level is not None:
             drawn = draw_limit(ax, "y", level.ttft_s)
@@ -75,16 +81,16 @@ def ttft_prompt_length(
     return ax
 
 
-def _draw_requests(ax: Axes, one: Series) -> None:
+def _draw_requests(ax: Axes, one: Series, length: Length) -> None:
     look = line_of(one.number, one.kind) | {"linestyle": "none", "markersize": 2.5, "markeredgewidth": 0.4}
     many = len(one.rows) > MANY_POINTS
-    x, y = one.rows["prompt_tokens"].to_numpy(), one.rows["ttft_s"].to_numpy()
+    x, y = one.rows[length].to_numpy(), one.rows["ttft_s"].to_numpy()
     ax.plot(x, y, **look, alpha=0.3, zorder=1, rasterized=many)
 
 
-def _draw_bins(ax: Axes, one: Series) -> bool:
+def _draw_bins(ax: Axes, one: Series, length: Length) -> bool:
     """The binned median and p90; whether there are repeats, and so a band."""
-    x, y = one.rows["prompt_tokens"].to_numpy(np.float64), one.rows["ttft_s"].to_numpy(np.float64)
+    x, y = one.rows[length].to_numpy(np.float64), one.rows["ttft_s"].to_numpy(np.float64)
     bin_of, count = bins(x)
     at = np.array([np.median(x[bin_of == b]) for b in range(count)])
     median, p90 = np.array([np.percentile(y[bin_of == b], (50, 90)) for b in range(count)]).T

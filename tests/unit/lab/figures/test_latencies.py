@@ -44,6 +44,16 @@ def test_prompt_length_draws_every_request(tables: Any, legend_texts: Any) -> No
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("prompt length (tokens)", "TTFT (s)")
 
 
+def test_length_without_what_was_reused(tables: Any) -> None:
+    ax = ttft_prompt_length(tables(repeats=1), where=ONE_LOAD, length="computed_tokens")
+    assert list(drawn(ax, alpha=0.3)[0].get_xdata()) == [5, 10, 20, 40, 80, 160]
+    assert ax.get_xlabel() == "prompt computed, not reused (tokens)"
+    old = tables(repeats=1)
+    requests = old.requests.drop(columns="cached_tokens")
+    with pytest.raises(ConfigError, match="no column 'cached_tokens'"):
+        ttft_prompt_length(requests, where=ONE_LOAD, length="computed_tokens")
+
+
 def test_prompt_length_bins_hold_equally_many(tables: Any, legend_texts: Any) -> None:
     ax = ttft_prompt_length(many(tables, 40))
     (median,) = drawn(ax, linewidth=2.0)
