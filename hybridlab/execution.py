@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,17 +16,9 @@ from hybridlab.device_lock import alone
 from hybridlab.jobs import Job
 from hybridlab.metrics import DEFINITIONS, requests_frame
 from hybridlab.request import RequestRecord
-from hybridlab.run_files import (
-    FORMAT,
-    FailedRun,
-    StoredRun,
-    find_run,
-    read_run,
-    spans_frame,
-    write_failure,
-    write_run,
-)
+from hybridlab.run_files import FORMAT, find_run, read_run, write_failure, write_run
 from hybridlab.serving import Served
+from hybridlab.stored_run import FailedRun, StoredRun, spans_frame
 from hybridlab.workload import make_requests, warmup_requests
 
 _TRACEBACK_CHARACTERS = 20_000
@@ -41,7 +33,9 @@ class Outcome:
     error: Exception | None = None
 
 
-def execute(jobs: Sequence[Job], backend: str, folder: Path, *, force: bool, progress: bool) -> Iterator[Outcome]:
+def execute(
+    jobs: Sequence[Job], backend: str, folder: Path, *, force: bool, progress: bool
+) -> Generator[Outcome, None, None]:
     """Serve `jobs`, those that share an engine together, and store each outcome below `folder` as soon as it is known.
 
     A run that raises is recorded as failed and the next one starts with an engine of its own. What would stop every

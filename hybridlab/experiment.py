@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,9 @@ from hybridlab.device_lock import alone
 from hybridlab.errors import HybridlabError
 from hybridlab.execution import Outcome, execute
 from hybridlab.jobs import Draft, Job, identify, make_drafts
-from hybridlab.run_files import FailedRun, StoredRun, find_runs
+from hybridlab.run_files import find_runs
 from hybridlab.store import settings
+from hybridlab.stored_run import FailedRun, StoredRun
 from hybridlab.summary_table import TABLE_METRICS, axes_of, short_table
 
 if TYPE_CHECKING:
@@ -129,8 +130,10 @@ def run(
     if progress:
         _say_skipped(kept, len(jobs), _shown(folder, config))
     outcomes: list[Outcome] = []
-    with _interrupt_counted(len(missing), outcomes):
-        for outcome in execute(missing, backend, folder, force=force, progress=progress):
+    # Closed at once, whatever ends the loop: with it go the engine and the device's lock.
+    executing = closing(execute(missing, backend, folder, force=force, progress=progress))
+    with _interrupt_counted(len(missing), outcomes), executing as finished:
+        for outcome in finished:
             outcomes.append(outcome)
     runs = kept | {outcome.job.run_id: outcome.run for outcome in outcomes}
     _tell_failures(config, list(runs.values()), outcomes)

@@ -17,8 +17,9 @@ from hybridlab.config import STRATEGIES, project_dir
 from hybridlab.errors import ConfigError
 from hybridlab.metrics import SLO
 from hybridlab.provenance import digest
-from hybridlab.run_files import FailedRun, StoredRun, read_any, read_run, restore_replaced, spans_frame, write_run
+from hybridlab.run_files import read_any, read_run, restore_replaced, write_run
 from hybridlab.sections import did_you_mean
+from hybridlab.stored_run import FailedRun, StoredRun, spans_frame
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,7 +19,8 @@ from hybridlab.experiment import RETRY, Source, chosen
 from hybridlab.jobs import identify, make_drafts
 from hybridlab.prediction import EVIDENCE
 from hybridlab.run_costs import Costs
-from hybridlab.run_files import StoredRun, find_runs
+from hybridlab.run_files import find_runs
+from hybridlab.stored_run import StoredRun
 
 if TYPE_CHECKING:
     import pandas as pd
