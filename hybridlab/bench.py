@@ -15,6 +15,7 @@ import numpy as np
 
 from hybridlab import kernels
 from hybridlab.batch import Entry, StepBatch
+from hybridlab.device_lock import alone
 from hybridlab.engine.worker import WORKER
 from hybridlab.errors import ConfigError
 from hybridlab.plans import StepPlan
@@ -103,7 +104,10 @@ def decode(
             checkpoint = Path(scratch) / preset
             make_checkpoint(checkpoint, preset, dtype=dtype, seed=seed, layers=layers, progress=progress)
         kv_tokens = batch * (depth + steps + 32)
-        with load(checkpoint, threads=threads, kv_tokens=kv_tokens, token_budget=max(batch, 64)) as engine:
+        with (
+            alone("cpu"),  # as every measured run: beside another one it would time both
+            load(checkpoint, threads=threads, kv_tokens=kv_tokens, token_budget=max(batch, 64)) as engine,
+        ):
             return _time_decode(engine, Path(checkpoint).name, depth, batch, steps, seed, progress)
 
 

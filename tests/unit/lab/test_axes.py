@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +54,13 @@ def test_every_kind_of_block_reaches_the_config() -> None:
     rates = {p.config.workload.rate_req_s for p in found}  # type: ignore[union-attr]
     assert rates == {p.axes["workload.rate_req_s"] for p in found} and len(rates) == 2
     assert all(0.1 <= p.axes["workload.rate_req_s"] <= 10 for p in found)
+
+
+def test_the_example_of_the_readme_is_right(tmp_path: Path) -> None:
+    readme = Path(__file__).parents[3] / "experiments" / "README.md"
+    (block,) = re.findall(r"```yaml\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
+    assert len(points(load_config(tmp_path / "config.yaml"))) == 2 * 2 * 2 * 2 * 8
 
 
 def test_random_points_are_the_same_everywhere() -> None:
