@@ -33,7 +33,10 @@ class Bench(Protocol):
     vocab: int
 
     def check(self) -> None:
-        """Raise what would stop every run of it (ConfigError, CheckpointError), before any run starts."""
+        """Raise what would stop every run of it (ConfigError, CheckpointError), before any run starts.
+
+        The checkpoint may not be made yet.
+        """
         ...
 
     def load(self) -> None:
@@ -70,7 +73,8 @@ class EngineBench:
 
         check_device(self._given.get("device", "auto"))
         check_threads(self._given.get("threads"), detect())
-        open_checkpoint(self._checkpoint)
+        if is_made(self._checkpoint):
+            open_checkpoint(self._checkpoint)
 
     def load(self) -> None:
         from hybridlab.session import load

@@ -20,13 +20,19 @@ Force = Annotated[bool, typer.Option("--force", help="Run again what results/ al
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run again what failed earlier.")]
 
 
+MOST_ROWS = 50
+"""Runs of a plan that are listed one by one."""
+
+
 def plan(config: Config, results_dir: ResultsDir = None, json: Json = False) -> None:
     """Say how many runs an experiment has, how long they may take, and what memory and disk; starts nothing."""
     import hybridlab as hl
 
     with human_output():
         found = hl.plan(config, results_dir=results_dir)
-    emit(found.as_dict() if json else f"{found}\n{rows(_plan_table(found.frame))}", json)
+    shown = _plan_table(found.frame)
+    more = f"\n... and {len(shown) - MOST_ROWS} more; --json has all" if len(shown) > MOST_ROWS else ""
+    emit(found.as_dict() if json else f"{found}\n{rows(shown.head(MOST_ROWS))}{more}", json)
 
 
 def sweep(

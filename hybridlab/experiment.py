@@ -150,11 +150,14 @@ def chosen(
 
 
 def _make_checkpoints(drafts: Sequence[Draft], backend: str, progress: bool) -> None:
-    for draft in drafts:
-        if is_made(draft.checkpoint):
-            continue
+    missing = {(d.checkpoint, d.config.engine.model_dump_json()): d for d in drafts if not is_made(d.checkpoint)}
+    benches = []
+    for draft in missing.values():
         placed = draft.strategies["placement"], draft.strategies["overlap"]
-        bench = BACKENDS[backend](draft.config, draft.checkpoint, *placed, not progress)
+        benches.append(BACKENDS[backend](draft.config, draft.checkpoint, *placed, not progress))
+        with draft.config.named_errors():
+            benches[-1].check()
+    for draft, bench in zip(missing.values(), benches, strict=True):
         # Writing gigabytes beside another process's measurement would disturb it, too.
         with alone(bench.exclusive_device), draft.config.named_errors():
             make_missing(draft.config.model, draft.checkpoint, progress=progress)

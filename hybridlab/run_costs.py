@@ -29,6 +29,8 @@ ASSUMED_READ_GB_S = 10.0
 """Read bandwidth where it is not measured: stored runs scale it, or another process measures just now."""
 MANIFEST_BYTES, BYTES_PER_REQUEST, BYTES_PER_TOKEN, BYTES_PER_LAYER = 10_000, 150, 10, 6_000
 """About what a run takes on disk (layers: of its spans); from runs of the quickstart experiment."""
+PROBE_BYTES = 256 << 20
+"""Read by the probe: less than `hybridlab doctor` takes, for an estimate, and soon done."""
 MOST_RUNS = 20
 """Stored runs that a prediction reads: enough to know the rates of a machine, and soon read."""
 
@@ -119,11 +121,15 @@ class Costs:
 
 @cache
 def measured_read_gb_s(threads: int) -> float:
-    """The host's read bandwidth: a probe of a second, once per process, unless another process measures just now."""
+    """The host's read bandwidth: a short probe, once per process, unless another process measures just now."""
     from hybridlab.hardware import read_bandwidth_gb_s
+    from hybridlab.hardware.cores import detect_cores
 
+    buffer_bytes = max(PROBE_BYTES, 2 * (detect_cores().l3_bytes or 0))
     with alone_if_free("cpu") as free:
-        return read_bandwidth_gb_s(threads, repeats=2).median_gb_s if free else ASSUMED_READ_GB_S
+        if not free:
+            return ASSUMED_READ_GB_S
+        return read_bandwidth_gb_s(threads, repeats=2, buffer_bytes=buffer_bytes).median_gb_s
 
 
 def _tier() -> str:

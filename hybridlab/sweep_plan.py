@@ -81,11 +81,12 @@ class SweepPlan:
         """What the plan says, as (name, text)."""
         failed = f", {self.count('failed')} failed earlier ({RETRY})" if self.count("failed") else ""
         sources = list(dict.fromkeys(self.frame.loc[self.frame["status"] == "to do", "predicted_from"]))
+        too_little = ", too little" if self.disk_bytes > self.free_disk_bytes else ""
         found = [
             ("runs", f"{len(self.frame)}: {self.count('stored')} stored{failed}, {self.count('to do')} to do"),
             ("predicted", f"{_duration(self.predicted_s)} ({', '.join([EVIDENCE, *sources])})"),
             ("peak memory", f"{_size(self.memory_bytes)} of {_size(self.memory_budget_bytes)}"),
-            ("disk", f"{_size(self.disk_bytes)}; {_size(self.free_disk_bytes)} free"),
+            ("disk", f"{_size(self.disk_bytes)}; {_size(self.free_disk_bytes)} free{too_little}"),
         ]
         for path, size in self.checkpoints.items():
             found.append(

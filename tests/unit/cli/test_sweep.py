@@ -120,7 +120,7 @@ def test_what_shows_only_when_a_run_starts_names_the_file(config: Path, tmp_path
     done = invoke("run", config, "--results-dir", tmp_path / "results")
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1].startswith(f"hybridlab: error: {config}: {change.split(':')[0]} ")
-    assert not (tmp_path / "results" / "cli-sweep").exists()  # nothing ran, so nothing is recorded
+    assert not (tmp_path / "results").exists()  # nothing ran, nothing is recorded, no checkpoint was made for it
 
 
 def test_a_damaged_checkpoint_names_the_file(config: Path, tmp_path: Path) -> None:
