@@ -74,7 +74,8 @@ hl.plan(config)
 
 # %%
 summary = hl.sweep(config, progress=False)
-summary[["scheduler", "workload.rate_scale", "repeat", "median_ttft_s", "median_tpot_s", "output_tokens_per_s"]].tail(6)
+columns = ["scheduler", "workload.rate_scale", "repeat", "median_ttft_s", "median_tpot_s", "output_tokens_per_s"]
+summary[columns].tail(6)
 
 # %% [markdown]
 # The plan now knows that all of it is there.

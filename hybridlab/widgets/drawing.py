@@ -95,11 +95,13 @@ def save_picture(table: ResultsTable, choice: Choice, path: str | Path, command:
     import matplotlib.pyplot as plt
 
     view, rows = _prepared(table, choice)
-    ax = view.call(rows, choice, None)
+    before = set(plt.get_fignums())
     try:
+        ax = view.call(rows, choice, None)
         return figures.save_figure(ax, path, run_ids=rows.run_ids, command=command)
-    finally:
-        plt.close(ax.get_figure(root=True))  # or a notebook would show it under the next cell
+    finally:  # or a notebook would show it under the next cell
+        for number in set(plt.get_fignums()) - before:
+            plt.close(number)
 
 
 def _png(image: Image.Image, compress_level: int) -> bytes:

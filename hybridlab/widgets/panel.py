@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import gc
 import html
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ class Panel:
         self.image = ipywidgets.Image(format="png", layout={"width": f"{FIGURE_PX}px", "max_width": "100%"})
         self.line = ipywidgets.HTML()
         self.file_name = ipywidgets.Text(
-            f"results/figures/{table.name or 'explored'}", description="file", layout={"width": "400px"},
+            f"results/{f'{table.name}/' if table.name else ''}explored", description="file", layout={"width": "400px"},
             style={"description_width": "32px"},
         )  # fmt: skip
         self.save_button = ipywidgets.Button(
@@ -92,7 +94,7 @@ class Panel:
             raise ConfigError("file: expected a name to save the figure under")
         written = save_picture(self.table, self.controls.choice, project_dir() / name, self.code)
         kinds = ", ".join(sorted(suffix[1:] for suffix in written))
-        self._say(f"saved {Path(name).with_suffix('').as_posix()} as {kinds}")
+        self._say(f"saved {(Path(name).parent / written['.json'].stem).as_posix()} as {kinds}")
         return written
 
     def _changed(self, change: Any) -> None:
@@ -103,10 +105,10 @@ class Panel:
             self.controls.follow(None if change is None else change["owner"])
         finally:
             self._following = False
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, _collector_held():
             warnings.simplefilter("always")
             png, rows = picture(self.table, self.controls.choice)
-        self.png = self.image.value = png
+            self.png = self.image.value = png
         shown = f"{len(rows.run_ids)} of {len(self.table.summary)} runs"
         self._say("; ".join(dict.fromkeys([shown, *rows.remarks, *(str(one.message) for one in caught)])))
 
@@ -156,3 +158,15 @@ class Panel:
         """The widget, and for viewers that cannot show it (GitHub, PDF) the picture and a line of text."""
         picture = {"image/png": base64.b64encode(small_png(self.png)).decode("ascii")} if self.png else {}
         return {**self.widget._repr_mimebundle_(), **picture, "text/plain": repr(self)}
+
+
+@contextmanager
+def _collector_held() -> Iterator[None]:
+    """Put garbage collection off: a pass over all that torch and pandas hold takes as long as a picture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
