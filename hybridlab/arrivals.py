@@ -25,13 +25,15 @@ class Arrivals:
         self._why_refused = why_refused
         self.records: dict[RequestId, RequestRecord] = {}
         for request in requests:
+            if not isinstance(request.id, str):
+                raise RequestError(f"request id is {request.id!r:.60}, expected a text")
             if request.id in self.records:
                 raise RequestError(f"request id {request.id!r} occurs more than once")
             self.records[request.id] = RequestRecord(request)
         self._number = {rid: number for number, rid in enumerate(self.records)}
         self._followers: dict[RequestId, list[RequestRecord]] = {}
         for record in self.records.values():
-            if record.request.after is not None:
+            if isinstance(record.request.after, str):
                 self._followers.setdefault(record.request.after, []).append(record)
         refused = self._refused()
         self._timed = [
@@ -96,20 +98,21 @@ class Arrivals:
     def _remove(self, record: RequestRecord) -> None:
         """A request that will not arrive waits for nobody."""
         leader = record.request.after
-        waiting = self._followers.get(leader, []) if leader is not None else []
+        waiting = self._followers.get(leader, []) if isinstance(leader, str) else []
         if record in waiting:
             waiting.remove(record)
-        if leader in self._followers and not waiting:
+        if isinstance(leader, str) and leader in self._followers and not waiting:
             del self._followers[leader]
 
     def _refused(self) -> dict[RequestId, str]:
         """Why requests can never be served, as far as is known before the run."""
         refused: dict[RequestId, str] = {}
         least_tokens: dict[RequestId, int] = {}  # of prompt and answer: of earlier turns at least one token was drawn
-        reached = deque(record for record in self.records.values() if record.request.after is None)
+        reached = deque(record for record in self.records.values() if not isinstance(record.request.after, str))
         while reached:
             request = reached.popleft().request
-            before = least_tokens.get(request.after, 0) if request.continues and request.after is not None else 0
+            follows = request.continues and isinstance(request.after, str)
+            before = least_tokens[request.after] if follows else 0  # pyright: ignore[reportArgumentType]
             reason = self._why_refused(request, before)
             if request.continues and request.after is None:
                 reason = "continues is set, but after names no request"

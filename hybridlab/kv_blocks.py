@@ -62,6 +62,13 @@ class BlockPool:
             self._refs[block] += 1
             table.append(block)
 
+    def replace(self, table: list[int], index: int, block: int) -> None:
+        """Put a kept block in the place of one of the table's own, which returns."""
+        own = [table[index]]
+        self.share(shared := [], [block])
+        table[index] = shared[0]
+        self.release(own)
+
     def keep(self, block: int) -> None:
         """The content of this block, which is in a table, may be wanted again after its release."""
         self._is_kept[block] = 1

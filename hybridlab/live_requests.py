@@ -19,7 +19,7 @@ from hybridlab.request import RequestRecord
 class Live:
     """One request. `tokens` are prompt and output; `computed` of them are in the blocks of `table`.
 
-    `keys` are those of its full blocks in the prefix cache, `entered` of its own blocks are known there. `found` are
+    `keys` are those of its full blocks in the prefix cache, `entered` of its own blocks are known there. `found` counts
     the blocks of others that it will share when it starts.
     """
 
@@ -30,7 +30,7 @@ class Live:
     in_flight: bool = False
     keys: list[bytes] = field(default_factory=list)
     entered: int = 0
-    found: list[int] = field(default_factory=list)
+    found: int = 0
     seen: WaitingRequest | RunningRequest | None = None
 
     @property
@@ -42,15 +42,15 @@ class Live:
         limit_s, arrival_s = self.record.request.timeout_s, self.record.arrival_s
         return inf if limit_s is None or arrival_s is None else arrival_s + limit_s
 
-    def start(self, pool: BlockPool) -> None:
+    def start(self, pool: BlockPool, prefixes: Prefixes) -> None:
         """Take hold of the blocks that were found for it."""
-        pool.share(self.table, self.found)
-        self.computed, self.entered, self.found = len(self.found) * pool.block_tokens, len(self.found), []
+        pool.share(self.table, [prefixes.block(key) for key in self.keys[: self.found]])
+        self.computed, self.entered, self.found = self.found * pool.block_tokens, self.found, 0
 
     def give_up(self, pool: BlockPool) -> None:
         """Return every block; what was computed must be computed or found again."""
         pool.release(self.table)
-        self.computed, self.entered, self.found, self.seen = 0, 0, [], None
+        self.computed, self.entered, self.found, self.seen = 0, 0, 0, None
 
     def enter(self, prefixes: Prefixes, block_tokens: int) -> None:
         """Make the full blocks that were computed known to the prefix cache."""
@@ -61,9 +61,9 @@ class Live:
 
     def find(self, prefixes: Prefixes, block_tokens: int) -> None:
         """Look for computed blocks of this prompt, while the request has none; its last token is always computed."""
-        if not self.table:
+        if len(self.keys) < len(self.tokens) // block_tokens:
             prefixes.extend_keys(self.keys, self.tokens)
-            self.found = prefixes.find(self.keys[: (len(self.tokens) - 1) // block_tokens])
+        self.found = prefixes.count(self.keys, (len(self.tokens) - 1) // block_tokens, self.found)
 
 
 def views(lives: Iterable[Live], pool: BlockPool, prefixes: Prefixes) -> list[WaitingRequest | RunningRequest]:
@@ -84,30 +84,47 @@ def _shared_blocks(ranked: Sequence[Live], pool: BlockPool, prefixes: Prefixes) 
     shared = []
     ahead: set[int] = set()  # blocks of requests ahead that others hold too
     behind = [live for live in ranked if live.table and not live.is_running and not live.in_flight]
+    late = _held(behind)
     for live in ranked:
         if live.table:
             if behind and behind[0] is live:
                 behind.pop(0)
+                late = _held(behind)
             own = live.table[: live.entered]
-            shared.append(_leading(own, ahead.__contains__))
-            ahead.update(own[: _leading(own, lambda block: pool.holders(block) > 1)])
+            shared.append(_leading(len(own), lambda i, own=own: own[i] in ahead))
+            ahead.update(own[: _leading(len(own), lambda i, own=own: pool.holders(own[i]) > 1)])
         else:
             # It looks for blocks, so it waits: all that hold some are ahead, but for prompts behind it.
             live.find(prefixes, pool.block_tokens)
-            holders = Counter(chain.from_iterable(other.table for other in behind))
-            shared.append(_leading(live.found, lambda block, late=holders: pool.holders(block) > late[block]))
+            shared.append(_leading(live.found, _held_ahead(live.keys, pool, prefixes, late)))
     return shared
 
 
-def _leading(blocks: Sequence[int], fulfils: Callable[[int], bool]) -> int:
-    """How many of the first blocks fulfil what no block behind the first that does not fulfils."""
-    return bisect_left(blocks, True, key=lambda block: not fulfils(block))
+def _held(lives: Iterable[Live]) -> Counter[int]:
+    return Counter(chain.from_iterable(live.table for live in lives))
+
+
+def _held_ahead(
+    keys: Sequence[bytes], pool: BlockPool, prefixes: Prefixes, late: Counter[int]
+) -> Callable[[int], bool]:
+    """Whether others than those behind hold the block of the key with a given index."""
+
+    def is_held(index: int) -> bool:
+        block = prefixes.block(keys[index])
+        return pool.holders(block) > late[block]
+
+    return is_held
+
+
+def _leading(count: int, fulfils: Callable[[int], bool]) -> int:
+    """How many of the first `count` fulfil what none behind the first that does not fulfils."""
+    return bisect_left(range(count), True, key=lambda index: not fulfils(index))
 
 
 def _view(live: Live, shared_kv_tokens: int, block_tokens: int) -> WaitingRequest | RunningRequest:
     """The same object while nothing has changed: a decode step then builds one per request that moved."""
     request, allocated = live.record.request, len(live.table) * block_tokens
-    computed = live.computed + len(live.found) * block_tokens
+    computed = live.computed + live.found * block_tokens
     seen = live.seen
     if seen is not None and seen.shared_kv_tokens == shared_kv_tokens and seen.context_tokens == computed:
         return seen

@@ -1,8 +1,8 @@
 """Reuse of KV blocks by requests whose prompts begin alike (vLLM's automatic prefix caching, by block hash).
 
-A full block is known by a digest of its tokens and of all tokens before it. A block is entered only if the one
-before it in the same table is the entered one, so every table that has a block also has what it builds on: the
-blocks of a prefix are entered from its start, and evicted from its end.
+A full block is known by a digest of its tokens and of all tokens before it. Of two blocks that were computed for the
+same tokens one is known, and takes the place of the other. So every table that has a known block also has those that
+it builds on: the blocks of a prefix are entered from its start, and evicted from its end.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ class Prefixes(Protocol):
         """Append the keys of the full blocks of `tokens` that `keys` does not have yet."""
         ...
 
-    def find(self, keys: Sequence[bytes]) -> list[int]:
-        """The blocks of the longest known beginning of `keys`."""
+    def count(self, keys: Sequence[bytes], most: int, guess: int) -> int:
+        """How many of the first `most` keys are known, from the start; `guess` is the last answer."""
         ...
 
-    def enter(self, keys: Sequence[bytes], table: Sequence[int], num_entered: int) -> int:
-        """Make the blocks of `table` known that hold `keys`; returns how many from the start are known now.
+    def block(self, key: bytes) -> int:
+        """The block of a known key."""
+        ...
 
-        `num_entered` of them are known already. Stops at a block whose content another block is known for.
+    def enter(self, keys: Sequence[bytes], table: list[int], num_entered: int) -> int:
+        """Make the blocks of `table` known that hold `keys`; `num_entered` of them are. Returns how many are then.
+
+        A block whose content another one is known for is replaced by that one.
         """
         ...
 
@@ -43,10 +47,13 @@ class NoPrefixes:
     def extend_keys(self, keys: list[bytes], tokens: Sequence[int]) -> None:
         pass
 
-    def find(self, keys: Sequence[bytes]) -> list[int]:
-        return []
+    def count(self, keys: Sequence[bytes], most: int, guess: int) -> int:
+        return 0
 
-    def enter(self, keys: Sequence[bytes], table: Sequence[int], num_entered: int) -> int:
+    def block(self, key: bytes) -> int:
+        raise KeyError(key)
+
+    def enter(self, keys: Sequence[bytes], table: list[int], num_entered: int) -> int:
         return 0
 
 
@@ -66,21 +73,26 @@ class PrefixCache:
             content = array("q", tokens[start : start + size]).tobytes()
             keys.append(blake2b(before + content, digest_size=DIGEST_BYTES).digest())
 
-    def find(self, keys: Sequence[bytes]) -> list[int]:
-        if not keys or keys[0] not in self._block_of:
-            return []
-        # What is known of a prefix is a beginning of it, so its end can be bisected.
-        known = bisect_left(keys, True, key=lambda key: key not in self._block_of)
-        return [self._block_of[key] for key in keys[:known]]
+    def count(self, keys: Sequence[bytes], most: int, guess: int) -> int:
+        known, most = self._block_of, min(most, len(keys))
+        # What is known of a prefix is a beginning of it, so its end is where it was, or can be bisected.
+        if guess <= most and (not guess or keys[guess - 1] in known) and (guess == most or keys[guess] not in known):
+            return guess
+        return bisect_left(range(most), True, key=lambda index: keys[index] not in known)
 
-    def enter(self, keys: Sequence[bytes], table: Sequence[int], num_entered: int) -> int:
-        for key, block in zip(keys[num_entered:], table[num_entered:], strict=False):
-            if self._block_of.setdefault(key, block) != block:
-                break
-            self._key_of[block] = key
-            self._pool.keep(block)
-            num_entered += 1
-        return num_entered
+    def block(self, key: bytes) -> int:
+        return self._block_of[key]
+
+    def enter(self, keys: Sequence[bytes], table: list[int], num_entered: int) -> int:
+        for index in range(num_entered, min(len(keys), len(table))):
+            key, block = keys[index], table[index]
+            known = self._block_of.setdefault(key, block)
+            if known == block:
+                self._key_of[block] = key
+                self._pool.keep(block)
+            else:
+                self._pool.replace(table, index, known)
+        return min(len(keys), len(table))
 
     def _forget(self, block: int) -> None:
         del self._block_of[self._key_of.pop(block)]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from hybridlab.batch import Entry
-from hybridlab.errors import HybridlabError
-from hybridlab.request import Request, Status
+from hybridlab.errors import HybridlabError, RequestError
+from hybridlab.request import Request, RequestRecord, Status
 from hybridlab.routing import RoutingStats
 from hybridlab.session import Engine, Prompt
 
@@ -23,10 +23,18 @@ def record_routing(
     """
     from tqdm.auto import tqdm
 
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not len(prompts):
+        raise RequestError(f"prompts is {prompts!r:.60}, expected a list with at least one prompt")
     requests = [Request(f"prompt{i:05d}", engine.token_ids(p), max_tokens) for i, p in enumerate(prompts)]
+    for request in requests:
+        engine.require_servable(request)
     recorder = _Recorder(engine.spec.moe_layers)
     with tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
-        served = engine.serve(requests, on_route=recorder, on_event=lambda record, _: bar.update(record.is_final))
+
+        def on_event(record: RequestRecord, _: int) -> None:
+            bar.update(int(record.is_final))
+
+        served = engine.serve(requests, on_route=recorder, on_event=on_event)
     for record in served.records:
         if record.status is not Status.FINISHED:
             raise HybridlabError(f"prompt {int(record.request.id[6:])}: {record.status}: {record.error}")

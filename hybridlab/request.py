@@ -30,7 +30,8 @@ class Request:
     ended: a user who waits for an answer before the next question (closed loop). With `continues` too, the prompt
     is appended to that request's prompt and output (a further turn of a conversation).
 
-    A request that has not finished `timeout_s` seconds after its arrival is ended, its output so far kept.
+    A request that has not finished `timeout_s` seconds after its arrival is ended, its output so far kept; a step that
+    is computing it then may still finish it.
     """
 
     id: RequestId
@@ -63,7 +64,7 @@ class RequestRecord:
     `prompt` is what was computed: the request's own, after the conversation that it continues. `arrival_s` is None
     until it is known, for a request that arrives after another. `token_times_s` holds when each output token was
     known to the parent, `first_scheduled_s` when a worker first computed for it. `cached_tokens` of the prompt were
-    found in the KV cache at that time. `error` says why a request was rejected or failed.
+    found in the KV cache at that time. `error` says why a request was rejected, failed or ran out of time.
     """
 
     request: Request

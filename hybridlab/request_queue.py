@@ -76,8 +76,7 @@ class RequestQueue:
 
     def view(self, worker: str, now_s: float) -> QueueView:
         """What a scheduler may know at `now_s`; requests in flight on another worker are left out."""
-        for record in self._arrivals.until(now_s):
-            self._live[record.request.id] = Live(record, [int(token) for token in record.prompt])
+        self._admit(now_s)
         seen = views(self._live.values(), self._pool, self._prefixes)
         return QueueView(
             now_s,
@@ -109,7 +108,7 @@ class RequestQueue:
         starting = [self._live[rid] for rid in step.tokens]
         for live in starting:  # all of them before any grows: growing may evict what was found
             if not live.table:
-                live.start(self._pool)
+                live.start(self._pool, self._prefixes)
             if live.record.first_scheduled_s is None:
                 live.record.first_scheduled_s, live.record.cached_tokens = view.now_s, live.computed
         entries = tuple(self._entry(live, count) for live, count in zip(starting, step.tokens.values(), strict=True))
@@ -143,7 +142,8 @@ class RequestQueue:
         return True
 
     def sweep(self, now_s: float) -> None:
-        """End the requests that were cancelled or are past their deadline and are not being computed."""
+        """Take in what has arrived; end what was cancelled or is past its deadline and not being computed."""
+        self._admit(now_s)  # also while a worker computes: an arrival that is past is no event to wait for
         for rid in tuple(self._cancelled):
             live = self._live.get(rid)
             if live is None:
@@ -156,6 +156,10 @@ class RequestQueue:
         for live in [live for live in self._live.values() if live.deadline_s <= now_s and not live.in_flight]:
             live.record.error = f"not finished {live.record.request.timeout_s:g} s after its arrival"
             self._finish(live, Status.CANCELLED, "timeout", now_s)
+
+    def _admit(self, now_s: float) -> None:
+        for record in self._arrivals.until(now_s):
+            self._live[record.request.id] = Live(record, [int(token) for token in record.prompt])
 
     def _preempt(self, request_ids: Iterable[RequestId]) -> None:
         for rid in request_ids:

@@ -10,6 +10,7 @@ import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from hybridlab.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from hybridlab.spec import ModelSpec
 
 FORMAT = "hybridlab-routing/1"
 
@@ -35,6 +38,13 @@ class RoutingStats:
     source: str = "none"
     layers: tuple[int, ...] = ()
     chosen: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.counts) != len(self.layers) or len(set(map(len, self.counts))) > 1:
+            raise ConfigError(
+                f"routing statistics: {len(self.counts)} rows of counts for {len(self.layers)} layers, "
+                "expected a row of equal length for each layer"
+            )
 
     @classmethod
     def of_tokens(
@@ -64,10 +74,18 @@ class RoutingStats:
         ]
         return pd.DataFrame(rows, columns=["layer", "expert", "count", "share"])
 
-    def replay(self) -> Replay:
-        """A hook for `Engine.serve(on_route=...)` that makes tokens choose as recorded; needs `chosen`."""
+    def replay(self, model: ModelSpec) -> Replay:
+        """A hook for `Engine.serve(on_route=...)` that makes the tokens of `model` choose as recorded.
+
+        Raises `ConfigError` if nothing was recorded token by token, or of another shape than the model's.
+        """
         if not self.chosen:
-            raise ConfigError(f"routing statistics ({self.source}) hold counts alone; replay needs recorded tokens")
+            raise ConfigError(f"routing statistics ({self.source}) hold no recorded tokens; a replay needs some")
+        wanted = (model.moe_layers, model.num_experts, model.top_k)
+        recorded = (self.layers, len(self.counts[0]), self.chosen[0].shape[2])
+        for name, theirs, ours in zip(("layers", "experts", "top-k"), wanted, recorded, strict=True):
+            if theirs != ours:
+                raise ConfigError(f"replay: {name} {ours} were recorded ({self.source}), the model has {theirs}")
         return Replay(self)
 
     def save(self, path: str | Path) -> Path:
@@ -75,7 +93,8 @@ class RoutingStats:
         from safetensors.numpy import save
 
         path = Path(path)
-        tensors = {"counts": np.array(self.counts, np.int64)}
+        shape = (len(self.layers), len(self.counts[0]) if self.counts else 0)
+        tensors = {"counts": np.array(self.counts, np.int64).reshape(shape)}
         tensors |= {f"chosen.{i}": np.ascontiguousarray(tokens) for i, tokens in enumerate(self.chosen)}
         about = {"format": FORMAT, "source": self.source, "layers": json.dumps(list(self.layers))}
         part = None
@@ -103,7 +122,7 @@ class RoutingStats:
                 about = file.metadata() or {}
                 if about.get("format") != FORMAT:
                     raise ConfigError(f"{path}: expected routing statistics with format {FORMAT!r}")
-                layers = tuple(int(layer) for layer in json.loads(about["layers"]))
+                source, layers = about["source"], tuple(int(layer) for layer in json.loads(about["layers"]))
                 names = [f"chosen.{i}" for i in range(len(file.keys()) - 1)]
                 tensors = {name: file.get_tensor(name) for name in ("counts", *names)}
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -113,7 +132,7 @@ class RoutingStats:
         for name, tokens in tensors.items():
             fits = tokens.ndim == 3 and tokens.shape[1] == len(layers) and tokens.dtype == np.int16 and tokens.size > 0
             _check(path, name, tokens, fits and tokens.min() >= 0 and tokens.max() < counts.shape[1])
-        return cls(tuple(map(tuple, counts.tolist())), about["source"], layers, tuple(tensors.values()))
+        return cls(tuple(map(tuple, counts.tolist())), source, layers, tuple(tensors.values()))
 
     def _repr_html_(self) -> str:
         rows = []
@@ -137,15 +156,13 @@ class Replay:
     def __init__(self, stats: RoutingStats) -> None:
         self._chosen = stats.chosen
         self._index = {layer: index for index, layer in enumerate(stats.layers)}
+        self._number = cache(_number)
 
     def __call__(self, layer: int, entries: Sequence[Any], expert_ids: np.ndarray) -> np.ndarray:
         """`expert_ids` int32 [T, K] of the router -> the recorded ones, same shape."""
-        if layer not in self._index or self._chosen[0].shape[2] != expert_ids.shape[1]:
-            known = f"layers {sorted(self._index)}, top-{self._chosen[0].shape[2]}"
-            raise ConfigError(f"replay: recorded {known}; the model asks for layer {layer}, top-{expert_ids.shape[1]}")
         rows = []
         for entry in entries:
-            tokens = self._chosen[_number(entry.id) % len(self._chosen)]
+            tokens = self._chosen[self._number(entry.id) % len(self._chosen)]
             at = np.arange(entry.start, entry.start + len(entry.token_ids)) % len(tokens)
             rows.append(tokens[at, self._index[layer]])
         return np.concatenate(rows).astype(np.int32)

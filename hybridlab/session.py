@@ -134,6 +134,10 @@ class Engine:
         nothing is taken from the prefix cache.
         """
         scheduler = resolve("scheduler", scheduler)
+        if not isinstance(requests, Sequence) or not all(isinstance(request, Request) for request in requests):
+            raise RequestError(f"requests is {requests!r:.60}, expected a list of hl.Request")
+        if not isinstance(keep_span_steps, int) or keep_span_steps < 0:
+            raise ConfigError(f"keep_span_steps is {keep_span_steps!r}, expected an int >= 0")
         prefixes = self._prefixes if on_route is None else lambda pool: NoPrefixes()
         with self._run(requests, token_budget, prefixes) as (runtime, queue):
             return serve(
@@ -147,8 +151,11 @@ class Engine:
 
     def cancel(self, request_id: str) -> bool:
         """End a request of the run in progress, from any thread; False if it is unknown or has ended."""
-        queue = self._queue
-        return queue is not None and queue.cancel(request_id)
+        queue, runtime = self._queue, self._runtime
+        found = queue is not None and queue.cancel(request_id)
+        if found and runtime is not None:
+            runtime.wake()
+        return found
 
     def generate(
         self,
@@ -232,8 +239,7 @@ class Engine:
         self, prompt: Prompt, max_tokens: int, sampling: Sampling, stop_token_ids: Sequence[int]
     ) -> Iterator[int]:
         request = Request("generate", self.token_ids(prompt), max_tokens, 0.0, sampling, stop_token_ids)  # type: ignore[arg-type]
-        if reason := why_refused(request, self._limits()):
-            raise RequestError(reason)
+        self.require_servable(request)
         return self._drawn(request)
 
     def _drawn(self, request: Request) -> Iterator[int]:
@@ -270,14 +276,16 @@ class Engine:
     def _pool(self, runtime: Runtime) -> BlockPool:
         return BlockPool(runtime.num_kv_blocks, runtime.kv_block_tokens)
 
-    def _limits(self) -> Limits:
-        return Limits(self.memory.kv_tokens, self.spec.max_positions, self.spec.vocab)
+    def require_servable(self, request: Request) -> None:
+        """Raise `RequestError` if `request` can never be served here, naming the value that is off."""
+        limits = Limits(self.memory.kv_tokens, self.spec.max_positions, self.spec.vocab)
+        if reason := why_refused(request, limits):
+            raise RequestError(reason)
 
     def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The ids of a text, by the checkpoint's tokenizer, or of a sequence; raises `RequestError` for bad ones."""
         ids = self._text.encode(prompt) if isinstance(prompt, str) else prompt
-        if reason := why_refused(Request("prompt", ids, 1), self._limits()):  # type: ignore[arg-type]
-            raise RequestError(reason)
+        self.require_servable(Request("prompt", ids, 1))  # type: ignore[arg-type]
         return tuple(int(token) for token in ids)
 
     def _without_stop(self, tokens: list[int], stop_token_ids: Sequence[int]) -> list[int]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from hybridlab.batch import Entry, OnRoute, StepBatch
 from hybridlab.engine.kv_cache import KVCache
 from hybridlab.engine.lanes import Lanes
 from hybridlab.engine.sampling import draw
-from hybridlab.errors import PlanError
+from hybridlab.errors import PlanError, StrategyError
 from hybridlab.model.base import MicroBatch, Model, Routed
 from hybridlab.plans import Op, Program, RequestId, Span
 
@@ -75,8 +76,7 @@ class Executor:
                 case "router":
                     routed = model.router(op.layer, micro.x_TH)
                     if on_route is not None:
-                        ids = on_route(op.layer, micro.entries, routed.expert_ids.numpy())
-                        routed = routed if ids is None else replace(routed, expert_ids=torch.from_numpy(ids))
+                        routed = _replaced(routed, on_route, op.layer, micro.entries, model.spec.num_experts)
                     micro.routed = routed
                 case "experts":
                     assert micro.routed is not None
@@ -111,6 +111,24 @@ class Executor:
             ids.extend(entry.token_ids)
             positions.extend(range(entry.start, entry.start + count))
         return MicroBatch(torch.tensor(ids), torch.tensor(positions), torch.cat(slots), tuple(contexts))
+
+
+def _replaced(
+    routed: Routed, on_route: OnRoute, layer: int, entries: Sequence[Entry], num_experts: int
+) -> Routed:
+    """What the hook makes of the router's choice; raises `StrategyError` for ids that cannot be."""
+    own = routed.expert_ids.numpy().view()
+    own.flags.writeable = False
+    ids = on_route(layer, entries, own)
+    if ids is None:
+        return routed
+    if not isinstance(ids, np.ndarray) or ids.dtype != np.int32 or ids.shape != own.shape:
+        given = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else type(ids).__name__
+        raise StrategyError(f"on_route, layer {layer}: returned {given}, expected int32 {list(own.shape)} or None")
+    if ids.min() < 0 or ids.max() >= num_experts:
+        span = f"{ids.min()} to {ids.max()}"
+        raise StrategyError(f"on_route, layer {layer}: returned experts {span}, expected 0 to {num_experts - 1}")
+    return replace(routed, expert_ids=torch.from_numpy(np.ascontiguousarray(ids)))
 
 
 def _last_rows(micro: _Running) -> list[int]:

@@ -70,6 +70,10 @@ class Runtime:
         """A backend whose clock starts now."""
         return EngineBackend(self._executor, self._worker, on_route)
 
+    def wake(self) -> None:
+        """Let an idle loop look at its queue again."""
+        self._worker.woken.set()
+
     def step(self, program: Program, batch: StepBatch, on_route: OnRoute | None = None) -> dict[RequestId, int]:
         """Run one step and wait for it, outside any queue; returns the drawn tokens."""
         return self._worker.call(lambda: self._executor.run(program, batch, 0.0, on_route)[0]).result()

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import TypeVar
 from weakref import WeakSet
 
@@ -32,7 +32,9 @@ class WorkerThread:
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[tuple[Callable, Future] | None] = SimpleQueue()
-        self._closed = False
+        self._lock = threading.Lock()
+        self.closed = False
+        self.woken = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="hybridlab-worker", daemon=True)
         self._thread.start()
         _WORKERS.add(self)
@@ -40,15 +42,18 @@ class WorkerThread:
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` on the thread; once closed, the future holds a `HybridlabError` instead."""
         future: Future[T] = Future()
-        if self._closed:
-            future.set_exception(HybridlabError("the engine was closed"))
-            return future
-        self._calls.put((function, future))
+        with self._lock:  # nothing may be queued behind the end
+            if self.closed:
+                future.set_exception(_closed())
+            else:
+                self._calls.put((function, future))
         return future
 
     def close(self) -> None:
-        self._closed = True
-        self._calls.put(None)
+        with self._lock:
+            self.closed = True
+            self._calls.put(None)
+        self.woken.set()
         self._thread.join()
 
     def _loop(self) -> None:
@@ -59,6 +64,10 @@ class WorkerThread:
                 future.set_result(function())
             except BaseException as error:  # handed to the waiting thread, which decides
                 future.set_exception(error)
+
+
+def _closed() -> HybridlabError:
+    return HybridlabError("the engine was closed")
 
 
 _WORKERS: WeakSet[WorkerThread] = WeakSet()
@@ -93,7 +102,11 @@ class EngineBackend:
     def wait(self, until_s: float | None) -> Sequence[StepResult]:
         timeout_s = None if until_s is None else max(0.0, until_s - self.now_s)
         if self._step_in_flight is None:
-            sleep(timeout_s or 0.0)
+            # A cancelled request, or the end of the engine, wakes an idle loop.
+            self._worker.woken.wait(timeout_s or 0.0)
+            self._worker.woken.clear()
+            if self._worker.closed:
+                raise _closed()
             return ()
         try:
             result = self._step_in_flight.result(timeout_s)
@@ -111,6 +124,8 @@ class EngineBackend:
         start_s = self.now_s
         try:
             tokens, spans = self._executor.run(program, batch, self._clock_start_s, self._on_route)
+        except HybridlabError:
+            raise  # a mistake in what was asked for ends the run in one line
         except Exception as error:
             logging.getLogger(__name__).exception("a step failed; its requests are marked as failed")
             return StepResult(batch, start_s, self.now_s, error=f"{type(error).__name__}: {error}")

@@ -129,6 +129,8 @@ def _drain(scheduler: Any, rng: random.Random, budget: int, kv_blocks: int) -> N
     output = {rid: rng.randint(1, min(12, capacity - n)) for rid, n in prompt.items()}
     arrival = {rid: i * rng.random() for i, rid in enumerate(prompt)}
     known, computed, drawn = dict(prompt), dict.fromkeys(prompt, 0), dict.fromkeys(prompt, 0)
+    # Of some prompts the beginning lies in the KV cache already, while they hold nothing of it.
+    found = {rid: rng.choice((0, (n - 1) // _BLOCK * _BLOCK)) for rid, n in prompt.items()}
     blocks = dict.fromkeys(prompt, 0)
     live, now_s, last_decode_s = list(prompt), 0.0, None
     for _ in range(200 * sum(prompt.values()) + 1000):
@@ -136,6 +138,8 @@ def _drain(scheduler: Any, rng: random.Random, budget: int, kv_blocks: int) -> N
             return
         now_s += 0.05
         here = [rid for rid in live if arrival[rid] <= now_s]
+        for rid in here:
+            computed[rid] = computed[rid] if blocks[rid] else found[rid]
         is_running = {rid: drawn[rid] > 0 and computed[rid] == known[rid] - 1 for rid in here}
         view = QueueView(
             now_s,
@@ -165,7 +169,7 @@ def _drain(scheduler: Any, rng: random.Random, budget: int, kv_blocks: int) -> N
                 raise StrategyError("asks for requests that cannot get KV cache, while those that hold it wait")
             continue
         for rid in step.preempt:
-            blocks[rid] = computed[rid] = 0
+            blocks[rid], computed[rid] = 0, found[rid]
         for rid, count in step.tokens.items():
             last_decode_s = now_s if is_running[rid] else last_decode_s
             computed[rid] += count

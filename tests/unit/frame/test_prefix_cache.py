@@ -62,6 +62,13 @@ def test_requests_of_one_step_do_not_find_each_other_but_later_ones_do():
     assert len({tuple(record.output) for record in records}) == 1
 
 
+def test_those_that_computed_the_same_beginning_together_find_their_own_text_again():
+    first = [hl.Request(f"u{i}", (*SYSTEM, *range(50 + 10 * i, 58 + 10 * i)), 9) for i in range(3)]
+    second = [hl.Request(f"v{i}", (5, 6), 2, after=f"u{i}", continues=True) for i in range(3)]
+    records = serve([*first, *second])
+    assert [record.cached_tokens for record in records] == [0, 0, 0, 48, 48, 48]  # of 40 + 8 + 8 computed
+
+
 def test_evicted_blocks_are_those_released_longest_ago_and_the_ends_of_prefixes_first():
     pool = BlockPool(4, 2)
     cache = PrefixCache(pool)
@@ -76,7 +83,7 @@ def test_evicted_blocks_are_those_released_longest_ago_and_the_ends_of_prefixes_
     assert pool.free_tokens == 8  # known content, but free
     table = []
     pool.grow(table, 2)
-    assert [len(cache.find(keys[name])) for name in ("a", "b")] == [1, 2]
+    assert [cache.count(keys[name], 2, 0) for name in ("a", "b")] == [1, 2]
     with pytest.raises(ValueError, match="holds nothing to share"):
         pool.share([], table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import hybridlab as hl
-from hybridlab.errors import ConfigError, RequestError
+from hybridlab.errors import ConfigError, RequestError, StrategyError
 
 ORACLE = Path(__file__).parents[2] / "data" / "oracles" / "qwen3_fp8_128"
 PROMPTS = [[5, 6, 7, 8, 9], [1, 2], [5, 6, 7, 8, 30, 31, 32]]
@@ -65,7 +67,7 @@ def test_saved_statistics_come_back(stats, tmp_path):
 def test_a_replay_makes_tokens_choose_as_recorded(engine, stats):
     requests = [hl.Request(f"x{i}", tuple(prompt), 6) for i, prompt in enumerate(PROMPTS)]
     plain = [record.output for record in engine.serve(requests).records]
-    same = [record.output for record in engine.serve(requests, on_route=stats.replay()).records]
+    same = [record.output for record in engine.serve(requests, on_route=stats.replay(engine.spec)).records]
     assert same == plain
     turned = hl.RoutingStats.of_tokens(
         [(tokens + 1) % engine.spec.num_experts for tokens in stats.chosen], stats.layers, engine.spec.num_experts, "x"
@@ -73,7 +75,7 @@ def test_a_replay_makes_tokens_choose_as_recorded(engine, stats):
     seen = {}
 
     def recording(layer, entries, expert_ids):
-        replaced = turned.replay()(layer, entries, expert_ids)
+        replaced = turned.replay(engine.spec)(layer, entries, expert_ids)
         seen[layer, entries[0].id, entries[0].start] = (expert_ids, replaced)
         return replaced
 
@@ -121,7 +123,13 @@ def _wrong_expert(path: Path) -> None:
 
 def _wrong_layers(path: Path) -> None:
     stats = hl.RoutingStats.load(path)
-    hl.RoutingStats(stats.counts, "x", stats.layers[:-1], stats.chosen).save(path)
+    object.__setattr__(stats, "layers", (*stats.layers, 7))
+    object.__setattr__(stats, "counts", (*stats.counts, stats.counts[0]))
+    stats.save(path)
+
+
+def _no_source(path: Path) -> None:
+    save_file({"counts": np.zeros((0, 0), np.int64)}, path, {"format": "hybridlab-routing/1", "layers": "[]"})
 
 
 @pytest.mark.parametrize(
@@ -131,7 +139,8 @@ def _wrong_layers(path: Path) -> None:
         (_foreign, "expected routing statistics with format"),
         (_not_a_file, "cannot be read as routing statistics"),
         (_wrong_expert, r"tensor 'chosen\.1' .* does not fit"),
-        (_wrong_layers, "tensor 'counts' .* does not fit"),
+        (_wrong_layers, r"tensor 'chosen\.0' .* does not fit"),
+        (_no_source, "cannot be read as routing statistics"),
     ],
 )
 def test_a_bad_file_is_one_line(stats, tmp_path, spoil, words):
@@ -142,6 +151,59 @@ def test_a_bad_file_is_one_line(stats, tmp_path, spoil, words):
     assert "r.safetensors" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_counts_alone_cannot_be_replayed():
-    with pytest.raises(ConfigError, match="hold counts alone"):
-        hl.RoutingStats(((1, 2),), "prior", (0,)).replay()
+def test_what_does_not_fit_cannot_be_replayed(engine, stats):
+    with pytest.raises(ConfigError, match="hold no recorded tokens"):
+        hl.RoutingStats(((1, 2),), "prior", (0,)).replay(engine.spec)
+    other = dataclasses.replace(engine.spec, num_experts=8)
+    with pytest.raises(ConfigError, match=r"replay: experts 3 were recorded .*, the model has 8"):
+        stats.replay(other)
+
+
+def test_statistics_without_tokens_come_back_too(tmp_path):
+    for stats in (hl.RoutingStats(), hl.RoutingStats(((1, 2), (3, 4)), "prior", (1, 2))):
+        assert hl.RoutingStats.load(stats.save(tmp_path / "r.safetensors")) == stats
+        assert len(stats.frame) == sum(map(len, stats.counts))
+    with pytest.raises(ConfigError, match="2 rows of counts for 1 layers"):
+        hl.RoutingStats(((1, 2), (3, 4)), "prior", (1,))
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (np.zeros((1, 2), np.int32), r"returned int32 \[1, 2\], expected int32 \[5, 2\]"),
+        (np.zeros((5, 2), np.int64), r"returned int64 \[5, 2\]"),
+        (np.full((5, 2), 3, np.int32), "returned experts 3 to 3, expected 0 to 2"),
+        (np.full((5, 2), -1, np.int32), "returned experts -1 to -1"),
+        ("0", "returned str"),
+    ],
+    ids=["shape", "dtype", "above", "below", "text"],
+)
+def test_a_hook_that_returns_what_cannot_be_ends_the_run_in_one_line(engine, returned, words):
+    with pytest.raises(StrategyError, match=words):
+        engine.serve([hl.Request("a", tuple(PROMPTS[0]), 2)], on_route=lambda *_: returned)
+    assert len(engine.generate([1, 2], 2)) == 2
+
+
+def test_a_hook_cannot_write_into_the_choice(engine):
+    def writes(layer, entries, expert_ids):
+        expert_ids.fill(0)
+
+    (record,) = engine.serve([hl.Request("a", (1, 2), 2)], on_route=writes).records
+    assert record.status == "failed" and "read-only" in record.error
+
+
+@pytest.mark.parametrize("prompts", ["w5w6", [], None], ids=repr)
+def test_prompts_must_be_a_list(engine, prompts):
+    with pytest.raises(RequestError, match="expected a list with at least one prompt"):
+        hl.record_routing(engine, prompts, progress=False)
+
+
+def test_no_prompt_runs_if_one_cannot_be_served(engine):
+    steps = []
+    engine.runtime._executor.run, run = (lambda *a: steps.append(a)), engine.runtime._executor.run
+    try:
+        with pytest.raises(RequestError, match="need 549 KV tokens"):
+            hl.record_routing(engine, [[1, 2], [3] * 500], max_tokens=50, progress=False)
+    finally:
+        engine.runtime._executor.run = run
+    assert steps == []

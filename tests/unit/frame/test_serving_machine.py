@@ -116,7 +116,7 @@ def _whole_prompts_are_found(plant: Any) -> None:
     def find(self: Live, prefixes: Any, block_tokens: int) -> None:
         if not self.table:
             prefixes.extend_keys(self.keys, self.tokens)
-            self.found = prefixes.find(self.keys)
+            self.found = prefixes.count(self.keys, len(self.keys), 0)
 
     plant(Live, "find", find)
 
@@ -124,8 +124,8 @@ def _whole_prompts_are_found(plant: Any) -> None:
 def _more_is_taken_as_computed_than_was_found(plant: Any) -> None:
     whole = Live.start
 
-    def start(self: Live, pool: BlockPool) -> None:
-        whole(self, pool)
+    def start(self: Live, pool: BlockPool, prefixes: Any) -> None:
+        whole(self, pool, prefixes)
         self.computed = min(self.computed + 1, len(self.tokens) - 1)
 
     plant(Live, "start", start)
