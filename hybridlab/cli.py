@@ -18,7 +18,7 @@ from hybridlab.cli_bench import bench
 from hybridlab.cli_checkpoint import checkpoint
 from hybridlab.cli_figures import figures
 from hybridlab.cli_output import Json, emit, human_output, note
-from hybridlab.cli_sweep import Config, Force, ResultsDir, RetryFailed, plan, results, sweep
+from hybridlab.cli_sweep import Config, Figures, Force, ResultsDir, RetryFailed, plan, results, sweep
 from hybridlab.errors import HybridlabError, RequestError
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click and exports only this subclass
@@ -91,21 +91,19 @@ def run(
     force: Force = False,
     retry_failed: RetryFailed = False,
     results_dir: ResultsDir = None,
-    figure: Annotated[bool, typer.Option(help="Draw TTFT against throughput.")] = True,
+    figures: Figures = True,
     json: Json = False,
 ) -> None:
-    """Serve an experiment's requests, print the metrics, keep the runs and draw the figure."""
+    """Serve an experiment's requests, print the metrics, keep the runs and draw its figures."""
     import hybridlab as hl
-    from hybridlab.cli_run import as_json, draw, table
-    from hybridlab.cli_sweep import end
+    from hybridlab.cli_run import draw, table
+    from hybridlab.cli_sweep import as_json, end
 
     with human_output():
         result = hl.run(config, force=force, retry_failed=retry_failed, results_dir=results_dir)
-        drawn = draw(result, config) if figure else None
+        drawn = draw(result, f"hybridlab run {config}") if figures else []
     emit(as_json(result, drawn) if json else table(result), json)
-    if drawn is not None:
-        note(f"figure  {drawn}")
-    end(result)
+    end(result, drawn)
 
 
 @app.command()

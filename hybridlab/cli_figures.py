@@ -12,7 +12,9 @@ from hybridlab.errors import ConfigError
 
 
 def figures(
-    questions: Annotated[list[str] | None, typer.Argument(metavar="[QUESTION]...", help="Folders of results/paper; default: all.")] = None,
+    questions: Annotated[
+        list[str] | None, typer.Argument(metavar="[QUESTION]...", help="Folders of results/paper; default: all.")
+    ] = None,
     publish: Annotated[bool, typer.Option("--publish", help="Take the stored runs of experiments/QUESTION.")] = False,
     results_dir: Annotated[Path | None, typer.Option(help="Default: the project's results.")] = None,
     json: Json = False,

@@ -1,39 +1,34 @@
-"""What `hybridlab run` makes of a result: a table, JSON, and the figure beside the runs."""
+"""What `hybridlab run` and `hybridlab sweep` make of a result: tables, JSON, and figures beside the runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hybridlab import cli_sweep
+from hybridlab.cli_output import note
+from hybridlab.errors import ConfigError
 
 if TYPE_CHECKING:
     from hybridlab.experiment import ExperimentResult
 
-_FIGURE = "ttft_throughput.png"
 
-
-def draw(result: ExperimentResult, config: Path) -> Path | None:
-    """Draw TTFT against throughput into the experiment's folder; None if no run is there to draw."""
+def draw(result: ExperimentResult, command: str) -> list[Path]:
+    """Draw the config's figures into the experiment's folder; what cannot be drawn is a note, for the runs are kept."""
     if not result.paths:
-        return None
+        return []
     import matplotlib
 
     matplotlib.use("Agg")  # a terminal has no window to draw into
-    from hybridlab.figures import save_figure, ttft_throughput
+    from hybridlab.figures import draw_figures
 
-    path = Path(result.paths[0]).parent / _FIGURE
-    ax = ttft_throughput(result.summary)
-    run_ids = [Path(run).name for run in result.paths]
-    save_figure(ax, path, run_ids=run_ids, command=f"hybridlab run {config}")
-    return path
+    folder = Path(result.paths[0]).parent
+    try:
+        return draw_figures(result.config, result.summary, result.requests, result.spans, folder, command)
+    except ConfigError as error:
+        note(f"hybridlab: {error}")
+        return []
 
 
 def table(result: ExperimentResult) -> str:
     """The summary with one metric a line and one run a column: the metrics are many, the runs few."""
     return result.table.T.to_string(header=False, float_format=lambda x: f"{x:.4g}")
-
-
-def as_json(result: ExperimentResult, figure: Path | None) -> dict[str, Any]:
-    """Metrics per run, where the runs are, which failed, and the figure."""
-    return {**cli_sweep.as_json(result), "figure": None if figure is None else str(figure)}

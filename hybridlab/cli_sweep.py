@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hybridlab.cli_output import Json, emit, human_output, note
+from hybridlab.cli_run import draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 Config = Annotated[Path, typer.Argument(help="An experiment's YAML file.")]
 ResultsDir = Annotated[Path | None, typer.Option(help="Default: the project's results.")]
 Force = Annotated[bool, typer.Option("--force", help="Run again what results/ already holds.")]
+Figures = Annotated[bool, typer.Option(help="Draw the figures that the config asks for.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run again what failed earlier.")]
 
 
@@ -40,6 +43,7 @@ def sweep(
     retry_failed: RetryFailed = False,
     force: Force = False,
     results_dir: ResultsDir = None,
+    figures: Figures = True,
     json: Json = False,
 ) -> None:
     """Run what is missing of an experiment, one run at a time; killed or interrupted, it resumes when called again.
@@ -51,8 +55,9 @@ def sweep(
     with human_output():
         note(str(hl.plan(config, force=force, retry_failed=retry_failed, results_dir=results_dir)))
         result = hl.run(config, force=force, retry_failed=retry_failed, results_dir=results_dir)
-    emit(as_json(result) if json else rows(result.table), json)
-    end(result)
+        drawn = draw(result, f"hybridlab sweep {config}") if figures else []
+    emit(as_json(result, drawn) if json else rows(result.table), json)
+    end(result, drawn)
 
 
 def results(
@@ -75,22 +80,26 @@ def results(
     emit(records(table) if json else rows(short_table(table)), json)
 
 
-def end(result: ExperimentResult) -> None:
-    """Name the folders of the runs and those that failed; exit status 1 if there are any."""
+def end(result: ExperimentResult, drawn: Sequence[Path]) -> None:
+    """Name the folders of the runs, the figures, and the runs that failed; exit status 1 if there are any."""
     for path in result.paths:
         note(f"run     {path}")
+    for path in drawn:
+        if path.suffix == ".png":
+            note(f"figure  {path}")
     for run in result.failed:
         note(f"failed  {run.path}: {run.error}")
     if result.failed:
         raise typer.Exit(1)
 
 
-def as_json(result: ExperimentResult) -> dict[str, Any]:
-    """Metrics per run, where the runs are, and which failed."""
+def as_json(result: ExperimentResult, drawn: Sequence[Path]) -> dict[str, Any]:
+    """Metrics per run, where the runs are, which failed, and the files of the figures."""
     return {
         "summary": records(result.summary),
         "paths": [str(path) for path in result.paths],
         "failed": {run.run_id: run.error for run in result.failed},
+        "figures": [str(path) for path in drawn],
     }
 
 

@@ -72,14 +72,15 @@ def test_run_writes_runs_and_figure(tiny: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout)
     assert [row["completed"] for row in answer["summary"]] == [3]
-    assert Path(answer["figure"]).read_bytes().startswith(b"\x89PNG")
+    (picture,) = [path for path in answer["figures"] if path.endswith(".png")]
+    assert Path(picture).read_bytes().startswith(b"\x89PNG")
     assert all(Path(path).is_dir() for path in answer["paths"])
 
     again = invoke("run", config, "--results-dir", tmp_path / "results")
     assert again.exit_code == 0
     assert "median_ttft_s" in again.stdout
     assert "cached" in again.stderr
-    assert answer["figure"] in again.stderr
+    assert picture in again.stderr
 
 
 def test_bench_decode_reports_json(tiny: Path) -> None:

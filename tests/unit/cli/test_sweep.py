@@ -78,7 +78,7 @@ def test_failed_runs_make_exit_status_one(config: Path, tmp_path: Path) -> None:
     assert "hybridlab: warning: cli-sweep: 1 of 2 runs failed (retry_failed=True or --retry-failed" in first.stderr
     assert "will fail    1 runs; the first:" in first.stderr
 
-    again = invoke("run", config, *where, "--no-figure")
+    again = invoke("run", config, *where, "--no-figures")
     assert again.exit_code == 1 and "failed earlier: 1 of 2 runs left out" in again.stderr
     retried = invoke("sweep", config, *where, "--retry-failed")
     assert retried.exit_code == 1 and "2: 1 stored, 1 to do" in retried.stderr

@@ -96,7 +96,15 @@ def make_tables(
             ttft_s, tpot_s = 0.01 * length * scale + 0.01 * run["repeat"], 0.001 * length
             times = [ttft_s + tpot_s * i for i in range(4)]
             latency = {"ttft_s": ttft_s, "tpot_s": tpot_s, "e2el_s": times[-1], "queue_s": ttft_s / 2}
-            requests.append({"request_id": f"r{length}", "prompt_tokens": length, "cached_tokens": length // 2, **latency, "token_times_s": times})
+            requests.append(
+                {
+                    "request_id": f"r{length}",
+                    "prompt_tokens": length,
+                    "cached_tokens": length // 2,
+                    **latency,
+                    "token_times_s": times,
+                }
+            )
             requests[-1] |= known
         for number, kind in enumerate(("attention", "experts")):
             op = {"lane": "main/cpu", "kind": kind, "layer": 3, "part": 0, "microbatch": 0, "rank": 0}

@@ -99,7 +99,7 @@ def test_published_tables_hold_what_the_figures_need(project: Path, monkeypatch:
     publish("question")
     folder = project / "results" / "paper" / "question"
     requests = pd.read_parquet(folder / "requests.parquet")
-    assert list(requests.columns) == ["run_id", "prompt_tokens", "ttft_s", "token_times_s"]
+    assert list(requests.columns) == ["run_id", "prompt_tokens", "cached_tokens", "ttft_s", "token_times_s"]
     wanted = result.summary.query("`workload.rate_req_s` == 20")["run_id"]
     assert set(requests["run_id"]) == set(wanted) and len(requests) == 4 * 12
     spans = pd.read_parquet(folder / "spans.parquet")
