@@ -94,6 +94,9 @@ def test_figures_of_requests_start_with_one_load(swept: Any) -> None:
     assert load.value == ("8",) and panel.message == "4 of 8 runs"
     panel.controls.named["figure"].value = "load_curves"
     assert load.value == ("2", "8") and panel.message == "8 of 8 runs"
+    load.value = ("8",)
+    panel.controls.named["figure"].value = "ttft_throughput"
+    assert load.value == ("8",)  # by hand, so it stays
     panel.controls.named["figure"].value = "ttft_prompt_length"
     load.value = ("2", "8")  # asked for: every load is a line of its own
     assert panel.message == "8 of 8 runs"
@@ -187,6 +190,8 @@ def test_goodput_is_recomputed_from_the_requests(swept: Any, source: str) -> Non
     assert len(merged) == 8 and panel.message == "8 of 8 runs"
     assert merged["request_goodput_req_s"].tolist() == pytest.approx(merged["request_goodput_req_s_expected"].tolist())
     assert (merged["request_goodput_req_s"] < swept.summary["request_goodput_req_s"].max()).any()
+    named["tpot_ms"].value = 9  # the fake engine takes 10
+    assert set(panel.table.rows(panel.controls.choice, per_request=False).summary["request_goodput_req_s"]) == {0.0}
 
 
 def test_goodput_without_requests_is_not_shown_under_another_slo(swept: Any) -> None:
@@ -228,15 +233,19 @@ def test_save_that_fails_is_one_line(swept: Any, tmp_path: Path) -> None:
     assert panel.message.startswith("file: expected a name")
 
 
-def test_given_tables_are_never_changed(swept: Any) -> None:
-    before = swept.summary.copy(), swept.requests.copy()
-    panel = explore(swept)
+def test_given_tables_are_never_changed_and_changing_them_changes_nothing(swept: Any) -> None:
+    given = SimpleNamespace(summary=swept.summary.copy(), requests=swept.requests.copy())
+    panel = explore(given)
     for figure in VIEWS:
         panel.controls.named["figure"].value = figure
         panel.controls.named["ttft_s"].value *= 1.5
     panel.controls.named["band"].value = False
-    pd.testing.assert_frame_equal(swept.summary, before[0])
-    pd.testing.assert_frame_equal(swept.requests, before[1])
+    pd.testing.assert_frame_equal(given.summary, swept.summary)
+    pd.testing.assert_frame_equal(given.requests, swept.requests)
+    given.summary.loc[:, "median_ttft_s"] = 0.0
+    given.requests.loc[:, "ttft_s"] = 0.0
+    pd.testing.assert_frame_equal(panel.table.summary, swept.summary)
+    pd.testing.assert_series_equal(panel.table.requests["ttft_s"], swept.requests["ttft_s"])  # pyright: ignore
 
 
 def test_fallback_is_a_picture_and_a_line(swept: Any) -> None:
@@ -304,9 +313,3 @@ def test_bad_arguments_are_one_line(swept: Any) -> None:
         with pytest.raises(ConfigError, match=message) as caught:
             hl.explore(arguments.pop("source"), **arguments)
         assert "\n" not in str(caught.value)
-
-
-def test_explore_takes_what_a_module_of_the_store_gives() -> None:
-    """Anything with a summary and requests will do, as for figures."""
-    frame = pd.DataFrame({"scheduler": ["x"], "a_s": [1.0], "b_s": [2.0]})
-    assert open_results(SimpleNamespace(summary=frame, requests=None)).summary.equals(frame)
