@@ -49,13 +49,13 @@ config = {
         "max_output_tokens": 24,
     },
     "engine": {"device": "cpu", "token_budget": 2048},
-    "slo": {"ttft_s": 0.5, "tpot_s": 0.025},
+    "slo": {"ttft_s": 0.1, "tpot_s": 0.02},
     "warmup_requests": 1,
     "repeats": 2,
     "sweep": {
         "scheduler": ["fcfs", "chunked_prefill"],
         "scheduler.chunk_tokens": [64, 256],
-        "workload.rate_scale": [3, 6, 12],
+        "workload.rate_scale": [4, 12, 36],
     },
 }
 
@@ -108,7 +108,7 @@ ax = hl.figures.ttft_throughput(stored)
 
 # %%
 everything = hl.run(config, progress=False)  # all is stored: this reads it, with the times of each request
-ax = hl.figures.latency_cdf(everything, metric="ttft_s", where={"workload.rate_scale": 12})
+ax = hl.figures.latency_cdf(everything, metric="ttft_s", where={"workload.rate_scale": 36})
 
 # %% [markdown]
 # ## Explore
