@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -56,7 +57,7 @@ class SamplingConfig(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
 
 
-class WorkloadBase(Section):
+class WorkloadBase(Section, ABC):
     """Keys of every workload. A kind of its own has `kind`, `num_requests` and `rows`.
 
     Lengths are first divided by `length_scale` (outputs by `output_length_scale` if given) and rounded up, so
@@ -73,9 +74,9 @@ class WorkloadBase(Section):
     seed: int = Field(default=0, ge=0)
     sampling: SamplingConfig = SamplingConfig()
 
+    @abstractmethod
     def rows(self, base: Path) -> list[Row]:
         """The requests, `num_requests` of them; relative paths start at `base`. Raises ConfigError."""
-        raise NotImplementedError
 
     def content_hash(self, base: Path) -> str | None:
         """Hash of the files that the rows are read from; None if there are none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -61,13 +62,13 @@ class RowTrace(TraceWorkload):
     time_key: ClassVar[str]
     """What the format calls the arrival."""
 
+    @abstractmethod
     def records(self, path: Path) -> Iterator[tuple[str, Any]]:
         """The records that count as rows, each after "path: line n" for messages."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parse(self, record: Any, where: str) -> Row:
         """The row of a record, its arrival in seconds from any origin. Raises ConfigError that begins with `where`."""
-        raise NotImplementedError
 
     def chosen(self, base: Path) -> list[Row]:
         """The chosen rows in the order of the file, which must be that of their arrival."""
