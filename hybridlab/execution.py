@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 from hybridlab import provenance
 from hybridlab.backends import BACKENDS, Bench
 from hybridlab.device_lock import alone
+from hybridlab.errors import StrategyError
 from hybridlab.jobs import Job
 from hybridlab.metrics import DEFINITIONS, requests_frame
 from hybridlab.request import RequestRecord
@@ -49,7 +51,7 @@ def execute(
     benches = {}
     for key, group in groups.items():
         draft = group[0].draft
-        placed = draft.strategies["placement"], draft.strategies["overlap"]
+        placed = _fresh(draft.strategies["placement"]), _fresh(draft.strategies["overlap"])
         benches[key] = BACKENDS[backend](draft.config, draft.checkpoint, *placed, not progress)
         with draft.config.named_errors():
             benches[key].check()
@@ -124,13 +126,23 @@ def _serve_group(jobs: Sequence[Job], bench: Bench, folder: Path, force: bool, b
 
 def _serve(job: Job, bench: Bench, bars: _Bars) -> Served:
     config, scheduler = job.draft.config, job.draft.strategies["scheduler"]
+    # A strategy may keep state: each serving starts with one that has seen nothing.
     requests = make_requests(config.workload, bench.vocab, base=config.project_dir)
     if config.warmup_requests:
         warmup = warmup_requests(requests, config.warmup_requests, bench.vocab)
         bars.start(job, len(warmup), "warm-up")
-        bench.serve(warmup, scheduler, bars.on_event)
+        bench.serve(warmup, _fresh(scheduler), bars.on_event)
     bars.start(job, len(requests), "run")
-    return bench.serve(requests, scheduler, bars.on_event)
+    return bench.serve(requests, _fresh(scheduler), bars.on_event)
+
+
+def _fresh(strategy: Any) -> Any:
+    """A copy of a strategy as it was given. Raises StrategyError for one that cannot be copied."""
+    try:
+        return copy.deepcopy(strategy)
+    except Exception as error:
+        name = type(strategy).__name__
+        raise StrategyError(f"{name}: its fields cannot be copied for each run ({one_line(error)})") from None
 
 
 def _manifest(job: Job, bench: Bench, started: datetime) -> dict[str, Any]:

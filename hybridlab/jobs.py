@@ -113,6 +113,7 @@ def make_drafts(config: ExperimentConfig, results: Path) -> list[Draft]:
 def identify(drafts: Sequence[Draft], backend: str) -> list[Job]:
     """The jobs of drafts whose checkpoints are there."""
     known: dict[Any, Any] = {}
+    provenance.code_version()  # as it is now, not as it will be when the first run has ended
 
     def once(key: Any, make: Any) -> Any:
         """Files are hashed and sources read once, not once a run."""

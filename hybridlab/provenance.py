@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hybridlab.strategies.sources import Sources
+
 PACKAGE = Path(__file__).resolve().parent
 # What draws, prints, predicts or stores cannot change a measurement; strategies are identified one by one.
 NOT_MEASURED = (
@@ -38,12 +40,12 @@ def code_hash() -> str:
 
 
 def strategy_files_hash(strategy: Any) -> str:
-    """Hash of the package files behind a built-in strategy: its module and the strategy modules that it uses.
+    """Hash of the package files behind a strategy: strategy modules of hybridlab that it is, builds on or uses.
 
-    Empty for strategies from elsewhere; their description carries the source.
+    Empty where there are none: the description of a strategy from elsewhere carries the source.
     """
     found: dict[str, Path] = {}
-    pending = [type(strategy).__module__]
+    pending = [type(strategy).__module__, *sorted(Sources(strategy).modules)]
     while pending:
         name = pending.pop()
         module = sys.modules.get(name)

@@ -11,6 +11,7 @@ from typing import Any
 
 from hybridlab.errors import StrategyError
 from hybridlab.strategies.base import Overlap, Placement, Scheduler
+from hybridlab.strategies.sources import Sources, content, source_of
 
 _BUILTIN: dict[str, dict[str, str]] = {
     "scheduler": {
@@ -55,24 +56,20 @@ def resolve(kind: str, value: Any) -> Any:
 
 
 def describe(strategy: Any) -> dict[str, Any]:
-    """What identifies a strategy: class, fields, source of its class and of the globals that its methods use.
-
-    A strategy defined in a notebook has no file, so its source is stored with the results. Where the source
-    cannot be had (a class made by `exec`), the code objects stand for it.
-    """
+    """What identifies a strategy: class, fields, source of its class, and what that reaches (`strategies.sources`)."""
     cls = type(strategy)
     return {
         "class": f"{cls.__module__}:{cls.__qualname__}",
         "fields": fields(strategy),
-        "source": _source(cls),
-        "globals": _referenced_globals(cls),
+        "source": source_of(cls),
+        "globals": Sources(strategy).texts,
     }
 
 
 def fields(strategy: Any) -> dict[str, Any]:
-    """The fields of a strategy as plain data; what is no number, text or None becomes its repr."""
+    """The fields of a strategy as plain data; what is no number, text or None becomes a text of its content."""
     if dataclasses.is_dataclass(strategy) and not isinstance(strategy, type):
-        found = dataclasses.asdict(strategy)
+        found = {field.name: getattr(strategy, field.name) for field in dataclasses.fields(strategy)}
     else:
         found = vars(strategy)
     return {name: _plain(value) for name, value in found.items()}
@@ -108,7 +105,7 @@ def _takes(method: Callable[..., Any], count: int) -> bool:
 
 
 def _target(kind: str, name: Any) -> str:
-    if name in _BUILTIN[kind]:
+    if isinstance(name, str) and name in _BUILTIN[kind]:
         return _BUILTIN[kind][name]
     near = difflib.get_close_matches(str(name), _BUILTIN[kind], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -149,31 +146,5 @@ def _construct(kind: str, cls: type, fields: Mapping[str, Any]) -> Any:
         raise StrategyError(f"{kind} {cls.__name__}: {error}") from None
 
 
-def _source(cls: type) -> str:
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
-        code = [f.__code__ for f in vars(cls).values() if inspect.isfunction(f)]
-        return "\n".join(f"{c.co_name} {c.co_code.hex()} {c.co_consts!r}" for c in code)
-
-
-def _referenced_globals(cls: type) -> dict[str, str]:
-    """Values and sources of the notebook globals that the methods read; library names are left out."""
-    found: dict[str, str] = {}
-    for function in (f for f in vars(cls).values() if inspect.isfunction(f)):
-        for name in function.__code__.co_names:
-            value = function.__globals__.get(name)
-            if value is None or inspect.ismodule(value) or getattr(value, "__module__", "").startswith("hybridlab"):
-                continue
-            if inspect.isfunction(value):
-                try:
-                    found[name] = inspect.getsource(value)
-                except (OSError, TypeError):
-                    found[name] = value.__code__.co_code.hex()
-            elif not callable(value):
-                found[name] = repr(value)[:1000]
-    return found
-
-
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)[:1000]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else content(value)

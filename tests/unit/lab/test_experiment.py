@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hybridlab import experiment, provenance
+from hybridlab import backends, experiment, provenance
 from hybridlab.errors import ConfigError, StrategyError
 from hybridlab.metrics import SLO
 from hybridlab.plans import QueueView, StepPlan
@@ -153,6 +153,35 @@ def test_strategy_object_replaces_config_and_axis(bench: list[str], config: dict
     other = run(sweep, scheduler=Mine(limit=1.0))
     assert set(other.summary["run_id"]).isdisjoint(result.summary["run_id"])
     assert len(run(sweep, scheduler=Mine(limit=1.0)).cached) == 2
+
+
+@dataclass
+class Counting:
+    """Keeps state, which no strategy should, but which must not leak from run to run."""
+
+    served: int = 0
+
+    def schedule(self, queue: QueueView) -> StepPlan | None:
+        return None
+
+
+def test_state_of_a_strategy_does_not_leak_into_the_next_run(
+    bench: list[str], config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    whole = backends.BACKENDS["engine"].serve  # type: ignore[attr-defined]
+
+    def serve(self: Any, requests: Any, scheduler: Any, on_event: Any) -> Any:
+        found.append(scheduler.served)
+        scheduler.served += 1
+        return whole(self, requests, scheduler, on_event)
+
+    monkeypatch.setattr(backends.BACKENDS["engine"], "serve", serve)
+    sweep = {**config, "warmup_requests": 1, "sweep": {"workload.num_requests": [1, 2]}}
+    result = run(sweep, scheduler=Counting())
+    assert found == [0, 0, 0, 0]
+    assert set(result.summary["scheduler"]) == {"Counting"}
+    assert len(run(sweep, scheduler=Counting()).cached) == 2
 
 
 def test_slo_does_not_make_a_new_run(bench: list[str], config: dict[str, Any]) -> None:
