@@ -88,6 +88,26 @@ def without(sweep: Mapping[str, Any], roots: Iterable[str]) -> dict[str, Any]:
     return kept
 
 
+def axis_value(value: Any) -> Any:
+    """A setting as a cell of a table: words and numbers as they are, everything else as text.
+
+    A range of one ([16, 16]) is that number: a config may say either. Tuples look like the lists that they are in YAML
+    and in stored manifests.
+    """
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    listed = _listed_within(value)
+    if isinstance(listed, list) and len(listed) == 2 and all(type(n) is int for n in listed) and listed[0] == listed[1]:
+        return listed[0]
+    return repr(listed)
+
+
+def _listed_within(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _listed_within(one) for key, one in value.items()}
+    return [_listed_within(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def override(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the config dict `raw` with dotted keys set; a strategy given by name becomes a mapping."""
     result = dict(raw)

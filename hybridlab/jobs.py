@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridlab import provenance
+from hybridlab.axes import axis_value
 from hybridlab.backends import checkpoint_of
 from hybridlab.config import STRATEGIES, ExperimentConfig, Point, points
 from hybridlab.strategies import registry
@@ -44,12 +45,7 @@ class Draft:
 
     def axes(self) -> dict[str, Any]:
         """The swept keys and values; whole strategies are left to their label."""
-        plain = (str, int, float, bool, type(None))
-        return {
-            key: value if isinstance(value, plain) else repr(value)
-            for key, value in self.point.axes.items()
-            if key not in STRATEGIES
-        }
+        return {key: axis_value(value) for key, value in self.point.axes.items() if key not in STRATEGIES}
 
 
 @dataclass(frozen=True)

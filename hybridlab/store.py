@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridlab.axes import axis_value
 from hybridlab.config import STRATEGIES, project_dir
 from hybridlab.errors import ConfigError
 from hybridlab.metrics import SLO
@@ -86,7 +87,7 @@ def results(
 def settings(manifest: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     """The values of dotted config keys in a run: of its axes, else of its config (None if it has none)."""
     axes = manifest["axes"]
-    return {key: axes[key] if key in axes else _setting(manifest["config"], key) for key in keys}
+    return {key: axes[key] if key in axes else axis_value(_setting(manifest["config"], key)) for key in keys}
 
 
 def _setting(config: Any, key: str) -> Any:

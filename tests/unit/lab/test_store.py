@@ -16,6 +16,7 @@ from hybridlab.errors import ConfigError
 from hybridlab.experiment import run
 from hybridlab.run_files import write_failure
 from hybridlab.store import read_run, results, spans_frame, write_run
+from hybridlab.summary_table import short_table
 
 
 @pytest.fixture
@@ -213,3 +214,14 @@ def test_failed_runs_have_no_tables(stored: list[Path]) -> None:
     (stored[0].parent / "aaaaaaaaaaaa" / "manifest.json").write_text(json.dumps({**manifest, "error": None, "axes": 3}))
     with pytest.warns(UserWarning, match="skipped .*aaaaaaaaaaaa"):
         results("question", failed=True)
+
+
+def test_lists_and_ranges_are_one_kind_of_cell(bench: list[str], config: dict[str, Any]) -> None:
+    sweep = {"list": [{"workload.prompt_tokens": 16}, {"workload.output_tokens": 3}]}
+    result = run({**config, "sweep": sweep}, progress=False)
+    for table in (result.summary, result.table, short_table(results("question"))):
+        assert table["workload.prompt_tokens"].tolist() == [16, "[2, 9]"]
+        assert table["workload.output_tokens"].tolist() == [4, 3]
+    ranges = {"workload.prompt_tokens": [(2, 9), [5, 5], [2, 8]]}
+    swept = run({**config, "sweep": ranges}, progress=False).summary
+    assert swept["workload.prompt_tokens"].tolist() == ["[2, 9]", 5, "[2, 8]"]
