@@ -18,7 +18,7 @@ from hybridlab.errors import StrategyError
 from hybridlab.jobs import Job
 from hybridlab.metrics import DEFINITIONS, requests_frame
 from hybridlab.request import RequestRecord
-from hybridlab.run_files import FORMAT, find_run, read_run, write_failure, write_run
+from hybridlab.run_files import FORMAT, check_writable, find_run, read_run, write_failure, write_run
 from hybridlab.serving import Served
 from hybridlab.stored_run import FailedRun, StoredRun, spans_frame
 from hybridlab.workload import make_requests, warmup_requests
@@ -55,6 +55,7 @@ def execute(
         benches[key] = BACKENDS[backend](draft.config, draft.checkpoint, *placed, not progress)
         with draft.config.named_errors():
             benches[key].check()
+    check_writable(folder, [job.run_id for job in jobs])
     with _bars(len(jobs), progress) as bars:
         for key, group in groups.items():
             with alone(benches[key].exclusive_device):

@@ -6,15 +6,15 @@ these functions give NaN. Percentiles interpolate linearly (numpy's default), as
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from hybridlab.errors import ConfigError
 from hybridlab.request import RequestRecord, Status
-from hybridlab.sections import Section, did_you_mean
+from hybridlab.sections import Section, did_you_mean, one_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,10 +58,17 @@ SLO_PRESETS = {
 }
 
 
-def find_slo(value: str | SLO) -> SLO:
-    """The SLO itself, or the preset of that name. Raises ConfigError for an unknown name."""
+def find_slo(value: str | SLO | Mapping[str, Any]) -> SLO:
+    """The SLO itself, one of such keys, or the preset of that name. Raises ConfigError for anything else."""
     if isinstance(value, SLO):
         return value
+    if isinstance(value, Mapping):
+        try:
+            return SLO.model_validate(value)
+        except ValidationError as error:
+            raise ConfigError(f"slo: {one_line(error)}") from None
+    if not isinstance(value, str):
+        raise ConfigError(f"slo: expected one of {', '.join(SLO_PRESETS)} or {{ttft_s, tpot_s}}, got {value!r:.60}")
     if value not in SLO_PRESETS:
         raise ConfigError(f"slo: unknown preset {value!r}" + did_you_mean(str(value), SLO_PRESETS))
     return SLO_PRESETS[value]
@@ -74,11 +81,11 @@ def requests_frame(records: Iterable[RequestRecord]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    frame = pd.DataFrame([_row(record) for record in records], columns=list(_COLUMNS))
-    return frame.astype(_COLUMNS)
+    frame = pd.DataFrame([_row(record) for record in records], columns=list(REQUEST_COLUMNS))
+    return frame.astype(REQUEST_COLUMNS)
 
 
-_COLUMNS: dict[str, Any] = {
+REQUEST_COLUMNS: dict[str, Any] = {
     "request_id": "object",
     "status": "object",
     "finish_reason": "object",

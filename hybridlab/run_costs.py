@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from math import nan
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from hybridlab import provenance
 from hybridlab.device_lock import alone_if_free
-from hybridlab.errors import MemoryBudgetError
+from hybridlab.errors import ConfigError, MemoryBudgetError
 from hybridlab.jobs import Draft, Job
 from hybridlab.prediction import EVIDENCE, Load, ModelCost, Rates, calibrated, estimated_rates, load_of, predict
+from hybridlab.run_files import read_manifest, read_run
 from hybridlab.spec import ModelSpec
 from hybridlab.workload import load_rows
 from hybridlab.workload.base import Row
@@ -181,23 +182,18 @@ def _rates_key(identity: Mapping[str, Any]) -> str:
 
 def _histories(results: Path, wanted: set[str]) -> dict[str, list[pd.DataFrame]]:
     """By rates key, the requests of the newest stored runs of any experiment; runs of the code as it is come first."""
-    import pandas as pd
-
     found: dict[str, list[tuple[bool, str, Path]]] = {}
     for path in results.glob("[!.]*/[!.]*/manifest.json") if wanted else ():
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_manifest(path.parent)
             key, code = _rates_key(manifest["identity"]), manifest["identity"]["code"]
-            if key in wanted and manifest.get("status", "done") == "done":
-                ranked = code == provenance.code_hash(), manifest["started"], path.parent / "requests.parquet"
-                found.setdefault(key, []).append(ranked)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ConfigError, KeyError):
             continue  # not a run, or a damaged one: `hl.results` tells
+        if key in wanted and manifest.get("status") != "failed":
+            found.setdefault(key, []).append((code == provenance.code_hash(), manifest["started"], path.parent))
     tables: dict[str, list[pd.DataFrame]] = {}
     for key, runs in found.items():
-        for *_, path in sorted(runs, reverse=True)[:MOST_RUNS]:
-            try:
-                tables.setdefault(key, []).append(pd.read_parquet(path))
-            except (OSError, ValueError):
-                continue
+        for *_, folder in sorted(runs, reverse=True)[:MOST_RUNS]:
+            with suppress(ConfigError):
+                tables.setdefault(key, []).append(read_run(folder).requests)
     return tables

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridlab.errors import ConfigError
-from hybridlab.stored_run import FailedRun, StoredRun
+from hybridlab.metrics import REQUEST_COLUMNS
+from hybridlab.stored_run import SPAN_COLUMNS, FailedRun, StoredRun, check_manifest, read_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,6 +56,22 @@ def write_failure(folder: Path, manifest: Mapping[str, Any]) -> None:
         _write(folder, {"manifest.json": _json(manifest)}, overwrite=True)
 
 
+def check_writable(parent: Path, run_ids: Iterable[str]) -> None:
+    """Raise ConfigError if runs with these ids could not be written below `parent`, before they are measured."""
+    for run_id in run_ids:
+        _refuse_foreign(parent / run_id)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=".part-", dir=parent)).rmdir()
+    except OSError as error:
+        raise ConfigError(f"{parent}: cannot be written ({error.strerror or error})") from None
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not (folder / "manifest.json").is_file():
+        raise ConfigError(f"{folder}: exists and is not a run; move it away")
+
+
 def find_run(folder: Path) -> StoredRun | FailedRun | None:
     """The run in `folder`; None if there is none, or a damaged one, which counts as missing and is written anew."""
     try:
@@ -80,30 +97,52 @@ def read_run(folder: Path) -> StoredRun:
 
 def read_any(folder: Path) -> StoredRun | FailedRun:
     """Like `read_run`, for runs that failed too."""
-    import pandas as pd
+    manifest = read_manifest(folder)
+    if manifest.get("status") == "failed":
+        return FailedRun(folder, manifest)
+    path = folder / "requests.parquet"
+    requests = read_table(path)
+    _require_columns(path, {name: dtype.kind for name, dtype in requests.dtypes.items()}, REQUEST_COLUMNS)
+    _check_spans(folder / "spans.parquet")
+    return StoredRun(folder, manifest, requests)
 
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the run in `folder`, its keys checked. Raises ConfigError naming the file."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise ConfigError(f"{path}: expected a manifest with format {FORMAT!r}")
-        if manifest.get("run_id") != folder.name:
-            raise ConfigError(f"{path}: is of run {manifest.get('run_id')!r}; expected {folder.name!r}")
-        if manifest.get("status") == "failed":
-            failed = FailedRun(folder, manifest)
-            failed.row()
-            return failed
-        path = folder / "requests.parquet"
-        requests = pd.read_parquet(path)
-        path = folder / "spans.parquet"
-        run = StoredRun(folder, manifest, requests, pd.read_parquet(path))
-        path = folder
-        run.row()
-    except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # json's errors are ValueErrors
         raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: incomplete run ({type(error).__name__}: {error})") from None
-    return run
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ConfigError(f"{path}: expected a manifest with format {FORMAT!r}")
+    if manifest.get("run_id") != folder.name:
+        raise ConfigError(f"{path}: is of run {manifest.get('run_id')!r}; expected {folder.name!r}")
+    try:
+        check_manifest(manifest)
+    except (ValueError, ConfigError) as error:
+        raise ConfigError(f"{path}: incomplete run ({error})") from None
+    return manifest
+
+
+def _check_spans(path: Path) -> None:
+    """What the end of the file says: spans are the larger table, and seldom asked for."""
+    from pyarrow import parquet
+
+    try:
+        schema = parquet.read_schema(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    _require_columns(path, dict.fromkeys(schema.names, "?"), SPAN_COLUMNS)
+
+
+def _require_columns(path: Path, kinds: Mapping[Any, str], expected: Mapping[str, str]) -> None:
+    """`kinds` are NumPy's letters of types, "?" if they are not looked at; numbers may be of any width."""
+    for name, dtype in expected.items():
+        if name not in kinds:
+            raise ConfigError(f"{path}: incomplete run (no column {name!r})")
+        if dtype != "object" and kinds[name] not in "?iuf":
+            raise ConfigError(f"{path}: incomplete run (column {name!r} holds no numbers)")
 
 
 def restore_replaced(parent: Path) -> None:
@@ -126,8 +165,7 @@ def _json(manifest: Mapping[str, Any]) -> bytes:
 
 
 def _write(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
-    if folder.exists() and not (folder / "manifest.json").is_file():
-        raise ConfigError(f"{folder}: exists and is not a run; move it away")
+    _refuse_foreign(folder)
     part = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

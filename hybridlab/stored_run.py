@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridlab.metrics import SLO, summarise
+from hybridlab.config import STRATEGIES
+from hybridlab.errors import ConfigError
+from hybridlab.metrics import SLO, find_slo, summarise
 from hybridlab.plans import Span
 from hybridlab.provenance import digest
 
@@ -25,6 +29,53 @@ SPAN_COLUMNS = {
     "start_s": "float64",
     "end_s": "float64",
 }
+
+
+_KEYS: Mapping[str, type | tuple[type, ...]] = {
+    "experiment": str,
+    "backend": str,
+    "evidence": str,
+    "started": str,
+    "repeat": int,
+    **dict.fromkeys(("labels", "axes", "config", "strategies", "machine", "code", "identity", "slo"), dict),
+}
+_KEYS_OF_DONE: Mapping[str, type | tuple[type, ...]] = {"duration_s": (int, float), "num_steps": int}
+
+
+def check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError (ConfigError of an SLO) that names the first key that is missing or of the wrong kind."""
+    own = {"error": str} if manifest.get("status") == "failed" else _KEYS_OF_DONE
+    for key, kind in {**_KEYS, **own}.items():
+        if key not in manifest:
+            raise ValueError(f"no key {key!r}")
+        if not isinstance(manifest[key], kind) or isinstance(manifest[key], bool):
+            raise ValueError(f"{key} is {manifest[key]!r:.40}")
+    if not isfinite(manifest.get("duration_s", 0.0)):
+        raise ValueError(f"duration_s is {manifest['duration_s']!r}")
+    for name in ("labels", "axes"):
+        for key, value in manifest[name].items():
+            if not isinstance(value, str | int | float | bool | None):
+                raise ValueError(f"{name}.{key} is {value!r:.40}")
+    find_slo(manifest["slo"])
+    for kind in STRATEGIES:
+        used = manifest["strategies"].get(kind)
+        if not isinstance(used, dict) or not isinstance(used.get("class"), str):
+            raise ValueError(f"strategies.{kind} is {used!r:.40}")
+    names = [("machine", "cpu"), ("machine", "cores"), *(("code", key) for key in ("commit", "version", "dirty"))]
+    for section, key in names:
+        value = manifest[section].get(key, None if section == "machine" else "")
+        if not isinstance(value, int if key == "cores" else str):
+            raise ValueError(f"{section}.{key} is {value!r:.40}")
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A Parquet file. Raises ConfigError that names it."""
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise ConfigError(f"{path}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})") from None
 
 
 @dataclass(frozen=True)
@@ -58,7 +109,11 @@ class StoredRun(_Run):
     """A run that was served to its end."""
 
     requests: pd.DataFrame
-    spans: pd.DataFrame
+
+    @cached_property
+    def spans(self) -> pd.DataFrame:
+        """Read when they are first asked for. Raises ConfigError if that is not possible any more."""
+        return read_table(self.path / "spans.parquet")
 
     def row(self, slo: str | SLO | None = None) -> dict[str, Any]:
         """Config axes, metrics and provenance as one flat row; goodput at `slo` (default: the config's)."""

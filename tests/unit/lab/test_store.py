@@ -225,3 +225,82 @@ def test_lists_and_ranges_are_one_kind_of_cell(bench: list[str], config: dict[st
     ranges = {"workload.prompt_tokens": [(2, 9), [5, 5], [2, 8]]}
     swept = run({**config, "sweep": ranges}, progress=False).summary
     assert swept["workload.prompt_tokens"].tolist() == ["[2, 9]", 5, "[2, 8]"]
+
+
+@pytest.mark.parametrize("where", ["results", "results/question"])
+def test_a_store_that_cannot_be_written_stops_before_anything_is_loaded(
+    bench: list[str], config: dict[str, Any], tmp_path: Path, where: str
+) -> None:
+    (tmp_path / where).parent.mkdir(exist_ok=True)
+    (tmp_path / where).write_text("in the way")
+    with pytest.raises(ConfigError, match=r"question: cannot be written \(") as caught:
+        run(config, progress=False)
+    assert "\n" not in str(caught.value) and bench == []
+
+
+def test_what_is_in_the_way_of_a_later_run_stops_before_anything_is_loaded(
+    stored: list[Path], config: dict[str, Any], bench: list[str]
+) -> None:
+    (stored[1] / "manifest.json").unlink()
+    bench.clear()
+    with pytest.raises(ConfigError, match=f"{stored[1].name}: exists and is not a run; move it away"):
+        run({**config, "sweep": {"workload.num_requests": [3, 2]}}, progress=False)
+    assert bench == []
+
+
+DAMAGE: list[tuple[str, Any]] = [
+    ("started", 5),
+    ("started", None),
+    ("duration_s", "1"),
+    ("duration_s", float("nan")),
+    ("num_steps", True),
+    ("config", []),
+    ("axes", {"workload.seed": [1]}),
+    ("labels", 3),
+    ("identity", 3),
+    ("strategies", {"scheduler": {}}),
+    ("machine", {"cpu": 3, "cores": 1}),
+    ("code", {"commit": 3}),
+    ("slo", {"ttft_s": -1}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), DAMAGE)
+def test_a_manifest_with_a_wrong_value_is_a_damaged_run(
+    stored: list[Path], config: dict[str, Any], key: str, value: Any
+) -> None:
+    path = stored[0] / "manifest.json"
+    whole = json.loads(path.read_text())
+    for changed in ({**whole, key: value}, {name: old for name, old in whole.items() if name != key}):
+        path.write_text(json.dumps(changed))
+        said, table = told()
+        assert table["run_id"].tolist() == [stored[1].name]
+        assert len(said) == 1 and f"{stored[0].name}/manifest.json: incomplete run (" in said[0] and key in said[0]
+    again = run({**config, "sweep": {"workload.num_requests": [1, 2]}}, progress=False)
+    assert again.cached == (stored[1].name,)
+
+
+@pytest.mark.parametrize("name", ["requests", "spans"])
+def test_a_table_with_other_columns_is_a_damaged_run(stored: list[Path], name: str) -> None:
+    path = stored[0] / f"{name}.parquet"
+    whole = pd.read_parquet(path)
+    last = "cached_tokens" if name == "requests" else "end_s"
+    whole.drop(columns=last).to_parquet(path)
+    assert f"{name}.parquet: incomplete run (no column '{last}')" in told()[0][0]
+    if name == "requests":
+        whole.assign(**{last: "x"}).to_parquet(path)
+        assert "column 'cached_tokens' holds no numbers" in told()[0][0]
+
+
+def test_spans_are_read_when_they_are_asked_for(stored: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    original = pd.read_parquet
+    monkeypatch.setattr(pd, "read_parquet", lambda path: opened.append(path.name) or original(path))
+    results("question")
+    assert opened == ["requests.parquet"] * 2
+    found = read_run(stored[0])
+    assert len(found.spans) == 1 and found.spans is found.spans
+    assert opened[2:] == ["requests.parquet", "spans.parquet"]
+    (stored[1] / "spans.parquet").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"spans\.parquet: cannot be read"):
+        read_run(stored[1])

@@ -72,6 +72,7 @@ def stored(bench: list[str], config: dict[str, Any]) -> Path:
 def writer(stored: Path, **changes: Any) -> Write:
     """Writes the run of `stored` again, with another manifest."""
     old = read_run(stored)
+    assert len(old.spans)  # read now: the folder changes
 
     def write(folder: Path) -> None:
         manifest = {**old.manifest, **changes, "run_id": folder.name}
@@ -140,6 +141,7 @@ def killed(write: Write, folder: Path, number: int) -> bool:
 def test_kill_9_at_any_call_leaves_a_clean_store(stored: Path, config: dict[str, Any], before: str) -> None:
     parent, folder = stored.parent, stored
     old = read_run(stored)
+    assert len(old.spans)  # read now: the folder changes
     write = writer(stored, num_steps=99)
 
     def reset() -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 import hybridlab as hl
@@ -180,3 +181,14 @@ def test_bad_input(
     with pytest.raises(error) as caught:
         plan({**preset, **change}, **keys)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_damaged_runs_of_any_experiment_stop_no_plan(preset: dict[str, Any]) -> None:
+    pretend_made(preset)
+    paths = experiment.run({**preset, "experiment": "other"}, progress=False).paths
+    table = pd.read_parquet(paths[0] / "requests.parquet")
+    table.drop(columns="cached_tokens").to_parquet(paths[0] / "requests.parquet")
+    for path, change in ((paths[1], {"started": 5}), (paths[2], {"identity": {}})):
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    assert set(plan(preset).frame["predicted_from"]) == {"from 1 stored run"}
