@@ -16,7 +16,7 @@ from hybridlab.figures.marks import band_handle, evidence_handle, line_of, put_l
 from hybridlab.figures.origin import note_origin
 from hybridlab.figures.repeats import Curve, curve_of, told_apart
 from hybridlab.figures.style import GREY, ONE_COLUMN_IN, axis_label, style
-from hybridlab.figures.tables import Kinds, Where, chosen, rows_of, series_of
+from hybridlab.figures.tables import Kinds, Where, chosen, keys_of, rows_of, series_of
 from hybridlab.figures.ttft_throughput import PERCENTILES
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def load_curves(
     line in the upper panel is what the load asks for (requests/s times tokens per finished request): a curve
     that leaves it is saturated. `tpot` is "median", "p90" or "p99"; the dashed line below is the SLO's.
 
-    One curve per value of `by` (default: the scheduler, and what else differs between runs at the same load);
+    One curve per value of `by` (default: the scheduler, and what else differs between runs beside their load);
     repeats are averaged and their range is a band.
 
     `slo` replaces the one in the table, `where` picks rows by column, `evidence` asks for kinds to be
@@ -53,10 +53,9 @@ def load_curves(
         raise ConfigError(f"{what}: tpot: expected one of {', '.join(PERCENTILES)}, got {tpot!r}")
     column = f"{tpot}_tpot_s"
     frame = rows_of(df, "summary", ("output_tokens_per_s", column, load), what)
-    if by is None:
-        by = told_apart(chosen(frame, where, evidence, what), load)
+    by = told_apart(chosen(frame, where, evidence, what), load) if by is None else keys_of(by)
     series = series_of(frame, by, what, needs="output_tokens_per_s", where=where, evidence=evidence)
-    curves = [curve_of(one, load, what) for one in series]
+    curves = [curve_of(one, load, what, by) for one in series]
     if any(np.isnan(curve.load).any() for curve in curves):
         raise ConfigError(f"{what}: {load} is undefined in some rows; pass load= a column that says the load")
     level = level_of(series, slo, what)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +10,12 @@ from typing import Any
 import numpy as np
 
 from hybridlab.errors import ConfigError
-from hybridlab.figures.tables import Series, settings
+from hybridlab.figures.tables import Series, is_axis, settings
 
 Row = dict[str, Any]
+# Keys of a config that change nothing but how fast requests come: points along a curve.
+LOADS = ("workload.rate_scale", "workload.rate_req_s", "workload.num_users", "workload.think_s")
+MISSING = ("None", "nan")
 
 
 @dataclass(frozen=True)
@@ -38,30 +40,62 @@ class Curve:
         return np.array([min(v) for v in values]), np.array([max(v) for v in values])
 
 
-def told_apart(frame: Any, load: str) -> list[str]:
-    """The scheduler, and the columns in which runs at the same `load` differ beside it: one curve for each."""
-    keys = ["scheduler"]
-    loads = [f"{value:.9g}" if isinstance(value, float) else str(value) for value in frame[load].tolist()]
-    for column in settings(frame):
-        if column not in keys and column != load and not _constant(frame, keys, loads, column):
+def told_apart(frame: Any, load: str | None, first: Sequence[str] = ("scheduler",)) -> list[str]:
+    """`first`, and the columns in which runs differ beside it: one curve for each combination of their values.
+
+    Along a curve the load may change and what sets it: the first swept column of `LOADS`, or whatever changes with
+    `load` if that is itself a setting. How much load arrives can be an outcome of everything else (closed loops), so
+    runs of different loads are told apart too. Without `load` nothing may change.
+    """
+    keys = list(first)
+    columns = [name for name in settings(frame) if name not in keys and name != load]
+    given = [] if load is None else [load]
+    sets_load = [name for name in columns if name in LOADS or name == "workload"]
+    along = {name: given for name in (columns if load is None or is_axis(load) else sets_load)}
+    swept = [name for name in sets_load if name in LOADS and frame[name].nunique(dropna=False) > 1]
+    if load is not None and not is_axis(load):
+        # Two ways of setting the load are no line: the second one is told apart.
+        along |= {name: swept[:1] for name in swept[1:]}
+    for column in sorted(columns, key=lambda name: name in sets_load):
+        if not _constant(frame, [*keys, *along.get(column, [])], column):
             keys.append(column)
     return keys
 
 
-def _constant(frame: Any, keys: list[str], loads: list[str], column: str) -> bool:
-    """Whether rows that agree in `keys` and load agree in `column`."""
-    first: dict[Any, str] = {}
-    values = map(repr, frame[column].tolist())
-    groups = zip(loads, *(map(repr, frame[key].tolist()) for key in keys), strict=True)
-    return all(first.setdefault(group, value) == value for group, value in zip(groups, values, strict=True))
+def _constant(frame: Any, keys: Sequence[str], column: str) -> bool:
+    """Whether rows that agree in `keys` agree in `column`.
+
+    Rows of another kind of evidence may lack the value: published numbers come with few settings.
+    """
+    kinds = frame["evidence"].tolist() if "evidence" in frame.columns else [""] * len(frame)
+    groups = zip(kinds, *(map(_text, frame[key].tolist()) for key in keys), strict=True)
+    within: dict[Any, str] = {}
+    across: dict[Any, str] = {}
+    for group, value in zip(groups, map(_text, frame[column].tolist()), strict=True):
+        if within.setdefault(group, value) != value:
+            return False
+        if value not in MISSING and across.setdefault(group[1:], value) != value:
+            return False
+    return True
 
 
-def curve_of(series: Series, load: str, what: str) -> Curve:
+def _text(value: Any) -> str:
+    return f"{value:.9g}" if isinstance(value, float) else repr(value)
+
+
+def curve_of(series: Series, load: str, what: str, by: Sequence[str]) -> Curve:
     """The curve of a series over the column `load`; undefined loads come last.
 
-    Runs are repeats if they agree in every column that says what ran. Raises ConfigError if a repeat is there
-    twice (runs of different code, say), or if points at the same load differ in something that is not drawn.
+    Runs are repeats if they agree in every column that says what ran. Raises ConfigError if a repeat is there twice
+    (runs of different code, say), or if the runs differ in something that neither `by` nor the load tells.
     """
+    if untold := told_apart(series.rows, load, by)[len(by) :]:
+        column = untold[0]
+        values = list(dict.fromkeys(series.rows[column].tolist()))
+        raise ConfigError(
+            f"{what}: runs of {series.name!r} differ in {column!r} ({', '.join(map(repr, values[:4]))}); "
+            f"choose with where={{{column!r}: {values[0]!r}}} or add {column!r} to by"
+        )
     same = settings(series.rows)
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in series.rows.to_dict("records"):
@@ -69,9 +103,6 @@ def curve_of(series: Series, load: str, what: str) -> Curve:
     points = [point for rows in groups.values() for point in _points(rows, load, series.name, what)]
     loads = [float(np.mean([row[load] for row in point])) for point in points]
     order = sorted(range(len(points)), key=lambda i: (math.isnan(loads[i]), loads[i]))
-    for before, after in itertools.pairwise(order):
-        if math.isclose(loads[before], loads[after], rel_tol=1e-9):
-            _refuse(points[before][0], points[after][0], same, series.name, what)
     return Curve(series, np.array([loads[i] for i in order]), [points[i] for i in order])
 
 
@@ -92,12 +123,3 @@ def _points(rows: list[Row], load: str, name: str, what: str) -> list[list[Row]]
                 "settings that are not in the table differ; pass the runs of one (run_id, code)"
             )
     return list(by_load.values())
-
-
-def _refuse(one: Row, other: Row, same: Sequence[str], name: str, what: str) -> None:
-    column = next((c for c in same if repr(one[c]) != repr(other[c])), None)
-    if column is not None:
-        raise ConfigError(
-            f"{what}: runs of {name!r} at the same load differ in {column!r}; "
-            f"choose with where={{{column!r}: {one[column]!r}}} or add {column!r} to by"
-        )

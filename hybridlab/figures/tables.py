@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 Where = Mapping[str, Any]
 Kinds = str | Sequence[str]
 
+# Swept keys have a dot, but for those of the top level.
+UNDOTTED = ("engine", "warmup_requests")
 LABELS = ("model", "workload", "scheduler", "placement", "overlap", "precision", "device")
 # What the summary knows of a run, for tables that know its run_id only.
 OF_THE_RUN = ("repeat", "evidence", "machine", "code", "slo", "slo_ttft_s", "slo_tpot_s")
@@ -76,8 +79,8 @@ def _joined(frame: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def is_axis(column: str) -> bool:
-    """True for a column that says what ran, not what came out; swept keys have a dot."""
-    return column in LABELS or "." in column
+    """True for a column that says what ran, not what came out."""
+    return column in LABELS or column in UNDOTTED or "." in column
 
 
 def chosen(frame: Any, where: Where | None, evidence: Kinds | None, what: str) -> Any:
@@ -133,11 +136,15 @@ def series_of(
     Numbers count over the whole table, so that `where` changes no colour. Rows without a positive value in
     `needs` are left out. Raises ConfigError as `chosen` does, and if no row is left.
     """
-    keys = [by] if isinstance(by, str) else list(by)
+    keys = keys_of(by)
     for key in keys:
         if key not in frame.columns:
             raise ConfigError(f"{what}: by: no column {key!r}{did_you_mean(str(key), list(frame.columns))}")
-    names = [", ".join(_shown(key, value) for key, value in zip(keys, row, strict=True)) for row in _cells(frame, keys)]
+    short = _short_names(keys)
+    names = [
+        ", ".join(_shown(short[key], value) for key, value in zip(keys, row, strict=True))
+        for row in _cells(frame, keys)
+    ]
     frame = frame.assign(_series=names)
     kept = chosen(frame, where, evidence, what)
     kept = kept[kept[needs] > 0]
@@ -151,14 +158,32 @@ def series_of(
     return found
 
 
+def keys_of(by: str | Sequence[str]) -> list[str]:
+    """The columns that `by` names."""
+    return [by] if isinstance(by, str) else list(by)
+
+
 def _cells(frame: pd.DataFrame, keys: Sequence[str]) -> list[tuple[Any, ...]]:
     return list(zip(*(frame[key].tolist() for key in keys), strict=True))
 
 
-def _shown(key: str, value: Any) -> str:
-    """A label speaks for itself; of a swept key the name is needed too."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if key in LABELS or key == "machine" else f"{key.split('.')[-1]}={text}"
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """What stands before a value: nothing for a label, which speaks for itself, else the last part of a swept key.
+
+    The whole key if two of them end alike.
+    """
+    end = {key: key.rpartition(".")[2] for key in keys}
+    ends = Counter(end.values())
+    spoken = (*LABELS, "machine")
+    return {key: "" if key in spoken else key if ends[end[key]] > 1 else end[key] for key in keys}
+
+
+def _shown(name: str, value: Any) -> str:
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    text = "none" if missing else f"{value:g}" if isinstance(value, float) else str(value)
+    if name.rpartition(".")[2] == "path":
+        text = text.rpartition("/")[2]  # folders would fill the legend
+    return f"{name}={text}" if name else text
 
 
 def settings(frame: pd.DataFrame) -> list[str]:
@@ -170,7 +195,7 @@ def settings(frame: pd.DataFrame) -> list[str]:
 
 def require_one_setting(series: Sequence[Series], by: str | Sequence[str], what: str) -> None:
     """Raise ConfigError if a series pools requests of runs that differ in more than their repeat."""
-    keys = [by] if isinstance(by, str) else list(by)
+    keys = keys_of(by)
     for one in series:
         for column in settings(one.rows):
             values = list(dict.fromkeys(map(repr, one.rows[column].tolist())))

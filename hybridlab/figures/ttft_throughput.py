@@ -16,7 +16,7 @@ from hybridlab.figures.origin import note_origin
 from hybridlab.figures.pareto import front_of
 from hybridlab.figures.repeats import Curve, curve_of, told_apart
 from hybridlab.figures.style import GREY, ONE_COLUMN_IN, axis_label, cycle_color, log_axis, new_axes, style
-from hybridlab.figures.tables import Kinds, Where, chosen, rows_of, series_of
+from hybridlab.figures.tables import Kinds, Where, chosen, keys_of, rows_of, series_of
 from hybridlab.metrics import SLO
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def ttft_throughput(
 ) -> Axes:
     """TTFT (s, log scale) over output tokens/s, from a result or rows of its `summary`.
 
-    One line per value of `by` (default: the scheduler, and what else differs between runs at the same load),
+    One line per value of `by` (default: the scheduler, and what else differs between runs beside their load),
     joined in the order of `load`; repeats are averaged and their range is a band. `ttft` is "median" (with a
     whisker to p90), "p90" or "p99". `front` draws the Pareto front over all points (of one kind of evidence).
     Below the SLO's TTFT the background is shaded. Points that miss the SLO are pale and small; a ring says that it
@@ -56,10 +56,9 @@ def ttft_throughput(
         raise ConfigError(f"{what}: ttft: expected one of {', '.join(PERCENTILES)}, got {ttft!r}")
     y, tpot = f"{ttft}_ttft_s", f"{ttft}_tpot_s"
     frame = rows_of(df, "summary", ("output_tokens_per_s", y, "p90_ttft_s", tpot, load), what)
-    if by is None:
-        by = told_apart(chosen(frame, where, evidence, what), load)
+    by = told_apart(chosen(frame, where, evidence, what), load) if by is None else keys_of(by)
     series = series_of(frame, by, what, needs=y, where=where, evidence=evidence)
-    curves = [curve_of(one, load, what) for one in series]
+    curves = [curve_of(one, load, what, by) for one in series]
     level = level_of(series, slo, what)
     with style():
         own = ax is None

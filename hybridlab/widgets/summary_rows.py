@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hybridlab.figures.repeats import told_apart
 from hybridlab.figures.tables import settings
 from hybridlab.metrics import SLO
 from hybridlab.request import Status
@@ -72,15 +73,9 @@ def older_code(summary: pd.DataFrame) -> np.ndarray:
 
 
 def apart(part: pd.DataFrame, by: str, per_request: bool) -> list[str]:
-    """`by`, and what must be told apart as well: columns in which rows of one line (at one load) differ."""
-    found = [by]
-    text: Any = part[[*settings(part), *({by} - set(settings(part)))]].map(label)
-    load = [] if per_request or LOAD not in part.columns else [part[LOAD].map(lambda value: f"{value:.9g}")]
-    for column in text.columns:
-        groups = [*(text[name] for name in found), *load]
-        if column not in found and text[column].groupby(groups).nunique().max() > 1:
-            found.append(column)
-    return found
+    """`by`, and what must be told apart as well: columns in which rows of one line differ, its load apart."""
+    load = None if per_request or LOAD not in part.columns else LOAD
+    return told_apart(part, load, [by])
 
 
 def _keys(summary: pd.DataFrame) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hybridlab.errors import ConfigError
-from hybridlab.figures.tables import LABELS, settings
+from hybridlab.figures.tables import is_axis, settings
 from hybridlab.metrics import SLO
 from hybridlab.store import EVIDENCE, default_results_dir, read_run, results
 from hybridlab.widgets.summary_rows import apart, at_slo, label, older_code, without_repeats
@@ -67,7 +67,7 @@ class ResultsTable:
     @property
     def axes(self) -> list[str]:
         """Columns that say what ran and differ between runs; `scheduler` always."""
-        told = [c for c in settings(self.summary) if c in LABELS or "." in c]
+        told = [c for c in settings(self.summary) if is_axis(c)]
         return [c for c in told if c == "scheduler" or len(self.values(c)) > 1]
 
     @property
