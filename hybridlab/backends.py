@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hybridlab import provenance
-from hybridlab.config import ExperimentConfig, ModelConfig
+from hybridlab.config import CHECKPOINTS, ExperimentConfig, ModelConfig
 from hybridlab.errors import CheckpointError, ConfigError
 from hybridlab.request import Request, RequestRecord
 from hybridlab.sections import did_you_mean
@@ -122,7 +122,7 @@ def checkpoint_of(model: ModelConfig, results: Path, base: Path) -> Path:
     depth = f"-{model.layers}layers" if model.layers else ""
     routing = f"-{model.routing}" if model.routing != "uniform" else ""
     name = f"{model.preset}-{model.dtype}{depth}{routing}-seed{model.seed}-{provenance.digest(recipe, 6)}"
-    return results / "checkpoints" / name
+    return results / CHECKPOINTS / name
 
 
 def is_made(checkpoint: Path) -> bool:

@@ -22,17 +22,20 @@ from hybridlab.axes import combinations, override, without
 from hybridlab.errors import ConfigError, HybridlabError
 from hybridlab.figures_config import DEFAULT_FIGURES, Figures
 from hybridlab.metrics import SLO, SLO_PRESETS, find_slo
-from hybridlab.sections import Section, one_line
+from hybridlab.sections import PathText, Section, one_line
 from hybridlab.strict_yaml import read_yaml, refuse_nonfinite
 from hybridlab.workload import WORKLOAD_KINDS, Workload
 
 STRATEGIES = ("scheduler", "placement", "overlap")
+CHECKPOINTS, PAPER = "checkpoints", "paper"
+"""Folders of `results/` that hold no experiment: checkpoints that were made, and what is published."""
+RESERVED = (CHECKPOINTS, PAPER)
 
 
 class ModelConfig(Section):
     """Either `path` of a checkpoint, or a recipe (`preset`, ...) carried out under results/checkpoints."""
 
-    path: str | None = None
+    path: PathText | None = None
     preset: str | None = None
     dtype: Literal["fp8", "bf16"] = "fp8"
     seed: int = Field(default=0, ge=0)
@@ -58,7 +61,7 @@ class EngineConfig(Section):
     token_budget: int | None = Field(default=None, gt=0)
     """Most tokens of one step."""
     kv_tokens: int | None = Field(default=None, gt=0)
-    memory_gb: float | None = Field(default=None, gt=0)
+    memory_gb: float | None = Field(default=None, gt=0, le=1e9)
     prefix_cache: bool = True
     """Requests that begin with the same tokens share their KV blocks."""
 
@@ -101,8 +104,10 @@ class ExperimentConfig(Section):
     @classmethod
     def _folder_name(cls, value: str) -> str:
         # It becomes a folder under results/: nothing that could leave it.
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}", value) or value == "checkpoints":
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}", value):
             raise ValueError(f"expected a folder name of letters, digits, '-' and '_', got {value!r}")
+        if value.lower() in RESERVED:
+            raise ValueError(f"expected a folder name other than {' and '.join(RESERVED)}, got {value!r}")
         return value
 
     @field_validator(*STRATEGIES)

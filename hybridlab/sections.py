@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -16,6 +17,20 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(sorted(known))}"
+
+
+def _path(text: str) -> str:
+    try:
+        named = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        raise ValueError(f"expected a path, got {text!r:.60}")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_path)]
+"""Text that the system could have a file under."""
 
 
 class Section(BaseModel):

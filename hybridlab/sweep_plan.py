@@ -8,15 +8,15 @@ from __future__ import annotations
 import html
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridlab.backends import check_backend, is_made
+from hybridlab.backends import BACKENDS, check_backend, is_made
 from hybridlab.config import ExperimentConfig
 from hybridlab.experiment import RETRY, Source, chosen
-from hybridlab.jobs import identify, make_drafts
+from hybridlab.jobs import Draft, identify, make_drafts
 from hybridlab.prediction import EVIDENCE
 from hybridlab.run_costs import Costs
 from hybridlab.run_files import find_runs
@@ -135,25 +135,38 @@ def plan(
     drafts = make_drafts(config, results)
     jobs = {id(job.draft): job for job in identify([d for d in drafts if is_made(d.checkpoint)], backend)}
     stored = {} if force else find_runs(results / config.experiment, [job.run_id for job in jobs.values()])
+    statuses = {}
+    for draft in drafts:
+        run = stored.get(jobs[id(draft)].run_id) if id(draft) in jobs else None
+        status = "to do" if run is None else "stored" if isinstance(run, StoredRun) else "failed"
+        statuses[id(draft)] = "to do" if retry_failed and status == "failed" else status
+    _check_benches([draft for draft in drafts if statuses[id(draft)] == "to do"], backend)
     costs = Costs(results, list(jobs.values()))
     rows = []
     with config.named_errors():
         for draft in drafts:
             job = jobs.get(id(draft))
-            run = stored.get(job.run_id) if job is not None else None
-            status = "to do" if run is None else "stored" if isinstance(run, StoredRun) else "failed"
             rows.append(
                 {
                     **draft.labels,
                     **draft.axes(),
                     "repeat": draft.repeat,
                     **costs.row(draft, job),
-                    "status": "to do" if retry_failed and status == "failed" else status,
+                    "status": statuses[id(draft)],
                     "run_id": None if job is None else job.run_id,
                 }
             )
         missing = {d.checkpoint: costs.weight_bytes(d) for d in drafts if not is_made(d.checkpoint)}
     return SweepPlan(config, pd.DataFrame(rows), costs.budget_bytes, missing, _free_bytes(results))
+
+
+def _check_benches(drafts: Sequence[Draft], backend: str) -> None:
+    """Raise what would stop every run of an engine: free of cost, and predictions probe with all threads asked for."""
+    engines = {(draft.checkpoint, draft.config.engine.model_dump_json()): draft for draft in drafts}
+    for draft in engines.values():
+        placed = draft.strategies["placement"], draft.strategies["overlap"]
+        with draft.config.named_errors():
+            BACKENDS[backend](draft.config, draft.checkpoint, *placed, True).check()
 
 
 def _free_bytes(folder: Path) -> int:

@@ -15,6 +15,9 @@ from hybridlab.sections import Section
 MAX_TOKENS = 10_000_000
 """Most tokens of one prompt or output; a larger number in a trace is taken for a mistake."""
 
+MOST_SCALED_TOKENS = 10**12
+"""Where lengths divided by a tiny scale are cut, before any limit is looked at: they may be beyond all floats."""
+
 
 def _range(value: Any) -> Any:
     pair = (value, value) if isinstance(value, int) else value
@@ -84,21 +87,25 @@ class WorkloadBase(Section, ABC):
 
     def prompt_end(self, tokens: int) -> int:
         """Where the first `tokens` of a prompt of the trace end in the prompt that is served."""
-        end = max(1, math.ceil(tokens / self.length_scale))
+        end = _scaled(tokens, self.length_scale)
         return min(end, self.max_prompt_tokens) if self.max_prompt_tokens else end
 
     def lengths(self, row: Row) -> tuple[int, int]:
         """Prompt and output tokens of the request that is served. Raises ConfigError beyond MAX_TOKENS."""
         scale = self.output_length_scale or self.length_scale
-        output = max(1, math.ceil(row.output_tokens / scale))
+        output = _scaled(row.output_tokens, scale)
         output = min(output, self.max_output_tokens) if self.max_output_tokens else output
         prompt = self.prompt_end(row.prompt_tokens)
         if max(prompt, output) > MAX_TOKENS:
             name = "length_scale" if prompt > MAX_TOKENS or not self.output_length_scale else "output_length_scale"
-            raise ConfigError(
-                f"workload.{name}: makes a request of {max(prompt, output):,} tokens; expected at most {MAX_TOKENS:,}"
-            )
+            count = max(prompt, output)
+            shown = f"{count:,}" if count < MOST_SCALED_TOKENS else f"{MOST_SCALED_TOKENS:,} or more"
+            raise ConfigError(f"workload.{name}: makes a request of {shown} tokens; expected at most {MAX_TOKENS:,}")
         return prompt, output
+
+
+def _scaled(tokens: int, scale: float) -> int:
+    return max(1, math.ceil(min(tokens / scale, MOST_SCALED_TOKENS)))
 
 
 class CountedWorkload(WorkloadBase):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from hybridlab.errors import ConfigError
+from hybridlab.sections import PathText
 from hybridlab.workload.base import CountedWorkload, Row
 from hybridlab.workload.reading import file_hash
 
@@ -23,7 +24,7 @@ class TraceWorkload(CountedWorkload):
     (n - 1) / (last arrival - first arrival) == rate_req_s.
     """
 
-    path: str
+    path: PathText
     rate_scale: float = Field(default=1.0, gt=0)
     rate_req_s: float | None = Field(default=None, gt=0)
 

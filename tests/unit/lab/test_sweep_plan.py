@@ -192,3 +192,34 @@ def test_damaged_runs_of_any_experiment_stop_no_plan(preset: dict[str, Any]) -> 
         manifest = json.loads((path / "manifest.json").read_text())
         (path / "manifest.json").write_text(json.dumps({**manifest, **change}))
     assert set(plan(preset).frame["predicted_from"]) == {"from 1 stored run"}
+
+
+@pytest.mark.parametrize(
+    ("change", "made"), [({"threads": 10**9}, False), ({"threads": 10**9}, True), ({"device": "cuda"}, False)]
+)
+def test_a_plan_refuses_what_no_engine_can_do(
+    preset: dict[str, Any], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], made: bool
+) -> None:
+    monkeypatch.setitem(backends.BACKENDS, "engine", backends.EngineBench)
+    monkeypatch.setattr(run_costs.Costs, "__init__", lambda *_: pytest.fail("costs before checks"))
+    if made:
+        hl.make_checkpoint(
+            backends.checkpoint_of(load_config(preset).model, Path("results"), Path()), "tiny", layers=1, progress=False
+        )
+    config = {**preset, "engine": change}
+    with pytest.raises(ConfigError) as planned:
+        plan(config)
+    with pytest.raises(ConfigError) as ran:
+        experiment.run(config, progress=False)
+    assert str(planned.value) == str(ran.value) and next(iter(change)) in str(planned.value)
+
+
+def test_a_plan_checks_only_engines_that_will_run(preset: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_made(preset)
+    experiment.run(preset, progress=False)
+    checked: list[str] = []
+    monkeypatch.setattr(backends.BACKENDS["engine"], "hook", staticmethod(lambda what, *_: checked.append(what)))
+    plan(preset)
+    assert checked == []
+    plan(preset, force=True)
+    assert checked == ["check"]

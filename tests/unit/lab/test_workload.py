@@ -155,6 +155,8 @@ def test_wrong_keys_are_refused(keys: dict[str, Any], message: str) -> None:
     ("keys", "message"),
     [
         ({"length_scale": 1e-9}, "workload.length_scale: makes a request of 8,000,000,000 tokens; expected at most"),
+        ({"length_scale": 1e-300}, "makes a request of 1,000,000,000,000 or more tokens; expected at most 10,000,000"),
+        ({"length_scale": 5e-324}, "makes a request of 1,000,000,000,000 or more tokens"),
         ({"output_length_scale": 1e-9}, "workload.output_length_scale: makes a request of 4,000,000,000 tokens"),
         ({"num_requests": 200, "prompt_tokens": 9_000_000}, "1,800,000,000 prompt tokens in all; expected at most"),
     ],
