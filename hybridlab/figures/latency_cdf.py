@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 METRICS = ("ttft_s", "tpot_s", "e2el_s", "itl_s", "queue_s")
 MARKED = (50, 90, 99)
-BAND_LEVELS = 201
+# A band with more steps than this is drawn a little too wide instead.
+MOST_LEVELS = 400
 
 
 def latency_cdf(
@@ -38,8 +39,9 @@ def latency_cdf(
     """The fraction of finished requests (of token gaps for "itl_s") with at most this latency (s, log).
 
     From a result or rows of its `requests`; `metric` is one of ttft_s, tpot_s, e2el_s, itl_s, queue_s. One
-    curve per value of `by`, its p50, p90 and p99 marked and written into the legend. Repeats are pooled; the
-    band spans the curves of the single runs. The dashed line is the SLO's limit, for TTFT and TPOT.
+    curve per value of `by`, its p50, p90 and p99 marked and written into the legend: the least latency that this
+    share does not exceed, where the summary's interpolate. Zeros count, and lie left of the axis. Repeats are pooled;
+    the band spans the curves of the single runs. The dashed line is the SLO's limit, for TTFT and TPOT.
 
     `slo` replaces the one in the table, `where` picks rows by column, `evidence` asks for kinds to be
     compared. Raises ConfigError naming an unknown metric or value, a missing column, kinds mixed unasked, or a
@@ -53,14 +55,21 @@ def latency_cdf(
     if metric == "itl_s":
         frame = frame.assign(itl_s=[np.diff(np.asarray(times, np.float64)) for times in frame["token_times_s"]])
         frame = frame.explode("itl_s").astype({"itl_s": np.float64})
-    series = series_of(frame, by, what, needs=metric, where=where, evidence=evidence)
+    series = series_of(frame, by, what, needs=metric, zeros=True, where=where, evidence=evidence)
     require_one_setting(series, by, what)
+    positive = [value for one in series for value in _extremes(one.rows[metric].to_numpy(np.float64))]
+    if not positive:
+        raise ConfigError(f"{what}: every {metric} is zero, which a log axis cannot show")
+    least, most = min(positive), max(positive)
     level = level_of(series, slo, what)
     with style():
         own = ax is None
         ax = new_axes(width_in, 2.2 if width_in < 5 else 2.8) if ax is None else ax
-        banded = [_draw(ax, one, metric) for one in series]
+        banded = [_draw(ax, one, metric, least, most) for one in series]
         ax.set_xscale("log")
+        if any((one.rows[metric] == 0).any() for one in series):
+            margin = max(most / least, 2.0) ** 0.05
+            ax.set_xlim(least / margin, most * margin)
         ax.set_ylim(0, 1.01)
         ax.set_yticks([0, 0.25, 0.5, 0.75, 0.9, 0.99], ["0", "0.25", "0.5", "0.75", "0.9", "0.99"])
         ax.set_xlabel(axis_label(metric))
@@ -81,27 +90,59 @@ def latency_cdf(
     return ax
 
 
-def _draw(ax: Axes, one: Series, metric: str) -> bool:
-    """One curve with its marks; whether there are repeats, and so a band."""
+def _extremes(values: np.ndarray) -> list[float]:
+    """The least and the greatest positive value, if there are any."""
+    positive = values[values > 0]
+    return [float(positive.min()), float(positive.max())] if len(positive) else []
+
+
+def _draw(ax: Axes, one: Series, metric: str, least: float, most: float) -> bool:
+    """One curve with its marks; whether there are repeats, and so a band. Zeros are drawn below `least`."""
     values = np.sort(one.rows[metric].to_numpy(np.float64))
     look: dict[str, Any] = line_of(one.number, one.kind)
     line = "-" if look["linestyle"] == "none" else look["linestyle"]
-    share = np.arange(1, len(values) + 1) / len(values)
     runs = [rows[metric].to_numpy(np.float64) for _, rows in one.rows.groupby("run_id")] if "run_id" in one.rows else []
+
+    def shown(latency: np.ndarray) -> np.ndarray:
+        return np.where(latency > 0, latency, least / 10)
+
     if len(runs) > 1:
-        levels = np.linspace(0, 1, BAND_LEVELS)
-        curves = np.array([np.quantile(run, levels) for run in runs])
-        low, high = curves.min(axis=0), curves.max(axis=0)
-        ax.fill_betweenx(levels, low, high, color=look["color"], alpha=0.2, linewidth=0)
-    x, y = np.concatenate([values[:1], values]), np.concatenate([[0.0], share])
-    ax.plot(x, y, drawstyle="steps-post", color=look["color"], linestyle=line, zorder=3)
-    marked = np.percentile(values, MARKED)
-    ax.plot(marked, np.array(MARKED) / 100, **{**look, "linestyle": "none"}, zorder=4, clip_on=False)
+        levels, low, high = band([np.sort(run) for run in runs])
+        ax.fill_betweenx(levels, shown(low), shown(high), step="pre", color=look["color"], alpha=0.2, linewidth=0)
+    x, y = np.concatenate([values[:1], values]), np.arange(len(values) + 1) / len(values)
+    if values[-1] == 0:  # at one all the way
+        x, y = np.append(x, most), np.append(y, 1.0)
+    ax.plot(shown(x), y, drawstyle="steps-post", color=look["color"], linestyle=line, zorder=3)
+    marked = quantiles(values, np.array(MARKED) / 100)
+    if (there := marked > 0).any():  # an empty line that is not clipped has an extent that spoils the layout
+        at = np.array(MARKED)[there] / 100
+        ax.plot(marked[there], at, **{**look, "linestyle": "none"}, zorder=4, clip_on=False)
     return len(runs) > 1
+
+
+def quantiles(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """float64 [shares]: of sorted `values` the least that at least this share does not exceed, where the curve is."""
+    index = np.ceil(shares * len(values) - 1e-9).astype(np.int64) - 1
+    return values[np.clip(index, 0, len(values) - 1)]
+
+
+def band(runs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Levels, and the least and greatest quantile of any of the sorted `runs` between each level and the one before.
+
+    The curve of the pooled runs lies between the two.
+    """
+    levels = np.unique(np.concatenate([np.arange(len(run) + 1) / len(run) for run in runs]))
+    if len(levels) > MOST_LEVELS:
+        levels = np.linspace(0, 1, MOST_LEVELS)
+    before = np.concatenate([levels[:1], levels[:-1]])
+    # Just above the level before, and at this one: quantiles are steps.
+    low = np.min([quantiles(run, before + 1e-6 / len(run)) for run in runs], axis=0)
+    high = np.max([quantiles(run, levels) for run in runs], axis=0)
+    return levels, low, high
 
 
 def _percentiles(one: Series, metric: str, *, tell: bool) -> str:
     """ "p50 0.43, p90 0.76, p99 1.6 s", which no line break parts; `tell` puts the kind of evidence in front."""
-    found = zip(MARKED, np.percentile(one.rows[metric].to_numpy(np.float64), MARKED), strict=True)
-    text = ", ".join(f"p{percent} {value:.3g}" for percent, value in found) + " s"
+    values = quantiles(np.sort(one.rows[metric].to_numpy(np.float64)), np.array(MARKED) / 100)
+    text = ", ".join(f"p{percent} {value:.3g}" for percent, value in zip(MARKED, values, strict=True)) + " s"
     return (f"{one.kind} " if tell else "") + text.replace(" ", "\N{NO-BREAK SPACE}")

@@ -128,13 +128,14 @@ def series_of(
     what: str,
     *,
     needs: str,
+    zeros: bool = False,
     where: Where | None = None,
     evidence: Kinds | None = None,
 ) -> list[Series]:
     """One series per value of the column(s) `by` and kind of evidence, in the order of the table.
 
     Numbers count over the whole table, so that `where` changes no colour. Rows without a positive value in
-    `needs` are left out. Raises ConfigError as `chosen` does, and if no row is left.
+    `needs` (with `zeros`: without a value) are left out. Raises ConfigError as `chosen` does, and if no row is left.
     """
     keys = keys_of(by)
     for key in keys:
@@ -147,7 +148,7 @@ def series_of(
     ]
     frame = frame.assign(_series=names)
     kept = chosen(frame, where, evidence, what)
-    kept = kept[kept[needs] > 0]
+    kept = kept[kept[needs] >= 0] if zeros else kept[kept[needs] > 0]
     if not len(kept):
         raise ConfigError(f"{what}: no rows to draw; none has {needs}")
     parts = {key: rows for key, rows in kept.groupby(["_series", "evidence"], sort=False)}

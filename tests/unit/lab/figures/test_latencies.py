@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,8 +14,11 @@ from hypothesis import strategies as st
 
 from hybridlab.errors import ConfigError
 from hybridlab.figures import Tables, latency_cdf, ttft_prompt_length
+from hybridlab.figures.latency_cdf import band, quantiles
 from hybridlab.figures.ttft_prompt_length import bins
 
+# `hybridlab.figures.latency_cdf` is the function.
+latency_module = sys.modules["hybridlab.figures.latency_cdf"]
 ONE_LOAD = {"workload.rate_scale": 1}
 
 
@@ -128,9 +132,9 @@ def test_cdf_is_the_fraction_at_most_this_slow(tables: Any, legend_texts: Any) -
     assert list(curve.get_ydata()) == pytest.approx([0, *(np.arange(1, 7) / 6)])
     lines: list[Any] = [*ax.get_lines()]
     (marks,) = [line for line in lines if line.get_marker() == "o"]
-    assert list(marks.get_xdata()) == pytest.approx(list(np.percentile(values, (50, 90, 99))))
+    assert list(marks.get_xdata()) == pytest.approx([values[2], values[5], values[5]])  # on the curve
     assert list(marks.get_ydata()) == [0.5, 0.9, 0.99]
-    shown = "fcfs: p50 0.18, p90 0.72, p99 0.936 s"
+    shown = "fcfs: p50 0.12, p90 0.96, p99 0.96 s"
     assert [text.replace("\N{NO-BREAK SPACE}", " ") for text in legend_texts(ax)] == [shown, "measured"]
     assert ax.get_xscale() == "log" and ax.get_ylabel() == "fraction of requests"
     assert {"0.5", "0.9", "0.99"} <= {label.get_text() for label in ax.get_yticklabels()}
@@ -168,6 +172,57 @@ def test_cdf_band_spans_the_runs(tables: Any, legend_texts: Any) -> None:
     x = vertices[:, 0]
     assert x.min() == pytest.approx(0.01) and x.max() == pytest.approx(1.4)
     assert "range of repeats" in legend_texts(ax)
+
+
+def test_zeros_count_and_lie_left_of_the_axis(tables: Any, legend_texts: Any) -> None:
+    data = tables(loads=[1], repeats=1)
+    fcfs = data.requests["scheduler"] == "fcfs"
+    data.requests["token_times_s"] = [[0.0, 0.0, 0.0, 1.0]] * len(data.requests)
+    data.requests.loc[fcfs, "queue_s"] = 0.0
+    ax = latency_cdf(data, metric="itl_s", where={"scheduler": "fcfs"})
+    (curve,) = drawn(ax, drawstyle="steps-post")
+    assert len(curve.get_xdata()) == 1 + 6 * 3
+    assert legend_texts(ax)[0].replace("\N{NO-BREAK SPACE}", " ") == "fcfs: p50 0, p90 1, p99 1 s"
+    left, right = ax.get_xlim()
+    assert dict(zip(curve.get_xdata(), curve.get_ydata(), strict=True))[0.1] == pytest.approx(2 / 3)
+    assert 0.1 < left < 1 < right
+    lines: list[Any] = [*ax.get_lines()]
+    assert [list(line.get_xdata()) for line in lines if line.get_marker() == "o"] == [[1, 1]]
+
+    ax = latency_cdf(data, metric="queue_s")  # all of fcfs is zero: at one from the left edge to the right
+    zero, other = drawn(ax, drawstyle="steps-post")
+    assert (zero.get_xdata()[-1], zero.get_ydata()[-1]) == (other.get_xdata()[-1], 1) and len(zero.get_xdata()) == 8
+    ax.figure.canvas.draw()
+    assert ax.get_position().height > 0.3  # nothing outside the axes takes its room
+    with pytest.raises(ConfigError, match="every queue_s is zero, which a log axis cannot show"):
+        latency_cdf(data, metric="queue_s", where={"scheduler": "fcfs"})
+
+
+RUNS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=30), min_size=2, max_size=3)
+
+
+@given(RUNS, st.sampled_from([5, 400]))
+def test_the_curve_lies_in_its_band_and_its_marks_on_the_curve(runs: list[list[int]], most_levels: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency_module, "MOST_LEVELS", most_levels)
+        levels, low, high = band([np.sort(np.array(run, float)) for run in runs])
+    values = np.sort(np.concatenate(runs).astype(float))
+    assert levels[0] == 0 and levels[-1] == 1
+    for number, value in enumerate(values):
+        share = (number + 0.5) / len(values)  # the curve is at `value` here
+        step = np.searchsorted(levels, share)
+        assert low[step] <= value <= high[step]
+    for share in (0.5, 0.9, 0.99):
+        (mark,) = quantiles(values, np.array([share]))
+        assert np.mean(values < mark) < share <= np.mean(values <= mark) + 1e-9
+
+
+def test_band_of_a_figure_holds_its_curve(tables: Any) -> None:
+    ax = latency_cdf(many(tables, 3, repeats=2))  # TTFT 0.01, 0.02, 0.03, and 1 s later
+    (patch,) = ax.collections
+    vertices: Any = patch.get_paths()[0].vertices
+    at_half = {x for x, y in vertices.tolist() if 1 / 3 <= y <= 2 / 3}
+    assert {0.02, 1.02} <= {round(x, 9) for x in at_half}
 
 
 def test_single_requests_and_given_axes(tables: Any) -> None:
