@@ -5,8 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hybridlab.errors import ConfigError
+
+
+def file_path(path: Any, what: str) -> Path:
+    """`path` as a Path. Raises ConfigError unless it is one, or text."""
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ConfigError(f"{what}: path: expected the path of a file, got {path!r:.60}")
+    return Path(path)
 
 
 def write_whole(files: Mapping[Path, bytes], what: str) -> None:

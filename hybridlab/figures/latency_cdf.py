@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from hybridlab.errors import ConfigError
+from hybridlab.figures.arguments import check_target
 from hybridlab.figures.limits import Level, draw_limit, level_of, name_level
 from hybridlab.figures.marks import band_handle, evidence_handle, line_of, put_legend, series_handles
 from hybridlab.figures.origin import note_origin
@@ -48,6 +49,7 @@ def latency_cdf(
     column in which the runs of one series differ.
     """
     what = "latency_cdf"
+    check_target(ax, width_in, what)
     if metric not in METRICS:
         raise ConfigError(f"{what}: metric: unknown {metric!r}{did_you_mean(str(metric), METRICS)}")
     column = "token_times_s" if metric == "itl_s" else metric

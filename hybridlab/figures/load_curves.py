@@ -11,12 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from hybridlab.errors import ConfigError
+from hybridlab.figures.arguments import check_choice, check_numbers, check_pair, check_width, names_of
 from hybridlab.figures.limits import Level, draw_limit, level_of, name_level
 from hybridlab.figures.marks import band_handle, evidence_handle, line_of, put_legend, series_handles
 from hybridlab.figures.origin import note_origin
 from hybridlab.figures.repeats import Curve, curve_of, told_apart
 from hybridlab.figures.style import GREY, ONE_COLUMN_IN, axis_label, style
-from hybridlab.figures.tables import Kinds, Where, chosen, keys_of, rows_of, series_of
+from hybridlab.figures.tables import Kinds, Where, chosen, rows_of, series_of
 from hybridlab.figures.ttft_throughput import PERCENTILES
 
 if TYPE_CHECKING:
@@ -49,19 +50,21 @@ def load_curves(
     are undefined (everything offline).
     """
     what = "load_curves"
-    if tpot not in PERCENTILES:
-        raise ConfigError(f"{what}: tpot: expected one of {', '.join(PERCENTILES)}, got {tpot!r}")
+    check_width(width_in, what)
+    pair = None if ax is None else check_pair(ax, what)
+    check_choice(tpot, PERCENTILES, f"{what}: tpot")
     column = f"{tpot}_tpot_s"
     frame = rows_of(df, "summary", ("output_tokens_per_s", column, load), what)
-    by = told_apart(chosen(frame, where, evidence, what), load) if by is None else keys_of(by)
+    check_numbers(frame, load, f"{what}: load")
+    by = told_apart(chosen(frame, where, evidence, what), load) if by is None else names_of(by, f"{what}: by", "column")
     series = series_of(frame, by, what, needs="output_tokens_per_s", where=where, evidence=evidence)
     curves = [curve_of(one, load, what, by) for one in series]
     if any(np.isnan(curve.load).any() for curve in curves):
         raise ConfigError(f"{what}: {load} is undefined in some rows; pass load= a column that says the load")
     level = level_of(series, slo, what)
     with style():
-        own = ax is None
-        upper, lower = _new_panels(width_in) if ax is None else _pair(ax, what)
+        own = pair is None
+        upper, lower = _new_panels(width_in) if pair is None else pair
         for curve in curves:
             _draw(upper, curve, "output_tokens_per_s")
             _draw(lower, curve, column)
@@ -90,13 +93,6 @@ def load_curves(
 def _new_panels(width_in: float) -> tuple[Axes, Axes]:
     _, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(width_in, 3.2 if width_in < 5 else 3.8))
     return upper, lower
-
-
-def _pair(ax: Any, what: str) -> tuple[Axes, Axes]:
-    axes = () if isinstance(ax, Axes) else tuple(ax)
-    if len(axes) != 2:
-        raise ConfigError(f"{what}: ax: expected two Axes (throughput, TPOT), got {max(1, len(axes))}")
-    return axes[0], axes[1]
 
 
 def _draw(ax: Axes, curve: Curve, column: str) -> None:

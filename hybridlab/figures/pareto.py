@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hybridlab.errors import ConfigError
+from hybridlab.figures.arguments import check_numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,9 +18,12 @@ def pareto_front(df: pd.DataFrame, x: str = "output_tokens_per_s", y: str = "med
 
     Equal rows are all on the front; rows with a NaN never are. Raises ConfigError naming a missing column.
     """
+    if not hasattr(df, "columns"):
+        raise ConfigError(f"pareto_front: expected a table, got {type(df).__name__}")
     for name in (x, y):
         if name not in df.columns:
-            raise ConfigError(f"pareto_front: no column {name!r}; there are {', '.join(df.columns[:8])}, ...")
+            raise ConfigError(f"pareto_front: no column {name!r}; there are {', '.join(map(str, df.columns[:8]))}, ...")
+        check_numbers(df, name, "pareto_front")
     return front_of(df[x].to_numpy(np.float64), df[y].to_numpy(np.float64))
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridlab.figures.files import write_whole
+from hybridlab.figures.files import file_path, write_whole
 from hybridlab.figures.tables import Where
 from hybridlab.figures.timeline import one_run
 from hybridlab.plans import LaneKind
@@ -44,7 +44,7 @@ def save_perfetto(spans: Data, path: str | Path, *, where: Where | None = None) 
     known = [name for name in ("run_id", "evidence", "machine", "code", "scheduler") if name in frame.columns]
     of_the_run = {name: str(frame[name].iloc[0]) for name in known}
     trace = {"displayTimeUnit": "ms", "otherData": of_the_run, "traceEvents": events}
-    path = Path(path)
+    path = file_path(path, "save_perfetto")
     write_whole({path: json.dumps(trace, allow_nan=False).encode()}, "trace")
     return path
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from hybridlab import __version__
 from hybridlab.errors import ConfigError
-from hybridlab.figures.files import write_whole
+from hybridlab.figures.files import file_path, write_whole
 from hybridlab.figures.origin import Origin, noted
 from hybridlab.figures.style import style
 
@@ -37,15 +37,15 @@ def save_figure(
     give the same bytes with the same versions of the libraries. Raises ConfigError naming the file that cannot
     be written; then none is.
     """
-    axes = [drawn] if isinstance(drawn, Axes | Figure) else list(drawn)
-    if not axes:
+    axes: list[Any] = [drawn] if isinstance(drawn, Axes | Figure) or not isinstance(drawn, Iterable) else list(drawn)
+    if not axes or not all(isinstance(one, Axes | Figure) for one in axes):
         raise ConfigError("save_figure: nothing drawn; pass the Axes that a figure function returned")
     found: Any = axes[0] if isinstance(axes[0], Figure) else axes[0].figure
     figure = found.get_figure(root=True) or found
     origin = noted(figure)
     if run_ids is not None:
         origin = Origin(tuple(run_ids), origin.evidence, origin.machine, origin.code)
-    path = Path(path)
+    path = file_path(path, "save_figure")
     stem = path.with_suffix("") if path.suffix in (*FORMATS, ".json") else path
     text = describe(origin, command, version)
     # A None leaves out what matplotlib would put there: the time.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hybridlab.errors import ConfigError
+from hybridlab.figures.arguments import check_where, names_of
 from hybridlab.figures.marks import EVIDENCE, evidence_mark
 from hybridlab.sections import did_you_mean
 
@@ -63,7 +64,7 @@ def rows_of(data: Any, table: str, columns: Sequence[str], what: str) -> pd.Data
         raise ConfigError(f"{what}: pass a result or result.{table}, got {type(data).__name__}")
     if frame is not data and table != "summary" and "run_id" in frame.columns:
         frame = _joined(frame, data.summary)
-    missing = [name for name in (*columns, "evidence") if name not in frame.columns]
+    missing = [name for name in (*columns, "evidence") if not isinstance(name, str) or name not in frame.columns]
     if missing:
         raise ConfigError(f"{what}: no column {missing[0]!r}; pass a result or result.{table}")
     if not len(frame):
@@ -89,7 +90,7 @@ def chosen(frame: Any, where: Where | None, evidence: Kinds | None, what: str) -
     `where` maps columns to a value or a list of values. Raises ConfigError if nothing matches, for an unknown
     column or kind, and if there are several kinds but `evidence` does not ask for them.
     """
-    for key, wanted in (where or {}).items():
+    for key, wanted in check_where(where, what).items():
         if key not in frame.columns:
             known = [name for name in frame.columns if is_axis(name) or name in OF_THE_RUN]
             raise ConfigError(f"{what}: where: no column {key!r}{did_you_mean(str(key), known)}")
@@ -103,17 +104,17 @@ def chosen(frame: Any, where: Where | None, evidence: Kinds | None, what: str) -
     kinds = list(dict.fromkeys(frame["evidence"].tolist()))
     for kind in kinds:
         evidence_mark(kind)
-    asked = [evidence] if isinstance(evidence, str) else evidence
-    if asked is None:
+    if evidence is None:
         if len(kinds) > 1:
             named = " and ".join(kinds)
             raise ConfigError(f"{what}: rows are {named}; comparing kinds must be asked for: evidence={kinds}")
         return frame
+    asked = names_of(evidence, f"{what}: evidence", "kind")
     for kind in asked:
         evidence_mark(kind)
         if kind not in kinds:
             raise ConfigError(f"{what}: evidence: no row is {kind}; there are {', '.join(kinds)}")
-    return frame[frame["evidence"].isin(list(asked))]
+    return frame[frame["evidence"].isin(asked)]
 
 
 def _same(value: Any, other: Any) -> bool:
@@ -137,7 +138,7 @@ def series_of(
     Numbers count over the whole table, so that `where` changes no colour. Rows without a positive value in
     `needs` (with `zeros`: without a value) are left out. Raises ConfigError as `chosen` does, and if no row is left.
     """
-    keys = keys_of(by)
+    keys = names_of(by, f"{what}: by", "column")
     for key in keys:
         if key not in frame.columns:
             raise ConfigError(f"{what}: by: no column {key!r}{did_you_mean(str(key), list(frame.columns))}")
@@ -157,11 +158,6 @@ def series_of(
         kinds = [kind for kind in EVIDENCE if (name, kind) in parts]
         found += [Series(number, name, kind, parts[name, kind]) for kind in kinds]
     return found
-
-
-def keys_of(by: str | Sequence[str]) -> list[str]:
-    """The columns that `by` names."""
-    return [by] if isinstance(by, str) else list(by)
 
 
 def _cells(frame: pd.DataFrame, keys: Sequence[str]) -> list[tuple[Any, ...]]:
@@ -196,7 +192,7 @@ def settings(frame: pd.DataFrame) -> list[str]:
 
 def require_one_setting(series: Sequence[Series], by: str | Sequence[str], what: str) -> None:
     """Raise ConfigError if a series pools requests of runs that differ in more than their repeat."""
-    keys = keys_of(by)
+    keys = names_of(by, f"{what}: by", "column")
     for one in series:
         for column in settings(one.rows):
             values = list(dict.fromkeys(map(repr, one.rows[column].tolist())))

@@ -10,6 +10,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import Patch
 
 from hybridlab.errors import ConfigError
+from hybridlab.figures.arguments import check_target, check_time
 from hybridlab.figures.marks import evidence_mark
 from hybridlab.figures.origin import note_origin
 from hybridlab.figures.style import GREY, TWO_COLUMNS_IN, cycle_color, new_axes, style
@@ -48,6 +49,9 @@ def timeline(
     cut out a window (default: the last 50 ms, or all that is there). Raises ConfigError for a missing column,
     several runs, an empty or a crowded window.
     """
+    check_target(ax, width_in, "timeline")
+    check_time(start_s, "timeline: start_s")
+    check_time(end_s, "timeline: end_s")
     frame = one_run(spans, COLUMNS, where, "timeline")
     begin, finish = frame["start_s"].to_numpy(np.float64), frame["end_s"].to_numpy(np.float64)
     end_s = float(finish.max()) if end_s is None else end_s

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from hybridlab.figures.arguments import check_choice, check_target
 from hybridlab.figures.limits import Level, draw_limit, level_of, name_level
 from hybridlab.figures.marks import band_handle, evidence_handle, line_of, put_legend, series_handles
 from hybridlab.figures.origin import note_origin
@@ -49,6 +50,8 @@ def ttft_prompt_length(
     in which the runs of one series differ.
     """
     what = "ttft_prompt_length"
+    check_target(ax, width_in, what)
+    check_choice(length, get_args(Length), f"{what}: length")
     found = ("cached_tokens",) if length == "computed_tokens" else ()
     frame = rows_of(df, "requests", ("prompt_tokens", "ttft_s", *found), what)
     if found:

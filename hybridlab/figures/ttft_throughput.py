@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from hybridlab.errors import ConfigError
+from hybridlab.figures.arguments import check_choice, check_numbers, check_target, names_of
 from hybridlab.figures.limits import DASHED, Level, level_of, name_level
 from hybridlab.figures.marks import band_handle, evidence_handle, evidence_mark, line_of, put_legend, series_handles
 from hybridlab.figures.origin import note_origin
 from hybridlab.figures.pareto import front_of
 from hybridlab.figures.repeats import Curve, curve_of, told_apart
 from hybridlab.figures.style import GREY, ONE_COLUMN_IN, axis_label, cycle_color, log_axis, new_axes, style
-from hybridlab.figures.tables import Kinds, Where, chosen, keys_of, rows_of, series_of
+from hybridlab.figures.tables import Kinds, Where, chosen, rows_of, series_of
 from hybridlab.metrics import SLO
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 PERCENTILES = ("median", "p90", "p99")
 FADED, SHRUNK = 0.4, 0.75
+FRONT: Mapping[str, Any] = MappingProxyType({"color": "black", "linewidth": 0.7})
 
 
 def ttft_throughput(
@@ -52,11 +54,12 @@ def ttft_throughput(
     Raises ConfigError naming a missing column, an unknown value, or kinds mixed unasked.
     """
     what = "ttft_throughput"
-    if ttft not in PERCENTILES:
-        raise ConfigError(f"{what}: ttft: expected one of {', '.join(PERCENTILES)}, got {ttft!r}")
+    check_target(ax, width_in, what)
+    check_choice(ttft, PERCENTILES, f"{what}: ttft")
     y, tpot = f"{ttft}_ttft_s", f"{ttft}_tpot_s"
     frame = rows_of(df, "summary", ("output_tokens_per_s", y, "p90_ttft_s", tpot, load), what)
-    by = told_apart(chosen(frame, where, evidence, what), load) if by is None else keys_of(by)
+    check_numbers(frame, load, f"{what}: load")
+    by = told_apart(chosen(frame, where, evidence, what), load) if by is None else names_of(by, f"{what}: by", "column")
     series = series_of(frame, by, what, needs=y, where=where, evidence=evidence)
     curves = [curve_of(one, load, what, by) for one in series]
     level = level_of(series, slo, what)
@@ -65,8 +68,8 @@ def ttft_throughput(
         ax = new_axes(width_in, 2.3 if width_in < 5 else 3.0) if ax is None else ax
         missed = [_draw(ax, curve, ttft, level) for curve in curves]
         handles: list[Any] = [evidence_handle(kind) for kind in dict.fromkeys(s.kind for s in series)]
-        if front:
-            handles.append(_draw_front(ax, curves, y))
+        if front and _draw_front(ax, curves, y):
+            handles.append(Line2D([], [], **FRONT, label="Pareto front"))
         if any(curve.repeated for curve in curves):
             handles.append(band_handle())
         if any(pale for pale, _ in missed):
@@ -114,9 +117,12 @@ def _faded(look: dict[str, Any]) -> dict[str, Any]:
     return {"alpha": FADED, "markersize": SHRUNK * look["markersize"]}
 
 
-def _draw_front(ax: Axes, curves: Sequence[Curve], column: str) -> Line2D:
-    """The front of each kind of evidence: the least TTFT at which at least this throughput was reached."""
-    look = {"color": "black", "linewidth": 0.7, "drawstyle": "steps-pre", "zorder": 2}
+def _draw_front(ax: Axes, curves: Sequence[Curve], column: str) -> bool:
+    """The front of each kind of evidence: the least TTFT at which at least this throughput was reached.
+
+    A front of one point is no line; returns whether there is one.
+    """
+    drawn = False
     for kind in dict.fromkeys(curve.series.kind for curve in curves):
         of_kind = [curve for curve in curves if curve.series.kind == kind]
         x = np.concatenate([curve.mean("output_tokens_per_s") for curve in of_kind])
@@ -124,8 +130,11 @@ def _draw_front(ax: Axes, curves: Sequence[Curve], column: str) -> Line2D:
         kept = np.flatnonzero(front_of(x, y))
         kept = kept[np.argsort(x[kept])]
         line = evidence_mark(kind).linestyle
-        ax.plot(x[kept], y[kept], **look, linestyle=(0, (1, 4)) if line == "none" else line, label="_front")
-    return Line2D([], [], color="black", linewidth=0.7, label="Pareto front")
+        line = (0, (1, 4)) if line == "none" else line
+        if len(kept) > 1:
+            ax.plot(x[kept], y[kept], **FRONT, drawstyle="steps-pre", zorder=2, linestyle=line, label="_front")
+            drawn = True
+    return drawn
 
 
 def _ring(x: Any, y: Any, label: str = "") -> Line2D:

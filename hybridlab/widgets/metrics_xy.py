@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 
+from hybridlab.figures.arguments import names_of
 from hybridlab.figures.marks import band_handle, evidence_handle, line_of, put_legend, series_handles
 from hybridlab.figures.origin import note_origin
 from hybridlab.figures.repeats import curve_of
 from hybridlab.figures.style import axis_label, new_axes, style
-from hybridlab.figures.tables import keys_of, rows_of, series_of
+from hybridlab.figures.tables import rows_of, series_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +42,7 @@ def metrics_xy(
     there = frame[x].notna() & frame[y].notna()
     what = f"{axis_label(y)} over {axis_label(x)}"
     series = series_of(frame.assign(**{THERE: there * 1}), by, what, needs=THERE, where=where, evidence=evidence)
-    curves = [curve_of(one, load, what, keys_of(by)) for one in series]
+    curves = [curve_of(one, load, what, names_of(by, "metrics_xy: by", "column")) for one in series]
     with style():
         own = ax is None
         ax = new_axes() if ax is None else ax

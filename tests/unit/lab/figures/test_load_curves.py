@@ -57,7 +57,7 @@ def test_slo_limits_tpot(summary: Any) -> None:
 def test_a_pair_of_axes_is_taken_and_given_back(summary: Any) -> None:
     _, (left, right) = plt.subplots(1, 2)
     assert load_curves(summary(), (left, right)) == (left, right)
-    with pytest.raises(ConfigError, match=r"load_curves: ax: expected two Axes \(throughput, TPOT\), got 1"):
+    with pytest.raises(ConfigError, match=r"load_curves: ax: expected two Axes \(throughput, TPOT\), got one Axes"):
         load_curves(summary(), left)
 
 

@@ -155,8 +155,8 @@ def test_nothing_is_half_published(project: Path, monkeypatch: pytest.MonkeyPatc
     publish("question")
     folder = project / "results" / "paper" / "question"
     old = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(module, "MOST_BYTES", 20_000)
-    with pytest.raises(ConfigError, match=r"question/.*: [\d,]+ bytes; expected at most 20,000 \(choose fewer rows"):
+    monkeypatch.setattr(module, "MOST_BYTES", 2_000)
+    with pytest.raises(ConfigError, match=r"question/.*: [\d,]+ bytes; expected at most 2,000 \(choose fewer rows"):
         publish("question")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
     assert [path.name for path in folder.parent.iterdir()] == ["question"]

@@ -84,8 +84,13 @@ def test_front_is_of_all_points_that_are_drawn(summary: Any, legend_texts: Any) 
     assert front(ax) == [(50.0, 0.1), (100.0, pytest.approx(0.4)), (200.0, pytest.approx(0.8))]
     ax = ttft_throughput(frame, where={"scheduler": "fcfs"})
     assert front(ax) == [(50.0, 0.1), (100.0, pytest.approx(0.6)), (200.0, pytest.approx(1.2))]
+    assert "Pareto front" in legend_texts(ax)
     ax = ttft_throughput(frame, front=False)
     assert "Pareto front" not in legend_texts(ax)
+    # A front of one point would be a line that nobody sees.
+    ax = ttft_throughput(frame, where={"scheduler": "fcfs", "workload.rate_scale": 1})
+    assert "Pareto front" not in legend_texts(ax)
+    assert not [line for line in ax.get_lines() if line.get_label() == "_front"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6) | st.just(None)), max_size=12))
