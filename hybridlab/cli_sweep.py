@@ -61,7 +61,7 @@ def sweep(
 
 
 def results(
-    experiment: Annotated[str, typer.Argument(help="The experiment's name, as in its config.")],
+    experiment: Annotated[str, typer.Argument(help="The experiment's name, or its YAML file.")],
     slo: Annotated[str | None, typer.Option(help="Goodput at another service level.")] = None,
     failed: Annotated[bool, typer.Option("--failed", help="Show the runs that failed, too.")] = False,
     evidence: Annotated[list[str] | None, typer.Option(help="Kinds to take (may be repeated).")] = None,
@@ -77,7 +77,10 @@ def results(
         table = hl.results(experiment, results_dir, slo=slo, failed=failed, evidence=evidence)
         if export is not None:
             note(f"written {hl.export_results(table, export)}")
-    emit(records(table) if json else rows(short_table(table)), json)
+    if json or len(table):
+        emit(records(table) if json else rows(short_table(table)), json)
+    else:
+        note(f"{experiment}: no runs to show")
 
 
 def end(result: ExperimentResult, drawn: Sequence[Path]) -> None:

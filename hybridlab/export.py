@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridlab.config import ExperimentConfig
 from hybridlab.errors import ConfigError
 from hybridlab.store import results
 from hybridlab.summary_table import TABLE_METRICS, axes_of
@@ -43,7 +44,7 @@ _WORDS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL", "p90": "
 
 
 def export_results(
-    source: str | pd.DataFrame,
+    source: str | Path | ExperimentConfig | pd.DataFrame,
     path: str | Path,
     *,
     columns: Sequence[str] | None = None,
@@ -52,16 +53,23 @@ def export_results(
 ) -> Path:
     """Write a table to `path`: .csv, .parquet or .tex by its suffix; it appears whole or not at all.
 
-    `source` is a table (one row per run) or the name of an experiment, whose `hl.results` is taken. CSV and Parquet
-    hold every column as it is; `columns` takes some. LaTeX (booktabs) holds what differs between runs and the metrics
-    that one looks at first, unless `columns` says otherwise; measured numbers have three significant digits, settings
-    are exact, and the caption names evidence and machine. Raises ConfigError for another suffix, unknown or too many
-    columns, an empty table, or a file that cannot be written.
+    `source` is a table (one row per run) or the name or config of an experiment, whose `hl.results` is taken. CSV and
+    Parquet hold every column as it is; `columns` takes some. LaTeX (booktabs) holds what differs between runs and the
+    metrics that one looks at first, unless `columns` says otherwise; measured numbers have three significant digits,
+    settings are exact, and the caption names evidence and machine. Raises ConfigError for another suffix, unknown or
+    too many columns, an empty table, or a file that cannot be written.
     """
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"path: expected the file to write, got {path!r:.60}")
     path = Path(path)
     if path.suffix not in _WRITERS:
         raise ConfigError(f"{path}: unknown kind of file {path.suffix!r}; expected {', '.join(_WRITERS)}")
-    table = results(source, results_dir) if isinstance(source, str) else source
+    if isinstance(columns, str):
+        raise ConfigError(f"columns: expected a list of names, got {columns!r}; write [{columns!r}]")
+    table = results(source, results_dir) if isinstance(source, str | Path | ExperimentConfig) else source
+    if not hasattr(table, "columns"):
+        got = type(table).__name__
+        raise ConfigError(f"{path}: expected a table (result.summary) or the name of an experiment, got {got}")
     if not len(table):
         raise ConfigError(f"{path}: the table has no rows, nothing to write")
     unknown = [name for name in columns or () if name not in table.columns]

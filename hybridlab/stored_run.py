@@ -31,6 +31,10 @@ SPAN_COLUMNS = {
 }
 
 
+LABELS = ("model", "workload", *STRATEGIES, "precision", "device")
+"""Columns that say what ran, readable."""
+ORIGIN = ("backend", "evidence", "machine", "code", "run_id")
+"""Columns that say where the numbers of a run come from."""
 _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "experiment": str,
     "backend": str,

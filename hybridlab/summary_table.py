@@ -13,13 +13,15 @@ TABLE_METRICS = ("median_ttft_s", "p99_ttft_s", "median_tpot_s", "output_tokens_
 def short_table(summary: pd.DataFrame) -> pd.DataFrame:
     """What differs between runs, and `TABLE_METRICS`.
 
-    `completed` and `evidence` are there if some requests did not complete or some runs were not measured, `status`
-    and `error` if the table holds failed runs.
+    `completed` and `evidence` are there if some requests did not complete or some runs were not measured, `machine` and
+    `code` if they differ, `status` and `error` if the table holds failed runs.
     """
     there = set(summary.columns)
     whole = "completed" in there and summary["completed"].tolist() == summary["num_requests"].tolist()
     measured = set(summary["evidence"].tolist()) <= {"measured"}
-    extra = [*([] if whole else ["completed"]), *([] if measured else ["evidence"]), "status", "error"]
+    extra = [*([] if whole else ["completed"]), *([] if measured else ["evidence"])]
+    extra += [name for name in ("machine", "code") if name in there and len(set(summary[name].tolist())) > 1]
+    extra += ["status", "error"]
     return summary.loc[:, [*axes_of(summary), *(name for name in (*TABLE_METRICS, *extra) if name in there)]]
 
 

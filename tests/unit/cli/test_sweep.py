@@ -66,6 +66,14 @@ def test_plan_sweep_results_and_export(config: Path, tmp_path: Path) -> None:
     assert r"\toprule" in (tmp_path / "table.tex").read_text() and "table.tex" in table.stderr
     rows = json.loads(invoke("results", "cli-sweep", *where, "--slo", "mlperf-r1-interactive", "--json").stdout)
     assert [row["slo"] for row in rows] == ["mlperf-r1-interactive"] * 2
+    assert invoke("results", config, *where).stdout == table.stdout  # a config names its experiment
+
+    none = invoke("results", "cli-sweep", *where, "--evidence", "simulated")
+    assert (none.exit_code, none.stdout) == (0, "") and none.stderr.splitlines() == [
+        "hybridlab: warning: cli-sweep: no simulated run; there are 2 measured runs",
+        "cli-sweep: no runs to show",
+    ]
+    assert json.loads(invoke("results", "cli-sweep", *where, "--evidence", "simulated", "--json").stdout) == []
 
 
 def test_failed_runs_make_exit_status_one(config: Path, tmp_path: Path) -> None:

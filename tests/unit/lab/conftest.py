@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hybridlab import backends, device_lock, provenance
+from hybridlab.experiment import run
 from hybridlab.plans import Lane, LaneKind, Op, Span, Tier
 from hybridlab.request import Request, RequestRecord, Status
 from hybridlab.serving import Served
@@ -101,3 +102,9 @@ def config(tmp_path: Path) -> dict[str, Any]:
         "model": {"path": str(checkpoint)},
         "workload": {"kind": "offline", "num_requests": 3, "prompt_tokens": [2, 9], "output_tokens": 4},
     }
+
+
+@pytest.fixture
+def stored(bench: list[str], config: dict[str, Any]) -> list[Path]:
+    """Two runs in the store."""
+    return run({**config, "sweep": {"workload.num_requests": [1, 2]}}, progress=False).paths

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -211,8 +210,8 @@ def test_what_determines_the_result_is_in_the_id(
     else:
         monkeypatch.setattr(provenance, "machine", lambda gpu=False: {"cpu": "other", "cores": 2})
     assert run(config).cached == ()
-    mixes = {"code": "mixes 2 code versions", "machine": "mixes 2 machines"}.get(change)
-    with pytest.warns(UserWarning, match=mixes) if mixes else nullcontext():
+    several = {"trace": "versions of trace", "weights": "versions of checkpoint", "code": "code versions"}
+    with pytest.warns(UserWarning, match=f"mixes 2 {several.get(change, 'machines')}"):
         assert len(results("question")) == 2
 
 

@@ -135,6 +135,7 @@ def test_parquet_takes_settings_of_several_types(table: pd.DataFrame, tmp_path: 
         ("t.xlsx", {}, "unknown kind of file '.xlsx'; expected .csv, .parquet, .tex"),
         ("t", {}, "unknown kind of file ''"),
         ("t.csv", {"columns": ["median_ttft"]}, "the table has no column 'median_ttft'"),
+        ("t.csv", {"columns": "repeat"}, "columns: expected a list of names, got 'repeat'; write ['repeat']"),
         ("t.tex", {"columns": list(TABLE_METRICS) * 3}, "a LaTeX table of 15 columns; expected at most 12"),
     ],
 )
@@ -151,6 +152,10 @@ def test_other_bad_input(table: pd.DataFrame, tmp_path: Path) -> None:
         export_results(table.iloc[:0], tmp_path / "t.csv")
     with pytest.raises(ConfigError, match="no such results"):
         export_results("answer", tmp_path / "t.csv")
+    with pytest.raises(ConfigError, match=r"t\.csv: expected a table .* got int"):
+        export_results(3, tmp_path / "t.csv")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="path: expected the file to write, got 3"):
+        export_results(table, 3)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_full_disk_leaves_the_old_file(table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

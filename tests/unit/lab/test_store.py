@@ -4,25 +4,17 @@ import errno
 import json
 import os
 import shutil
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from reading_results import told
 
 from hybridlab.errors import ConfigError
 from hybridlab.experiment import run
 from hybridlab.run_files import write_failure
 from hybridlab.store import read_run, results, spans_frame, write_run
-from hybridlab.summary_table import short_table
-
-
-@pytest.fixture
-def stored(bench: list[str], config: dict[str, Any]) -> list[Path]:
-    """Two runs in the store."""
-    return run({**config, "sweep": {"workload.num_requests": [1, 2]}}, progress=False).paths
 
 
 def _break(path: Path, how: str) -> None:
@@ -124,86 +116,6 @@ def test_tables_survive_the_disk(stored: list[Path]) -> None:
     assert spans_frame([]).columns.tolist() == found.spans.columns.tolist()
 
 
-def stored_as(path: Path, run_id: str, **changes: Any) -> None:
-    """A copy of the run in `path` under another id, its manifest changed."""
-    old = read_run(path)
-    manifest = {**old.manifest, "run_id": run_id, **changes}
-    write_run(path.parent / run_id, manifest, old.requests, old.spans)
-
-
-def told(**keys: Any) -> tuple[list[str], pd.DataFrame]:
-    """What `results` warns of, and its table."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        table = results("question", **keys)
-    assert all("\n" not in str(warning.message) and warning.filename == __file__ for warning in caught)
-    return [str(warning.message) for warning in caught], table
-
-
-def test_kinds_of_evidence_are_mixed_only_on_request(stored: list[Path]) -> None:
-    stored_as(stored[0], "aaaaaaaaaaaa", evidence="simulated")
-    stored_as(stored[0], "bbbbbbbbbbbb", evidence="published")
-    said, table = told()
-    assert set(table["evidence"]) == {"measured"} and len(table) == 2
-    left_out = "1 simulated run, 1 published run left out, only measured ones taken; evidence= asks for them"
-    assert said == [f"question: {left_out}"]
-    assert set(told(evidence=["measured", "simulated"])[1]["evidence"]) == {"measured", "simulated"}
-    said, table = told(evidence="simulated")
-    assert said == [] and table["run_id"].tolist() == ["aaaaaaaaaaaa"]
-    with pytest.raises(ConfigError, match="evidence: unknown kind 'simulate'; did you mean 'simulated'"):
-        results("question", evidence="simulate")
-
-
-def test_a_table_that_mixes_code_or_machines_says_so_once(stored: list[Path]) -> None:
-    assert told()[0] == []
-    old = read_run(stored[0]).manifest
-    code = {"commit": "f" * 40, "code_hash": "other"}
-    stored_as(stored[0], "aaaaaaaaaaaa", identity={**old["identity"], "code": "other"}, code=code)
-    stored_as(stored[0], "bbbbbbbbbbbb", machine={**old["machine"], "cpu": "Ryzen", "cores": 8})
-    said, table = told()
-    assert len(said) == 1 and len(table) == 4
-    assert said[0].startswith("question: the table mixes 2 code versions (") and "ffffffffffff: 1 run" in said[0]
-    assert "and 2 machines (test, 1 cores: 3 runs, Ryzen, 8 cores: 1 run); compare with care" in said[0]
-    assert len(set(table["code"])) == 2
-
-
-def test_a_commit_that_changes_no_measured_code_mixes_nothing(stored: list[Path]) -> None:
-    code = {"commit": "f" * 40, "code_hash": read_run(stored[0]).manifest["code"]["code_hash"]}
-    stored_as(stored[0], "aaaaaaaaaaaa", code=code)
-    said, table = told()
-    assert said == [] and len(set(table["code"])) == 2
-
-
-def test_a_strategy_of_the_users_whose_code_changed_differs_in_code(
-    bench: list[str], config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = "class Mine:\n    def schedule(self, queue):\n        return {}\n"
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "edited_strategy.py").write_text(source.format("None"))
-    run({**config, "scheduler": "edited_strategy:Mine"}, progress=False)
-    (tmp_path / "edited_strategy.py").write_text(source.format("queue.waiting and None"))
-    monkeypatch.delitem(sys.modules, "edited_strategy")
-    again = run({**config, "scheduler": "edited_strategy:Mine"}, progress=False)
-    assert again.cached == ()
-    said, table = told()
-    assert table["scheduler"].tolist() == ["Mine", "Mine"] and len(set(table["code"])) == 2
-    assert len(said) == 1 and "the table mixes 2 versions of scheduler Mine" in said[0]
-
-
-def test_settings_that_a_point_leaves_alone_are_filled_in(bench: list[str], config: dict[str, Any]) -> None:
-    sweep = {"list": [{"workload.num_requests": 1}, {"workload.num_requests": 2, "workload.seed": 7}]}
-    result = run({**config, "sweep": sweep}, progress=False)
-    for table in (result.summary, results("question")):
-        assert table["workload.seed"].tolist() == [0, 7]
-        assert table["workload.num_requests"].tolist() == [1, 2]
-
-
-@pytest.mark.parametrize("name", ["../question", "question/..", "/etc", "", "question/192", ".hidden"])
-def test_reading_never_leaves_the_store(stored: list[Path], name: str) -> None:
-    with pytest.raises(ConfigError, match="no such results; experiments there: question"):
-        results(name)
-
-
 def test_failed_runs_have_no_tables(stored: list[Path]) -> None:
     manifest = {**read_run(stored[0]).manifest, "run_id": "aaaaaaaaaaaa", "status": "failed", "error": "X: y"}
     write_failure(stored[0].parent / "aaaaaaaaaaaa", manifest)
@@ -214,17 +126,6 @@ def test_failed_runs_have_no_tables(stored: list[Path]) -> None:
     (stored[0].parent / "aaaaaaaaaaaa" / "manifest.json").write_text(json.dumps({**manifest, "error": None, "axes": 3}))
     with pytest.warns(UserWarning, match="skipped .*aaaaaaaaaaaa"):
         results("question", failed=True)
-
-
-def test_lists_and_ranges_are_one_kind_of_cell(bench: list[str], config: dict[str, Any]) -> None:
-    sweep = {"list": [{"workload.prompt_tokens": 16}, {"workload.output_tokens": 3}]}
-    result = run({**config, "sweep": sweep}, progress=False)
-    for table in (result.summary, result.table, short_table(results("question"))):
-        assert table["workload.prompt_tokens"].tolist() == [16, "[2, 9]"]
-        assert table["workload.output_tokens"].tolist() == [4, 3]
-    ranges = {"workload.prompt_tokens": [(2, 9), [5, 5], [2, 8]]}
-    swept = run({**config, "sweep": ranges}, progress=False).summary
-    assert swept["workload.prompt_tokens"].tolist() == ["[2, 9]", 5, "[2, 8]"]
 
 
 @pytest.mark.parametrize("where", ["results", "results/question"])
