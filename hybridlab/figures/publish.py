@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridlab.config import load_config, project_dir
+from hybridlab.config import PAPER, load_config, project_dir
 from hybridlab.errors import ConfigError
 from hybridlab.figures.draw import draw_all
 from hybridlab.figures.files import write_whole
-from hybridlab.figures.tables import Tables, chosen, rows_of
+from hybridlab.figures.tables import LABELS, Tables, chosen, rows_of
 from hybridlab.figures_config import DEFAULT_FIGURES, FigureConfig, read_figures
 from hybridlab.sections import did_you_mean
 
@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from hybridlab.run_files import StoredRun
 
 FORMAT = "hybridlab-paper/1"
-PAPER = "paper"
+REQUIRED = ("scheduler", "repeat", "evidence", "machine", "code", "run_id")
+"""Columns of summary.csv that every figure needs."""
+TEXTS = (*LABELS, "experiment", "slo", "backend", "evidence", "machine", "code", "run_id")
+"""Columns that are text even where it looks like a number: a commit may be all digits."""
 MOST_BYTES = 1_000_000
 """Of one file that is to be committed."""
 DECIMALS = 6
@@ -211,22 +214,36 @@ def _read(folder: Path) -> tuple[dict[str, Any], Tables]:
             raise ConfigError(f"{path}: expected a file of format {FORMAT!r}")
         path = folder / "summary.csv"
         texts = pd.read_csv(path, dtype=str, keep_default_na=False)
-        summary = pd.DataFrame({name: _values(texts[name].tolist()) for name in texts.columns})
+        summary = pd.DataFrame({name: _values(texts[name].tolist(), name in TEXTS) for name in texts.columns})
+        _check(summary, REQUIRED, path)
         found = {}
         for name in ("requests", "spans"):
             path = folder / f"{name}.parquet"
             found[name] = pd.read_parquet(path) if path.is_file() else pd.DataFrame({"run_id": []})
+            _check(found[name], ("run_id",), path)
     except (OSError, ValueError) as error:  # pandas', pyarrow's and json's errors are ValueErrors
         raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
     return meta, Tables(summary, found["requests"], found["spans"])
 
 
-def _values(texts: list[str]) -> list[Any]:
-    """A column of a CSV file as whole numbers, numbers or text, whichever holds for all; "" is NaN.
+def _check(table: pd.DataFrame, required: Sequence[str], path: Path) -> None:
+    """Raise ConfigError naming a column that is missing, or that holds text where its unit says numbers."""
+    from pandas.api.types import is_numeric_dtype
+
+    if missing := [name for name in required if name not in table.columns]:
+        raise ConfigError(f"{path}: damaged (no column {missing[0]!r})")
+    for name in table.columns:
+        measured = name.endswith(("_s", "_tokens")) and "." not in name and name != "token_times_s"
+        if measured and not is_numeric_dtype(table[name]):
+            raise ConfigError(f"{path}: damaged (column {name!r} holds something else than numbers)")
+
+
+def _values(texts: list[str], keep: bool) -> list[Any]:
+    """A column of a CSV file as whole numbers, numbers or text (always if `keep`), whichever holds for all; "" is NaN.
 
     pandas would read "None" and "NA" as NaN, and round the last digit of some numbers.
     """
-    for kind in (int, float):
+    for kind in () if keep else (int, float):
         try:
             return [kind(text) if text else float("nan") for text in texts]
         except ValueError:

@@ -177,9 +177,10 @@ def test_unknown_questions_are_named(project: Path) -> None:
 
 def test_values_of_a_csv_are_read_as_they_were_written() -> None:
     floats = [0.1, 1e-17, 123456789.12345678, 5e300]
-    assert module._values([repr(value) for value in floats]) == floats
-    assert module._values(["1", "2"]) == [1, 2]
-    mixed = module._values(["None", "NA", ""])
+    assert module._values([repr(value) for value in floats], False) == floats
+    assert module._values(["1", "2"], False) == [1, 2]
+    assert module._values(["012", "1e5"], True) == ["012", "1e5"]  # ids of runs and commits
+    mixed = module._values(["None", "NA", ""], False)
     assert mixed[:2] == ["None", "NA"] and mixed[2] != mixed[2]
 
 
@@ -189,6 +190,14 @@ DAMAGE = [
     ("meta.json", '{"format": "hybridlab-paper/1", "config": {}}', r"meta\.json: damaged \(KeyError"),
     ("requests.parquet", "no parquet", r"requests\.parquet: cannot be read"),
     ("summary.csv", None, r"summary\.csv: cannot be read"),
+    ("summary.csv", "", r"summary\.csv: cannot be read"),
+    ("summary.csv", "x", r"summary\.csv: damaged \(no column 'scheduler'\)$"),
+    ("summary.csv", "scheduler,repeat,evidence,machine,code\n", r"summary\.csv: damaged \(no column 'run_id'\)$"),
+    (
+        "summary.csv",
+        "scheduler,repeat,evidence,machine,code,run_id,median_ttft_s\nfcfs,0,measured,m,c,r,fast\n",
+        r"summary\.csv: damaged \(column 'median_ttft_s' holds something else than numbers\)$",
+    ),
 ]
 
 
