@@ -39,7 +39,7 @@ def default_results_dir() -> Path:
 
 
 def results(
-    experiment: str | Path | ExperimentConfig,
+    experiment: str | Path | Mapping[str, Any] | ExperimentConfig,
     results_dir: str | Path | None = None,
     *,
     slo: str | SLO | Mapping[str, Any] | None = None,
@@ -48,9 +48,9 @@ def results(
 ) -> pd.DataFrame:
     """One row per stored run of `experiment`, oldest first: axes, metrics, machine, code, evidence, run_id.
 
-    `experiment` is its name, with results in the project around the working directory, or its config (a path or the
-    object), with results in the config's project. What was swept is an axis, and so is every other setting in which
-    the runs differ: the config may have been edited between them.
+    `experiment` is its name, with results in the project around the working directory, or its config (a path, a
+    mapping or the object), with results in the config's project. What was swept is an axis, and so is every other
+    setting in which the runs differ: the config may have been edited between them.
 
     `slo` recomputes goodput at another service level (of a config, its own by default). `failed` adds the runs that
     failed, without metrics, and the columns `status` ("done" or "failed") and `error`. `evidence` names the kinds to
@@ -145,10 +145,12 @@ def _setting(config: Any, key: str) -> Any:
     return config
 
 
-def _named(experiment: str | Path | ExperimentConfig, results_dir: str | Path | None) -> tuple[Any, Path, SLO | None]:
+def _named(
+    experiment: str | Path | Mapping[str, Any] | ExperimentConfig, results_dir: str | Path | None
+) -> tuple[Any, Path, SLO | None]:
     """The name of an experiment, where results are, and the SLO of its config if that was given."""
     config = None
-    if isinstance(experiment, Path | ExperimentConfig) or str(experiment).endswith((".yaml", ".yml")):
+    if isinstance(experiment, Path | Mapping | ExperimentConfig) or str(experiment).endswith((".yaml", ".yml")):
         config = load_config(experiment)
     default = default_results_dir() if config is None else config.project_dir / "results"
     root = default if results_dir is None else Path(results_dir)

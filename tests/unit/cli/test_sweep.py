@@ -102,6 +102,9 @@ def test_if_all_runs_failed_the_first_error_is_the_line(config: Path, tmp_path: 
         assert done.exit_code == 2 and done.stdout == ""
         line = done.stderr.splitlines()[-1]
         assert line.startswith(f"hybridlab: error: {config}: ") and shown in line
+    table = invoke("results", "cli-sweep", "--results-dir", tmp_path / "results")
+    assert (table.exit_code, table.stdout) == (0, "") and "2 failed runs left out" in table.stderr
+    assert table.stderr.splitlines()[-1] == "cli-sweep: no runs to show"
 
 
 @pytest.mark.parametrize(

@@ -162,8 +162,10 @@ def test_a_config_names_its_results_wherever_one_works(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "pyproject.toml").write_text("")
-    for source in (path, str(path), load_config(path)):
+    for source in (path, str(path), load_config(path), load_config(path).to_dict()):
+        monkeypatch.chdir(tmp_path if isinstance(source, dict) else tmp_path / "elsewhere")
         assert results(source)["run_id"].tolist() == ids
+    monkeypatch.chdir(tmp_path / "elsewhere")
     assert results(path)["slo_ttft_s"].tolist() == [0.001]
     assert results(path, slo={"ttft_s": 9.0, "tpot_s": 1.0})["request_goodput_req_s"].tolist()[0] > 0
     with pytest.raises(ConfigError, match="no such results"):
