@@ -1,8 +1,8 @@
 """The command line: `hybridlab COMMAND`. Results go to stdout, everything else to stderr.
 
-Exit status: 0 done, 1 some runs failed, 2 bad input (one line on stderr), 130 interrupted. With `--json`, stdout
-holds one JSON value and nothing else. Packages are imported inside the commands, so that `hybridlab --help` answers
-at once.
+Exit status: 0 done, 1 some runs failed or a figure could not be drawn, 2 bad input (one line on stderr), 130
+interrupted. With `--json`, stdout holds one JSON value and nothing else. Packages are imported inside the commands, so
+that `hybridlab --help` answers at once.
 """
 
 from __future__ import annotations
@@ -96,12 +96,12 @@ def run(
 ) -> None:
     """Serve an experiment's requests, print the metrics, keep the runs and draw its figures."""
     import hybridlab as hl
-    from hybridlab.cli_run import draw, table
+    from hybridlab.cli_run import Drawn, draw, table
     from hybridlab.cli_sweep import as_json, end
 
     with human_output():
         result = hl.run(config, force=force, retry_failed=retry_failed, results_dir=results_dir)
-        drawn = draw(result, f"hybridlab run {config}") if figures else []
+        drawn = draw(result, f"hybridlab run {config}") if figures else Drawn()
     emit(as_json(result, drawn) if json else table(result), json)
     end(result, drawn)
 

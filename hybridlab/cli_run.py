@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridlab.cli_output import note
-from hybridlab.errors import ConfigError
 
 if TYPE_CHECKING:
     from hybridlab.experiment import ExperimentResult
 
 
-def draw(result: ExperimentResult, command: str) -> list[Path]:
-    """Draw the config's figures into the experiment's folder; what cannot be drawn is a note, for the runs are kept."""
+@dataclass(frozen=True)
+class Drawn:
+    """The files of the figures that a config asks for, and a line for each figure that could not be drawn."""
+
+    files: Sequence[Path] = ()
+    failed: Sequence[str] = ()
+
+
+def draw(result: ExperimentResult, command: str) -> Drawn:
+    """Draw the config's figures into the experiment's folder; one that cannot be drawn stops no other."""
     if not result.paths:
-        return []
+        return Drawn()
     import matplotlib
 
     matplotlib.use("Agg")  # a terminal has no window to draw into
-    from hybridlab.figures import draw_figures
+    from hybridlab.figures.draw import draw_each
+    from hybridlab.figures.tables import Tables
 
-    folder = Path(result.paths[0]).parent
-    try:
-        return draw_figures(result.config, result.summary, result.requests, result.spans, folder, command)
-    except ConfigError as error:
+    tables = Tables(result.summary, result.requests, result.spans)
+    files, errors = draw_each(result.config.figures, tables, Path(result.paths[0]).parent, command)
+    if "figures" in result.config.model_fields_set:
+        return Drawn(files, errors)
+    for error in errors:  # of a figure that nobody asked for
         note(f"hybridlab: {error}")
-        return []
+    return Drawn(files)
 
 
 def table(result: ExperimentResult) -> str:

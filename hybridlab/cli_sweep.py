@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hybridlab.cli_output import Json, emit, human_output, note
-from hybridlab.cli_run import draw
+from hybridlab.cli_run import Drawn, draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,14 +47,14 @@ def sweep(
 ) -> None:
     """Run what is missing of an experiment, one run at a time; killed or interrupted, it resumes when called again.
 
-    Exit status 1 if some runs failed.
+    Exit status 1 if some runs failed, or a figure could not be drawn.
     """
     import hybridlab as hl
 
     with human_output():
         note(str(hl.plan(config, force=force, retry_failed=retry_failed, results_dir=results_dir)))
         result = hl.run(config, force=force, retry_failed=retry_failed, results_dir=results_dir)
-        drawn = draw(result, f"hybridlab sweep {config}") if figures else []
+        drawn = draw(result, f"hybridlab sweep {config}") if figures else Drawn()
     emit(as_json(result, drawn) if json else rows(result.table), json)
     end(result, drawn)
 
@@ -83,26 +82,29 @@ def results(
         note(f"{experiment}: no runs to show")
 
 
-def end(result: ExperimentResult, drawn: Sequence[Path]) -> None:
-    """Name the folders of the runs, the figures, and the runs that failed; exit status 1 if there are any."""
+def end(result: ExperimentResult, drawn: Drawn) -> None:
+    """Name the folders of the runs, the figures, and what failed; exit status 1 if anything did."""
     for path in result.paths:
         note(f"run     {path}")
-    for path in drawn:
+    for path in drawn.files:
         if path.suffix == ".png":
             note(f"figure  {path}")
     for run in result.failed:
         note(f"failed  {run.path}: {run.error}")
-    if result.failed:
+    for error in drawn.failed:
+        note(f"failed  {error}")
+    if result.failed or drawn.failed:
         raise typer.Exit(1)
 
 
-def as_json(result: ExperimentResult, drawn: Sequence[Path]) -> dict[str, Any]:
-    """Metrics per run, where the runs are, which failed, and the files of the figures."""
+def as_json(result: ExperimentResult, drawn: Drawn) -> dict[str, Any]:
+    """Metrics per run, where the runs are, which failed, the files of the figures, and which were not drawn."""
     return {
         "summary": records(result.summary),
         "paths": [str(path) for path in result.paths],
         "failed": {run.run_id: run.error for run in result.failed},
-        "figures": [str(path) for path in drawn],
+        "figures": [str(path) for path in drawn.files],
+        "figures_failed": list(drawn.failed),
     }
 
 

@@ -53,6 +53,17 @@ def draw_all(
     figures: Sequence[FigureConfig], tables: Tables, folder: Path, command: str, version: str = __version__
 ) -> list[Path]:
     """Like `draw_figures`, for entries and tables from elsewhere; `version` of hybridlab is told in the files."""
+    written, errors = draw_each(figures, tables, folder, command, version)
+    if errors:
+        more = f" (and {len(errors) - 1} more figures)" if len(errors) > 1 else ""
+        raise ConfigError(errors[0] + more)
+    return written
+
+
+def draw_each(
+    figures: Sequence[FigureConfig], tables: Tables, folder: Path, command: str, version: str = __version__
+) -> tuple[list[Path], list[str]]:
+    """The files of the figures that could be drawn, and a line for each that could not."""
     import matplotlib.pyplot as plt
 
     written: list[Path] = []
@@ -67,10 +78,7 @@ def draw_all(
         finally:
             for number in set(plt.get_fignums()) - open_before:
                 plt.close(number)
-    if errors:
-        more = f" (and {len(errors) - 1} more figures)" if len(errors) > 1 else ""
-        raise ConfigError(errors[0] + more)
-    return written
+    return written, errors
 
 
 def _keywords(figure: FigureConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 import hybridlab as hl
 from hybridlab import run_costs
 from hybridlab.cli import app
+from hybridlab.errors import ConfigError
 
 CONFIG = """\
 experiment: cli-sweep
@@ -163,3 +164,31 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
     assert err.splitlines()[-1] == "hybridlab: interrupted" and "Traceback" not in err
     assert len(hl.results("cli-sweep", tmp_path / "results")) == 1
     assert hl.plan(path, results_dir=tmp_path / "results").frame["status"].tolist() == ["stored", "to do"]
+
+
+def test_a_figure_that_cannot_be_drawn_makes_exit_status_one(config: Path, tmp_path: Path) -> None:
+    where = ("--results-dir", tmp_path / "results")
+    asked = "figures: [{figure: timeline, name: all}, {figure: timeline, name: one, where: {repeat: 0}}, load_curves]\n"
+    config.write_text(CONFIG.replace("SECOND", "4") + asked)
+    for command in ("sweep", "run"):
+        done = invoke(command, config, *where, "--json")
+        assert done.exit_code == 1, done.output
+        answer = json.loads(done.stdout)
+        assert {Path(path).stem for path in answer["figures"]} == {"load_curves"}  # one stops no other
+        assert [line.split(":")[1] for line in answer["figures_failed"]] == [" all", " one"]
+        assert "failed  figures: all: timeline: spans of 2 runs" in done.stderr and len(answer["summary"]) == 2
+    assert invoke("sweep", config, *where, "--no-figures").exit_code == 0
+
+
+def test_a_figure_that_nobody_asked_for_is_a_note(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybridlab.figures import draw
+
+    def broken(*_: object, **__: object) -> None:
+        raise ConfigError("nothing to draw")
+
+    monkeypatch.setattr(draw, "FUNCTIONS", {"ttft_throughput": broken})
+    done = invoke("run", config, "--results-dir", tmp_path / "results", "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["figures_failed"] == []
+    assert "hybridlab: figures: ttft_throughput: nothing to draw" in done.stderr
