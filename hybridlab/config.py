@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from hybridlab.axes import combinations, override, without
+from hybridlab.axes import combinations, keys_of, override, without
 from hybridlab.errors import ConfigError, HybridlabError
-from hybridlab.figures_config import DEFAULT_FIGURES, Figures
+from hybridlab.figures_config import DEFAULT_FIGURES, Figures, check_columns
 from hybridlab.metrics import SLO, SLO_PRESETS, find_slo
 from hybridlab.sections import PathText, Section, one_line
 from hybridlab.strict_yaml import read_yaml, refuse_nonfinite
@@ -175,11 +175,17 @@ def load_config(source: str | Path | Mapping[str, Any] | ExperimentConfig) -> Ex
     if isinstance(source, ExperimentConfig):
         return source
     if isinstance(source, Mapping):
-        return _checked(dict(source), None)
-    if not isinstance(source, str | Path):
+        config = _checked(dict(source), None)
+    elif isinstance(source, str | Path):
+        path = Path(source)
+        config = _checked(read_yaml(path), path)
+    else:
         raise ConfigError(f"config: expected a path, a mapping or an ExperimentConfig, got {type(source).__name__}")
-    path = Path(source)
-    return _checked(read_yaml(path), path)
+    try:  # here only: points of a sweep and runs with another strategy keep figures that they do not draw
+        check_columns(config.figures, (key for _, key in keys_of(config.sweep)))
+    except ConfigError as error:
+        raise ConfigError(f"{config.source}: {error}") from None
+    return config
 
 
 def points(config: ExperimentConfig) -> list[Point]:

@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridlab.columns import ACRONYMS, UNITS
 from hybridlab.config import ExperimentConfig
 from hybridlab.errors import ConfigError
 from hybridlab.store import results
@@ -32,15 +33,7 @@ _SPECIAL = {
     "µ": r"$\mu$",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
-_UNITS = (
-    ("_tokens_per_s", "tokens/s"),
-    ("_req_s", "req/s"),
-    ("_gb_s", "GB/s"),
-    ("_gib", "GiB"),
-    ("_bytes", "bytes"),
-    ("_s", "s"),
-)
-_WORDS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL", "p90": "P90", "p99": "P99", "slo": "SLO"}
+_WORDS = {**ACRONYMS, "p90": "P90", "p99": "P99", "slo": "SLO"}
 
 
 def export_results(
@@ -113,7 +106,7 @@ def latex(table: pd.DataFrame, columns: Sequence[str] | None = None, caption: st
 def heading(column: str) -> str:
     """A column's name as one reads it: "p99_ttft_s" -> "P99 TTFT (s)", "workload.rate_scale" -> "rate scale"."""
     name = column.split(".")[-1]
-    end, unit = next(((end, unit) for end, unit in _UNITS if name.endswith(end)), ("", ""))
+    end, unit = next(((end, unit) for end, unit in UNITS.items() if name.endswith(end)), ("", ""))
     text = " ".join(_WORDS.get(word, word) for word in name.removesuffix(end).split("_"))
     return f"{text} ({unit})" if unit else text
 

@@ -7,19 +7,26 @@ where: {column: value or list}, ...arguments}`; the arguments are those of the f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
 
+from hybridlab.columns import LABELS, OF_A_SUMMARY, OF_THE_RUN, Evidence, Latency, Percentile
 from hybridlab.errors import ConfigError
-from hybridlab.metrics import SLO, find_slo
+from hybridlab.metrics import REQUEST_COLUMNS, SLO, find_slo
 from hybridlab.sections import Section, did_you_mean, one_line
 
-Percentile = Literal["median", "p90", "p99"]
-Evidence = Literal["measured", "emulated", "simulated", "extrapolated", "published"]
 # Names of files that lie beside the figures.
 TAKEN = ("meta", "summary", "requests", "spans")
+RUN_COLUMNS = (*OF_THE_RUN, "run_id")
+# Columns that the tables of figures have beside labels, swept keys and `RUN_COLUMNS`.
+SPAN_COLUMNS = ("lane", "kind", "layer", "part", "microbatch", "rank", "tier", "start_s", "end_s")
+OWN_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "summary": ("experiment", "backend", *OF_A_SUMMARY),
+    "requests": tuple(REQUEST_COLUMNS),
+    "spans": SPAN_COLUMNS,
+}
 
 
 def _slo(value: Any) -> Any:
@@ -30,12 +37,15 @@ def _slo(value: Any) -> Any:
 
 
 def _listed(value: Any) -> Any:
+    if isinstance(value, list | tuple) and not value:
+        raise ValueError("expected a name or a list of names, got an empty list")
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 class FigureConfig(Section):
     """What every figure takes. `name` is the stem of its files (default: the figure's own name)."""
 
+    table: ClassVar[str] = "summary"
     figure: str
     name: str | None = None
     width: Literal["one_column", "two_columns"] | None = None
@@ -87,16 +97,19 @@ class LoadCurves(_OfRuns):
 
 
 class TtftPromptLength(_OfRuns):
+    table: ClassVar[str] = "requests"
     figure: Literal["ttft_prompt_length"] = "ttft_prompt_length"
     length: Literal["prompt_tokens", "computed_tokens"] = "prompt_tokens"
 
 
 class LatencyCdf(_OfRuns):
+    table: ClassVar[str] = "requests"
     figure: Literal["latency_cdf"] = "latency_cdf"
-    metric: Literal["ttft_s", "tpot_s", "e2el_s", "itl_s", "queue_s"] = "ttft_s"
+    metric: Latency = "ttft_s"
 
 
 class Timeline(FigureConfig):
+    table: ClassVar[str] = "spans"
     figure: Literal["timeline"] = "timeline"
     start_s: float | None = Field(default=None, ge=0)
     end_s: float | None = Field(default=None, gt=0)
@@ -121,6 +134,27 @@ def read_figures(value: Any) -> tuple[FigureConfig, ...]:
         if stem in stems[:number]:
             raise ValueError(f"entry {number + 1}: a second figure {found[number].stem!r}; give it a name of its own")
     return found
+
+
+def check_columns(figures: Sequence[FigureConfig], swept: Iterable[str]) -> None:
+    """Raise ConfigError for a column in `where`, `by` or `load` that the results of a config cannot have.
+
+    `swept` are the dotted keys of its sweep; figures are drawn when all runs are done, which is late for a slip.
+    """
+    swept = list(dict.fromkeys(swept))
+    likely = [*LABELS, *swept, *RUN_COLUMNS]
+    for number, figure in enumerate(figures, start=1):
+        known = {*likely, *OWN_COLUMNS[figure.table]}
+        asked = [("where", name) for name in figure.where or ()]
+        asked += [("by", name) for name in getattr(figure, "by", None) or ()]
+        for argument, name in asked:
+            if name not in known:
+                hint = did_you_mean(name, likely)
+                raise ConfigError(f"figures: entry {number} ({figure.figure}): {argument}: no column {name!r}{hint}")
+        load = getattr(figure, "load", "offered_req_s")
+        if load not in (*swept, *OF_A_SUMMARY):
+            hint = did_you_mean(load, ["offered_req_s", *swept])
+            raise ConfigError(f"figures: entry {number} ({figure.figure}): load: no number {load!r}{hint}")
 
 
 def _entry(item: Any, where: str) -> FigureConfig:

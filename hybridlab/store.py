@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridlab.axes import axis_value
+from hybridlab.columns import EVIDENCE
 from hybridlab.config import RESERVED, STRATEGIES, ExperimentConfig, load_config, project_dir
 from hybridlab.errors import ConfigError
 from hybridlab.metrics import SLO, find_slo, requests_frame, summarise
@@ -25,10 +26,7 @@ from hybridlab.stored_run import LABELS, ORIGIN, FailedRun, StoredRun, spans_fra
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["EVIDENCE", "default_results_dir", "read_run", "results", "settings", "spans_frame", "write_run"]
-
-EVIDENCE = ("measured", "emulated", "simulated", "extrapolated", "published")
-"""Where a number comes from; the most direct kind first."""
+__all__ = ["default_results_dir", "read_run", "results", "settings", "spans_frame", "write_run"]
 
 AnyRun = StoredRun | FailedRun
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from hybridlab.columns import LATENCIES
 from hybridlab.errors import ConfigError
 from hybridlab.figures.arguments import check_target
 from hybridlab.figures.limits import Level, draw_limit, level_of, name_level
@@ -20,7 +21,6 @@ from hybridlab.sections import did_you_mean
 if TYPE_CHECKING:
     from hybridlab.figures.tables import Data
 
-METRICS = ("ttft_s", "tpot_s", "e2el_s", "itl_s", "queue_s")
 MARKED = (50, 90, 99)
 # A band with more steps than this is drawn a little too wide instead.
 MOST_LEVELS = 400
@@ -50,8 +50,8 @@ def latency_cdf(
     """
     what = "latency_cdf"
     check_target(ax, width_in, what)
-    if metric not in METRICS:
-        raise ConfigError(f"{what}: metric: unknown {metric!r}{did_you_mean(str(metric), METRICS)}")
+    if metric not in LATENCIES:
+        raise ConfigError(f"{what}: metric: unknown {metric!r}{did_you_mean(str(metric), LATENCIES)}")
     column = "token_times_s" if metric == "itl_s" else metric
     frame = rows_of(df, "requests", (column,), what)
     if metric == "itl_s":

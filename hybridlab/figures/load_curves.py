@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from hybridlab.columns import PERCENTILES
 from hybridlab.errors import ConfigError
 from hybridlab.figures.arguments import check_choice, check_numbers, check_pair, check_width, names_of
 from hybridlab.figures.limits import Level, draw_limit, level_of, name_level
@@ -18,7 +19,6 @@ from hybridlab.figures.origin import note_origin
 from hybridlab.figures.repeats import Curve, curve_of, told_apart
 from hybridlab.figures.style import GREY, ONE_COLUMN_IN, axis_label, style
 from hybridlab.figures.tables import Kinds, Where, chosen, rows_of, series_of
-from hybridlab.figures.ttft_throughput import PERCENTILES
 
 if TYPE_CHECKING:
     from hybridlab.figures.tables import Data

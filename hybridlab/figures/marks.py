@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from hybridlab.columns import EVIDENCE, Evidence
 from hybridlab.errors import ConfigError
 from hybridlab.figures.style import GREY, cycle_color
 from hybridlab.sections import did_you_mean
@@ -32,7 +33,7 @@ class EvidenceMark:
     linestyle: Any
 
 
-EVIDENCE: Mapping[str, EvidenceMark] = MappingProxyType(
+EVIDENCE_MARKS: Mapping[Evidence, EvidenceMark] = MappingProxyType(
     {
         "measured": EvidenceMark("full", "-"),
         "emulated": EvidenceMark("left", (0, (5, 1.5))),
@@ -47,7 +48,7 @@ def evidence_mark(kind: str) -> EvidenceMark:
     """The mark of a kind of evidence. Raises ConfigError for an unknown kind."""
     if kind not in EVIDENCE:
         raise ConfigError(f"evidence: unknown kind {kind!r}{did_you_mean(str(kind), EVIDENCE)}")
-    return EVIDENCE[kind]
+    return EVIDENCE_MARKS[kind]
 
 
 def line_of(number: int, kind: str) -> dict[str, Any]:

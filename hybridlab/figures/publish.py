@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridlab.columns import LABELS
 from hybridlab.config import PAPER, load_config, project_dir
 from hybridlab.errors import ConfigError
 from hybridlab.figures.draw import draw_all
 from hybridlab.figures.files import write_whole
-from hybridlab.figures.tables import LABELS, Tables, chosen, rows_of
+from hybridlab.figures.tables import Tables, chosen, rows_of
 from hybridlab.figures_config import DEFAULT_FIGURES, FigureConfig, read_figures
 from hybridlab.sections import did_you_mean
 

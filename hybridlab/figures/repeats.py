@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from hybridlab.columns import is_axis
 from hybridlab.errors import ConfigError
-from hybridlab.figures.tables import Series, is_axis, settings
+from hybridlab.figures.tables import Series, settings
 
 Row = dict[str, Any]
 # Keys of a config that change nothing but how fast requests come: points along a curve.

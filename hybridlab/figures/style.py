@@ -15,6 +15,8 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from hybridlab.columns import ACRONYMS, UNITS
+
 ONE_COLUMN_IN = 3.33
 TWO_COLUMNS_IN = 7.0
 GREY = "#5b5b5b"
@@ -54,17 +56,8 @@ RC: Mapping[Any, Any] = MappingProxyType(
     }
 )
 
-# What the last part of a column's name says about its unit (house rule: units are in names).
-UNITS = {
-    "_tokens_per_s": "tokens/s",
-    "_req_s": "requests/s",
-    "_gb_s": "GB/s",
-    "_s": "s",
-    "_tokens": "tokens",
-    "_bytes": "bytes",
-}
 NAMES = {
-    "offered_req_s": "offered load (requests/s)",
+    "offered_req_s": "offered load (req/s)",
     "output_tokens_per_s": "output throughput (tokens/s)",
     "prompt_tokens": "prompt length (tokens)",
     "computed_tokens": "prompt computed, not reused (tokens)",
@@ -72,7 +65,6 @@ NAMES = {
 # Labels of a log axis within a decade, densest first, and the room that one takes.
 LOG_STEPS = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
 LABEL_WIDTH_PT, LABEL_HEIGHT_PT = 24.0, 16.0
-ACRONYMS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL"}
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hybridlab.columns import EVIDENCE, LABELS, OF_THE_RUN, is_axis
 from hybridlab.errors import ConfigError
 from hybridlab.figures.arguments import check_where, names_of
-from hybridlab.figures.marks import EVIDENCE, evidence_mark
+from hybridlab.figures.marks import evidence_mark
 from hybridlab.sections import did_you_mean
 
 if TYPE_CHECKING:
@@ -20,12 +21,6 @@ if TYPE_CHECKING:
 
 Where = Mapping[str, Any]
 Kinds = str | Sequence[str]
-
-# Swept keys have a dot, but for those of the top level.
-UNDOTTED = ("engine", "warmup_requests")
-LABELS = ("model", "workload", "scheduler", "placement", "overlap", "precision", "device")
-# What the summary knows of a run, for tables that know its run_id only.
-OF_THE_RUN = ("repeat", "evidence", "machine", "code", "slo", "slo_ttft_s", "slo_tpot_s")
 
 
 @dataclass(frozen=True)
@@ -77,11 +72,6 @@ def _joined(frame: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
     new = [name for name in told if name not in frame.columns]
     runs: Any = summary[["run_id", *new]]
     return frame.merge(runs.drop_duplicates("run_id"), on="run_id", how="left")
-
-
-def is_axis(column: str) -> bool:
-    """True for a column that says what ran, not what came out."""
-    return column in LABELS or column in UNDOTTED or "." in column
 
 
 def chosen(frame: Any, where: Where | None, evidence: Kinds | None, what: str) -> Any:

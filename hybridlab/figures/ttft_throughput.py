@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from hybridlab.columns import PERCENTILES
 from hybridlab.figures.arguments import check_choice, check_numbers, check_target, names_of
 from hybridlab.figures.limits import DASHED, Level, level_of, name_level
 from hybridlab.figures.marks import band_handle, evidence_handle, evidence_mark, line_of, put_legend, series_handles
@@ -23,7 +24,6 @@ from hybridlab.metrics import SLO
 if TYPE_CHECKING:
     from hybridlab.figures.tables import Data
 
-PERCENTILES = ("median", "p90", "p99")
 FADED, SHRUNK = 0.4, 0.75
 FRONT: Mapping[str, Any] = MappingProxyType({"color": "black", "linewidth": 0.7})
 

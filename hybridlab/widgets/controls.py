@@ -8,13 +8,11 @@ from typing import Any
 import ipywidgets
 from pydantic import ValidationError
 
+from hybridlab.columns import EVIDENCE, LATENCIES, PERCENTILES
 from hybridlab.errors import ConfigError
-from hybridlab.figures.latency_cdf import METRICS
 from hybridlab.figures.style import axis_label
-from hybridlab.figures.ttft_throughput import PERCENTILES
 from hybridlab.metrics import SLO, SLO_PRESETS, find_slo
 from hybridlab.sections import did_you_mean, one_line
-from hybridlab.store import EVIDENCE
 from hybridlab.widgets.drawing import VIEWS
 from hybridlab.widgets.summary_rows import label
 from hybridlab.widgets.table import PROVENANCE, Choice, ResultsTable
@@ -45,7 +43,7 @@ class Controls:
             "x": _dropdown("x", metrics, _first(table.metrics, "output_tokens_per_s")),
             "y": _dropdown("y", metrics, _first(table.metrics, "median_ttft_s")),
             "percentile": _dropdown("percentile", PERCENTILES, "median"),
-            "metric": _dropdown("latency", [(axis_label(name), name) for name in METRICS], METRICS[0]),
+            "metric": _dropdown("latency", [(axis_label(name), name) for name in LATENCIES], LATENCIES[0]),
             "slo": _dropdown("SLO", [STORED, *SLO_PRESETS, CUSTOM], STORED),
             "ttft_s": _number("TTFT ≤ (s)", self._stored.ttft_s, step=0.1),
             "tpot_ms": _number("TPOT ≤ (ms)", self._stored.tpot_s * 1000, step=1),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from hybridlab.figures.repeats import Curve
 
-THERE = "_there"
+THERE = "both values"
 
 
 def metrics_xy(

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hybridlab.columns import EVIDENCE, is_axis
 from hybridlab.errors import ConfigError
-from hybridlab.figures.tables import is_axis, settings
+from hybridlab.figures.tables import settings
 from hybridlab.metrics import SLO
-from hybridlab.store import EVIDENCE, default_results_dir, read_run, results
+from hybridlab.store import default_results_dir, read_run, results
 from hybridlab.widgets.summary_rows import apart, at_slo, label, older_code, without_repeats
 
 if TYPE_CHECKING:

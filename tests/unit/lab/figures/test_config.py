@@ -6,7 +6,6 @@ import inspect
 import json
 import subprocess
 import sys
-import typing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +13,16 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 
-from hybridlab import figures_config, store
+from hybridlab import columns, figures_config
 from hybridlab.config import load_config, points
 from hybridlab.errors import ConfigError
 from hybridlab.figures import draw_figures, save
 from hybridlab.figures.draw import FUNCTIONS
-from hybridlab.figures.latency_cdf import METRICS
-from hybridlab.figures.marks import EVIDENCE
-from hybridlab.figures.ttft_throughput import PERCENTILES
+from hybridlab.figures.marks import EVIDENCE_MARKS
 from hybridlab.figures_config import FIGURES, FigureConfig, read_figures
+from hybridlab.metrics import summarise
+from hybridlab.request import Request, RequestRecord, Status
+from hybridlab.stored_run import SPAN_COLUMNS
 
 BASE = {
     "experiment": "q",
@@ -98,9 +98,68 @@ def test_every_entry_is_a_function_with_these_arguments() -> None:
         assert own == set(list(parameters)[2:]) - {"width_in"}, name
         for argument in own:
             assert kind.model_fields[argument].default == parameters[argument].default or argument == "by", argument
-    assert tuple(EVIDENCE) == store.EVIDENCE == typing.get_args(figures_config.Evidence)
-    assert typing.get_args(figures_config.Percentile) == PERCENTILES
-    assert typing.get_args(FIGURES["latency_cdf"].model_fields["metric"].annotation) == METRICS
+    assert tuple(EVIDENCE_MARKS) == columns.EVIDENCE
+
+
+def test_known_columns_are_those_of_the_tables() -> None:
+    record = RequestRecord(Request("r", (1,), 1), Status.FINISHED)
+    numbers = {name for name, value in summarise([record], 1.0).items() if not isinstance(value, str)}
+    assert {*numbers, "num_steps"} == {*columns.OF_A_SUMMARY, "slo_ttft_s", "slo_tpot_s"}
+    assert set(SPAN_COLUMNS) == set(figures_config.SPAN_COLUMNS)
+    assert {kind.table for kind in FIGURES.values()} == set(figures_config.OWN_COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("figure", "message"),
+    [
+        (
+            {"figure": "latency_cdf", "where": {"nope": 1}},
+            "entry 2 (latency_cdf): where: no column 'nope'; ",
+        ),
+        (
+            {"figure": "ttft_throughput", "where": {"workload.rate_reqs": 1}},
+            "entry 2 (ttft_throughput): where: no column 'workload.rate_reqs'; did you mean 'workload.rate_req_s'?",
+        ),
+        ({"figure": "load_curves", "by": "shceduler"}, "by: no column 'shceduler'; did you mean 'scheduler'?"),
+        ({"figure": "load_curves", "by": ["scheduler", "engine.threads"]}, "by: no column 'engine.threads'"),
+        ({"figure": "load_curves", "where": {"lane": "x"}}, "where: no column 'lane'"),  # of another table
+        (
+            {"figure": "load_curves", "load": "scheduler"},
+            "load: no number 'scheduler'; expected one of ",
+        ),
+        ({"figure": "load_curves", "by": []}, "by: expected a name or a list of names, got an empty list"),
+    ],
+)
+def test_columns_that_can_be_none_are_named_when_the_config_is_loaded(figure: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(["timeline", figure])
+    text = str(caught.value)
+    assert text.startswith("config: figures: entry 2 (") and message in text and "\n" not in text
+
+
+def test_columns_of_every_kind_are_taken() -> None:
+    one = {"workload.rate_req_s": 2.0}
+    load(
+        [
+            {
+                "figure": "ttft_throughput",
+                "load": "workload.rate_req_s",
+                "by": ["machine", "code"],
+                "where": {"repeat": 0},
+            },
+            {"figure": "load_curves", "load": "request_throughput_req_s", "by": "placement", "where": {"completed": 3}},
+            {"figure": "latency_cdf", "by": "finish_reason", "where": {**one, "prompt_tokens": 4}},
+            {"figure": "timeline", "where": {**one, "run_id": "0123", "lane": "main/cpu"}},
+        ]
+    )
+    blocks = {"zip": {"engine.threads": [1, 2]}, "list": [{"model.seed": 0}, {"workload.seed": 1}]}
+    by = {"figure": "load_curves", "by": ["engine.threads", "model.seed", "workload.seed"]}
+    config = load_config({**BASE, "sweep": blocks, "figures": [by]})
+    assert len(points(config)) == 4  # points have no sweep, and keep the figures
+    by = [{"figure": "load_curves", "by": "scheduler.chunk_tokens"}]
+    sweep = {"scheduler.chunk_tokens": [8, 9]}
+    config = load_config({**BASE, "scheduler": "chunked_prefill", "sweep": sweep, "figures": by})
+    assert config.replaced({"scheduler": "fcfs"}).figures  # what cannot be drawn then is said when it is drawn
 
 
 def test_loading_a_config_imports_no_matplotlib(tmp_path: Path) -> None:

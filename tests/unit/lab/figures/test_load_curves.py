@@ -19,7 +19,7 @@ def test_throughput_above_and_tpot_below_over_load(summary: Any, legend_texts: A
     assert list(curves(upper)[0].get_ydata()) == [50.5, 100.5, 200.5]
     assert list(curves(lower)[1].get_ydata()) == pytest.approx([0.03, 0.06, 0.12])
     assert (upper.get_ylabel(), lower.get_ylabel()) == ("output tokens/s", "median TPOT (s)")
-    assert lower.get_xlabel() == "offered load (requests/s)"
+    assert lower.get_xlabel() == "offered load (req/s)"
     assert upper.get_ylim()[0] == lower.get_ylim()[0] == 0
     assert legend_texts(lower) == ["fcfs", "chunked", "measured", "offered tokens/s", "range of repeats"]
 

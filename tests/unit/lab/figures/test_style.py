@@ -8,9 +8,10 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.colors import to_hex, to_rgb
 
+from hybridlab.columns import EVIDENCE
 from hybridlab.errors import ConfigError
 from hybridlab.figures import latency_cdf, load_curves, ttft_prompt_length, ttft_throughput
-from hybridlab.figures.marks import EVIDENCE, MARKERS, evidence_handle, line_of
+from hybridlab.figures.marks import MARKERS, evidence_handle, line_of
 from hybridlab.figures.style import ONE_COLUMN_IN, TWO_COLUMNS_IN, axis_label, cycle_color, log_axis, style
 
 SUMMARY_FIGURES = (ttft_throughput, load_curves)
@@ -49,13 +50,13 @@ def test_neighbouring_colours_differ_in_grey_print() -> None:
 @pytest.mark.parametrize(
     ("column", "label"),
     [
-        ("offered_req_s", "offered load (requests/s)"),
+        ("offered_req_s", "offered load (req/s)"),
         ("output_tokens_per_s", "output throughput (tokens/s)"),
         ("prompt_tokens", "prompt length (tokens)"),
         ("ttft_s", "TTFT (s)"),
         ("p99_tpot_s", "p99 TPOT (s)"),
         ("itl_s", "ITL (s)"),
-        ("workload.rate_req_s", "rate (requests/s)"),
+        ("workload.rate_req_s", "rate (req/s)"),
         ("link_gb_s", "link (GB/s)"),
         ("workload.rate_scale", "rate scale"),
     ],

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgba
 
+from hybridlab.columns import EVIDENCE
 from hybridlab.errors import ConfigError
 from hybridlab.figures import save_perfetto, timeline
-from hybridlab.figures.marks import EVIDENCE
 
 
 def spans(**changes: Any) -> pd.DataFrame:
