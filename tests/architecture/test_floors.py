@@ -21,8 +21,8 @@ FLOORS = {
         "simulator", "text",
     },
     3: {
-        "arrivals", "axes", "axes_random", "backends", "bench", "columns", "config", "device_lock", "execution", "experiment",
-        "export", "figures_config", "jobs", "live_requests", "metrics", "prediction", "run_costs", "run_files",
+        "arrivals", "axes", "axes_random", "backends", "bench", "columns", "config", "device_lock", "execution",
+        "experiment", "export", "figures_config", "jobs", "live_requests", "metrics", "prediction", "run_costs", "run_files",
         "summary_table", "sweep_plan", "provenance", "recording", "request_queue", "sections", "serving", "session",
         "store", "stored_run", "strict_yaml", "workload",
     },
