@@ -151,7 +151,7 @@ everything.table.pivot(
 ax = hl.figures.ttft_throughput(everything)
 
 # %% [markdown]
-# Each line joins the loads of one scheduler. Dots are medians, whiskers reach to the 90th percentile; lower
+# Each line joins the loads of one scheduler. Markers are medians, whiskers reach to the 90th percentile; lower
 # and further right is better. With the shortest prompt first, the median request waits less and long prompts
 # wait more. Other programs easily disturb runs as short as these; `"repeats": 3` in the config measures each
 # point three times, and the figure shows the range.
