@@ -68,8 +68,8 @@ class Live:
 
 def views(lives: Iterable[Live], pool: BlockPool, prefixes: Prefixes) -> list[WaitingRequest | RunningRequest]:
     """The requests that are not in flight: running before waiting, each by arrival."""
-    # Those in flight count as ahead of all others. The sort is stable: by arrival among equals.
-    ranked = sorted(lives, key=lambda live: (not live.in_flight, not live.is_running))
+    # Those in flight count as ahead of all others. One that follows another may get to know its arrival late.
+    ranked = sorted(lives, key=lambda live: (not live.in_flight, not live.is_running, live.record.arrival_s))
     shared = _shared_blocks(ranked, pool, prefixes)
     size = pool.block_tokens
     pairs = zip(ranked, shared, strict=True)

@@ -214,12 +214,12 @@ class Serving(RuleBasedStateMachine):
         if isinstance(self.scheduler, Anything):
             return
         order = [
-            (record.arrival_s, number, record.first_scheduled_s)
-            for number, record in enumerate(self.queue.records.values())
+            (record.arrival_s, float("inf") if record.first_scheduled_s is None else record.first_scheduled_s)
+            for record in self.queue.records.values()
             if record.arrival_s is not None and record.arrival_s <= self.now_s
             if record.first_scheduled_s is not None or not record.is_final
         ]
-        times_s = [float("inf") if first_s is None else first_s for *_, first_s in sorted(order, key=lambda o: o[:2])]
+        times_s = [first_s for _, first_s in sorted(order)]  # of equal arrivals either may be first
         assert times_s == sorted(times_s), "overtaking"
 
     def teardown(self) -> None:

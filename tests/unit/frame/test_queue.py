@@ -171,6 +171,16 @@ def test_a_request_in_flight_is_hidden_from_other_workers():
     assert [r.id for r in queue.view("two", 0.0).waiting] == ["b"]
 
 
+def test_waiting_requests_are_in_arrival_order_even_if_an_arrival_is_known_late():
+    requests = [Request("a", (1,), 1), Request("x", (1,), 1, 5.0), Request("f", (1,), 1, after="a")]
+    queue = RequestQueue(requests, BlockPool(9, 16), MODEL, 16)
+    batch = queue.start(queue.view("one", 0.0), StepPlan("prefill", {"a": 1}), "test")
+    assert batch is not None
+    assert [r.id for r in queue.view("two", 5.1).waiting] == ["x"]
+    queue.apply([StepResult(batch, 0.0, 4.9, {"a": 3})])  # it ended before x arrived
+    assert [r.id for r in queue.view("one", 5.1).waiting] == ["f", "x"]
+
+
 def test_a_step_that_breaks_the_contract_names_the_scheduler():
     queue = RequestQueue([Request("a", (1,), 2)], BlockPool(9, 16), MODEL, 16)
     with pytest.raises(StrategyError, match=r"scheduler Mine: request 'a' gets 5 tokens, 1 remain"):
