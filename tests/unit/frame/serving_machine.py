@@ -214,13 +214,16 @@ class Serving(RuleBasedStateMachine):
         if isinstance(self.scheduler, Anything):
             return
         order = [
-            (record.arrival_s, float("inf") if record.first_scheduled_s is None else record.first_scheduled_s)
+            (record.arrival_s, float("inf") if record.first_scheduled_s is None else record.first_scheduled_s, record)
             for record in self.queue.records.values()
             if record.arrival_s is not None and record.arrival_s <= self.now_s
             if record.first_scheduled_s is not None or not record.is_final
         ]
-        times_s = [first_s for _, first_s in sorted(order)]  # of equal arrivals either may be first
-        assert times_s == sorted(times_s), "overtaking"
+        # Of equal arrivals the one given first is first, but for those whose arrival is known late.
+        given = [entry for entry in order if entry[2].request.after is None]
+        for entries in (sorted(order, key=lambda entry: entry[:2]), sorted(given, key=lambda entry: entry[0])):
+            times_s = [first_s for _, first_s, _ in entries]
+            assert times_s == sorted(times_s), "overtaking"
 
     def teardown(self) -> None:
         """Whatever happened, a plain scheduler drains the queue in a bounded number of steps, and nothing is left."""
