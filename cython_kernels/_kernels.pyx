@@ -11,6 +11,7 @@ cdef extern from "kernels.h" nogil:
         const uint8_t *data
         const uint8_t *scale
         int64_t n, k
+        int32_t layout
     ctypedef struct hl_moe:
         int64_t experts, h, i
         const hl_matrix *gate
@@ -22,7 +23,10 @@ cdef extern from "kernels.h" nogil:
     int hl_linear(const hl_tier *, const hl_matrix *, const float *, int64_t, float *, int)
     int hl_moe_forward(const hl_tier *, const hl_moe *, const float *, int64_t, int64_t, const int32_t *,
                        const float *, float *, int)
-    uint64_t hl_read(const hl_tier *, const uint8_t *, int64_t, int)
+    int64_t hl_packed_bytes(int64_t, int64_t, int)
+    void hl_pack(const hl_tier *, const hl_matrix *, uint8_t *, int)
+    uint64_t hl_read(const hl_tier *, const uint8_t *, int64_t, int, int)
+    double hl_multiply_rate(const hl_tier *, double, int)
 
 cdef extern from "glue.h" nogil:
     ctypedef struct hl_attend:
@@ -89,6 +93,7 @@ cdef hl_matrix _matrix(object parts) except *:
     m.scale = <const uint8_t *> scale
     m.n = parts[2]
     m.k = parts[3]
+    m.layout = parts[4]
     return m
 
 
@@ -106,7 +111,7 @@ def native_seconds():
 
 
 cdef class Linear:
-    """One weight matrix; `parts` = (data address, scale address or 0, N, K)."""
+    """One weight matrix; `parts` = (data address, scale address or 0, N, K, 0 for rows or 1 for tiles)."""
     cdef const hl_tier *tier
     cdef hl_matrix matrix
 
@@ -203,7 +208,20 @@ cdef class AttentionStep:
             raise MemoryError("no memory for the scratch space of an attention layer")
 
 
-def read_words(str tier, uintptr_t address, int64_t words, int threads):
+def packed_bytes(int64_t n, int64_t k, int element):
+    """Size of an [n, k] matrix of `element` bytes each in the packed layout."""
+    return hl_packed_bytes(n, k, element)
+
+
+def pack(str tier, tuple parts, uintptr_t out, int threads):
+    """Packs a row-major matrix into `out`, which is 64-byte aligned and `packed_bytes` long."""
+    cdef const hl_tier *chosen = _tier(tier)
+    cdef hl_matrix matrix = _matrix(parts)
+    with nogil:
+        hl_pack(chosen, &matrix, <uint8_t *> out, threads)
+
+
+def read_words(str tier, uintptr_t address, int64_t words, int loop, int threads):
     """Sum (mod 2^64) of the 64-bit words at `address`."""
     global _native_s
     cdef const hl_tier *chosen = _tier(tier)
@@ -211,10 +229,19 @@ def read_words(str tier, uintptr_t address, int64_t words, int threads):
     cdef double start
     with nogil:
         start = _now()
-        total = hl_read(chosen, <const uint8_t *> address, words, threads)
+        total = hl_read(chosen, <const uint8_t *> address, words, loop, threads)
         start = _now() - start
     _native_s += start
     return total
+
+
+def multiply_rate(str tier, double seconds, int threads):
+    """Floating-point operations per second of the tier's multiply instruction on registers."""
+    cdef const hl_tier *chosen = _tier(tier)
+    cdef double rate
+    with nogil:
+        rate = hl_multiply_rate(chosen, seconds, threads)
+    return rate
 
 
 def rms_norm(uintptr_t x, uintptr_t w, float eps, int64_t tokens, int64_t h, uintptr_t out):

@@ -1,175 +1,140 @@
-/* AVX2 + FMA tier, for CPUs without AVX-512 VBMI/BF16.
+/* AVX2 + FMA tier, for CPUs without AVX-512: float32 FMA, 8 rows a vector.
 
-   FP8 decode, per 32 codes: two codes share a 16-bit word. An arithmetic shift by 4 puts sign and eeeemmm where BF16
-   has sign and exponent/mantissa, with the exponent 120 too low; masking leaves a float32. That is exact, subnormal
-   codes included, because tasks run with subnormals enabled (pool.c) and each token of x is scaled by a power of two
-   to put its largest element near 2^119: products are normal numbers and the two scalings are undone at the end.
-   F16C conversion (exponent bias 8 off, no scaling of x) was measured 1.3x slower. 0x7F and 0xFF would decode to
-   +-480, so a running maximum of 2*code finds them and makes the row's results NaN. */
+   FP8 decode as in avx512_bw.c. F16C conversion (exponent bias 8 off, no scaling of x) was measured 1.3x slower. */
 #include "kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#include <math.h>
 #include <string.h>
+
+#include "tokens.h"
 
 #define TARGET __attribute__((target("avx2,fma")))
 #define INLINE TARGET __attribute__((always_inline)) static inline
+
+#define LANES 8
+#define WVEC __m256i
+#define LOADW(p) _mm256_load_si256((const __m256i *)(p))
+#define STOREW(p, v) _mm256_store_si256((__m256i *)(p), v)
+#define VEC __m256
+#define PIECE __m256
+#define ZERO() _mm256_setzero_ps()
+#define LOADF(p) _mm256_load_ps(p)
+#define STOREF(p, v) _mm256_store_ps(p, v)
+#define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define SET1(f) _mm256_set1_ps(f)
+#define LOAD_ONCE(v) __asm__("" : "+x"(v))
+
+/* 16 accumulators less what decoding needs */
+#define MAX_M 4
+#define TILES(m) ((m) == 1 ? 4 : (m) == 2 ? 2 : 1)
 
 static int supported(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-static int64_t padded(int64_t k) { return (k + HL_BLOCK - 1) / HL_BLOCK * HL_BLOCK; }
+INLINE void copy64(uint8_t *to, const uint8_t *from) {
+    _mm256_store_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
+    _mm256_store_si256((__m256i *)to + 1, _mm256_loadu_si256((const __m256i *)from + 1));
+}
+#define COPY64(to, from) copy64(to, from)
 
-static size_t token_bytes(int64_t k) { return sizeof(hl_token) + 4 * (size_t)padded(k); }
-
-/* Zero below the subnormals' own rounding; NaN stays NaN and infinity stays infinite. */
-static inline float round_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u;
-    bits = (bits & 0x7FFFFFFF) > 0x7F800000 ? bits | 0x400000 : rounded;
-    memcpy(&x, &bits, 4);
-    return x;
+INLINE __m256i lanes_of(const uint8_t *p, int64_t stride) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_load_si128((const __m128i *)p)),
+                                   _mm_load_si128((const __m128i *)(p + 4 * stride)), 1);
 }
 
-/* Exact 2^e for -126 <= e <= 127. */
-static float power_of_two(int e) {
-    uint32_t bits = (uint32_t)(e + 127) << 23;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
+/* 8 rows x 16 bytes: rows i and i + 4 share a vector, transposed 4 x 4 inside its lanes. */
+INLINE void quad_fp8(const uint8_t *p, int64_t stride, __m256i *out) {
+    const __m256i a = lanes_of(p, stride), b = lanes_of(p + stride, stride);
+    const __m256i c = lanes_of(p + 2 * stride, stride), d = lanes_of(p + 3 * stride, stride);
+    const __m256i ab0 = _mm256_unpacklo_epi16(a, b), ab1 = _mm256_unpackhi_epi16(a, b);
+    const __m256i cd0 = _mm256_unpacklo_epi16(c, d), cd1 = _mm256_unpackhi_epi16(c, d);
+    out[0] = _mm256_unpacklo_epi32(ab0, cd0);
+    out[1] = _mm256_unpackhi_epi32(ab0, cd0);
+    out[2] = _mm256_unpacklo_epi32(ab1, cd1);
+    out[3] = _mm256_unpackhi_epi32(ab1, cd1);
 }
 
-TARGET static void prepare(const float *x, int64_t k, int is_fp8, hl_token *out) {
-    float *data = (float *)(out + 1), largest = 0;
-    memset(out, 0, token_bytes(k));
-    int up = 0, down = 0; /* x is multiplied by 2^up, results by 2^down */
-    if (is_fp8) {
-        for (int64_t i = 0; i < k; i++) {
-            float a = fabsf(x[i]);
-            largest = a > largest && a <= 3.4028235e38f ? a : largest;
-        }
-        int exponent = 0; /* largest = f * 2^exponent with f in [0.5, 1) */
-        if (largest > 0) frexpf(largest, &exponent);
-        up = 119 - exponent;
-        down = 120 - up;
+INLINE void quad_bf16(const uint8_t *p, int64_t stride, __m256i *out) {
+    const __m256i a = lanes_of(p, stride), b = lanes_of(p + stride, stride);
+    const __m256i c = lanes_of(p + 2 * stride, stride), d = lanes_of(p + 3 * stride, stride);
+    const __m256i ab0 = _mm256_unpacklo_epi32(a, b), ab1 = _mm256_unpackhi_epi32(a, b);
+    const __m256i cd0 = _mm256_unpacklo_epi32(c, d), cd1 = _mm256_unpackhi_epi32(c, d);
+    out[0] = _mm256_unpacklo_epi64(ab0, cd0);
+    out[1] = _mm256_unpackhi_epi64(ab0, cd0);
+    out[2] = _mm256_unpacklo_epi64(ab1, cd1);
+    out[3] = _mm256_unpackhi_epi64(ab1, cd1);
+}
+#define QUAD(p, stride, out) (ELEMENT == 1 ? quad_fp8 : quad_bf16)(p, stride, out)
+
+INLINE void decode_fp8(__m256i v, __m256 *piece) {
+    const __m256i keep = _mm256_set1_epi16((short)0x87F0), zero = _mm256_setzero_si256();
+    const __m256i even = _mm256_and_si256(keep, _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 4)), odd = _mm256_and_si256(keep, _mm256_srai_epi16(v, 4));
+    piece[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, even));
+    piece[1] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, odd));
+    piece[2] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, even));
+    piece[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, odd));
+}
+
+INLINE void decode_bf16(__m256i v, __m256 *piece) {
+    piece[0] = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+    piece[1] = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32((int)0xFFFF0000)));
+}
+
+INLINE __m256 multiply_one(__m256 acc, __m256 piece, const hl_word *word) {
+    return _mm256_fmadd_ps(piece, _mm256_broadcast_ss((const float *)word), acc);
+}
+
+TARGET static double multiply(int64_t rounds, float *sink) {
+    __m256 acc[12], x = _mm256_set1_ps(1.0f);
+    for (int i = 0; i < 12; i++) acc[i] = _mm256_set1_ps((float)i);
+    for (int64_t r = 0; r < rounds; r++) {
+        __asm__ volatile("" : "+x"(x)); /* a new x each round, as far as the compiler knows */
+#pragma GCC unroll 12
+        for (int i = 0; i < 12; i++) acc[i] = _mm256_fmadd_ps(x, x, acc[i]);
     }
-    const float up0 = power_of_two(up / 2), up1 = power_of_two(up - up / 2);
-    out->post[0] = power_of_two(down / 2);
-    out->post[1] = power_of_two(down - down / 2);
-    if (is_fp8) {
-        static const int slot[4] = {24, 8, 16, 0}; /* the order of decode_odd, decode_even below */
-        for (int64_t i = 0; i < k; i++) data[i / 32 * 32 + slot[i % 4] + i % 32 / 4] = round_bf16(x[i]) * up0 * up1;
-    } else {
-        for (int64_t i = 0; i < k; i++) data[i / 16 * 16 + (i % 2 ? 0 : 8) + i % 16 / 2] = round_bf16(x[i]);
-    }
+    float lanes[8], total = 0;
+    for (int i = 1; i < 12; i++) acc[0] = _mm256_add_ps(acc[0], acc[i]);
+    _mm256_storeu_ps(lanes, acc[0]);
+    for (int i = 0; i < 8; i++) total += lanes[i];
+    *sink = total;
+    return (double)rounds * 12 * 16;
 }
 
-INLINE float reduce(__m256 v) {
-    __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
-    return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
+/* The largest 2 * code (mod 256) seen is 0xFE if there was a NaN code, which decodes to +-480. A row's codes
+   stand at 2 r, 2 r + 1, 2 r + 8 and 2 r + 9 of its 16-byte lane. */
+INLINE int flagged_lanes(__m256i seen, float *nan) {
+    const unsigned codes = (unsigned)_mm256_movemask_epi8(_mm256_cmpeq_epi8(seen, _mm256_set1_epi8((char)0xFE)));
+    for (int lane = 0; lane < LANES; lane++)
+        if (codes >> (lane / 4 * 16 + lane % 4 * 2) & 0x0303) nan[lane] = __builtin_nanf("");
+    return codes != 0;
 }
-
-INLINE void add_scaled(__m256 *sum, const __m256 *acc, int m, float scale) {
-#pragma GCC unroll 8
-    for (int j = 0; j < m; j++) sum[j] = _mm256_fmadd_ps(acc[j], _mm256_set1_ps(scale), sum[j]);
-}
-
-/* Bytes at odd offsets of v times the first 16 floats of x, then the same for even bytes and the last 16. */
-#define FMA_PAIR(words, acc, offset)                                                                    \
-    do {                                                                                                \
-        const __m256 high = _mm256_castsi256_ps(_mm256_and_si256(words, keep));                         \
-        const __m256 low = _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(words, 16), keep));   \
-        _Pragma("GCC unroll 8") for (int j = 0; j < m; j++) {                                           \
-            const float *xs = (const float *)x[j] + HL_BLOCK * block + (offset);                        \
-            acc[j] = _mm256_fmadd_ps(high, _mm256_load_ps(xs), acc[j]);                                 \
-            acc[j] = _mm256_fmadd_ps(low, _mm256_load_ps(xs + 8), acc[j]);                              \
-        }                                                                                               \
-    } while (0)
-
-#define LOAD(offset) _mm256_loadu_si256((const __m256i *)(w + (offset)))
-
-INLINE __m256i odd_codes(__m256i v) { return _mm256_srai_epi16(v, 4); }
-INLINE __m256i even_codes(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 4); }
-
-/* Two chains per block, odd and even codes. With few tokens they run side by side to hide the FMA latency; with many
-   they run one after the other, so that the accumulators fit the 16 registers. The arithmetic is the same. */
-INLINE void block_fp8(const uint8_t *w, const uint8_t *const *x, int64_t block, const int m, float scale, __m256 *sum,
-                      __m256i *flag) {
-    const __m256i keep = _mm256_set1_epi32((int)0x87F00000);
-    __m256 odd[HL_MAX_TOKENS], even[HL_MAX_TOKENS];
-    __m256i seen = *flag;
-#pragma GCC unroll 8
-    for (int j = 0; j < m; j++) odd[j] = even[j] = _mm256_setzero_ps();
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) {
-        const __m256i v = LOAD(32 * c);
-        seen = _mm256_max_epu8(seen, _mm256_add_epi8(v, v));
-        FMA_PAIR(odd_codes(v), odd, 32 * c);
-        if (m <= 4) FMA_PAIR(even_codes(v), even, 32 * c + 16);
-    }
-    *flag = seen;
-    add_scaled(sum, odd, m, scale);
-    if (m > 4) {
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; c++) FMA_PAIR(even_codes(LOAD(32 * c)), even, 32 * c + 16);
-    }
-    add_scaled(sum, even, m, scale);
-}
-
-INLINE void block_bf16(const uint8_t *w, const uint8_t *const *x, int64_t block, const int m, float scale, __m256 *sum,
-                       int *flag) {
-    const __m256i keep = _mm256_set1_epi32((int)0xFFFF0000);
-    __m256 first[HL_MAX_TOKENS], second[HL_MAX_TOKENS];
-    (void)flag;
-#pragma GCC unroll 8
-    for (int j = 0; j < m; j++) first[j] = second[j] = _mm256_setzero_ps();
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) {
-        FMA_PAIR(LOAD(64 * c), first, 32 * c);
-        if (m <= 4) FMA_PAIR(LOAD(64 * c + 32), second, 32 * c + 16);
-    }
-    add_scaled(sum, first, m, scale);
-    if (m > 4) {
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; c++) FMA_PAIR(LOAD(64 * c + 32), second, 32 * c + 16);
-    }
-    add_scaled(sum, second, m, scale);
-}
-
-INLINE int has_nan_code(__m256i seen) {
-    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(seen, _mm256_set1_epi8((char)0xFE))) != 0;
-}
-
-#define VEC __m256
-#define ZERO() _mm256_setzero_ps()
-#define REDUCE(v) reduce(v)
-#define GROUP(m) ((m) == 1 ? 8 : 16)
-#define PANEL(m) ((m) <= 2 ? 2048 : (m) <= 4 ? 1024 : 512)
 
 #define NAME dot_fp8
 #define ELEMENT 1
+#define PIECES 4
+#define DECODE(v, piece) decode_fp8(v, piece)
+#define MUL(acc, piece, word) multiply_one(acc, piece, word)
 #define FLAG __m256i
 #define FLAG_ZERO() _mm256_setzero_si256()
-#define FLAGGED(f) has_nan_code(f)
-#define BLOCK block_fp8
-#include "rows.h"
+#define FLAG_SEE(flag, v) flag = _mm256_max_epu8(flag, _mm256_add_epi8(v, v))
+#define FLAG_LANES(flag, nan) flagged_lanes(flag, nan)
+#include "tiles.h"
 
 #define NAME dot_bf16
 #define ELEMENT 2
+#define PIECES 2
+#define DECODE(v, piece) decode_bf16(v, piece)
+#define MUL(acc, piece, word) multiply_one(acc, piece, word)
 #define FLAG int
 #define FLAG_ZERO() 0
-#define FLAGGED(f) 0
-#define BLOCK block_bf16
-#include "rows.h"
+#define FLAG_SEE(flag, v) ((void)0)
+#define FLAG_LANES(flag, nan) ((void)(flag), (void)(nan), 0)
+#include "tiles.h"
 
-static void dot(const hl_matrix *w, int64_t r0, int64_t r1, const hl_token *const *x, int m, float *const *y) {
-    (w->scale ? dot_fp8 : dot_bf16)(w, r0, r1, x, m, y);
-}
+#include "entries.h"
 
 /* exp by the usual split into 2^n * p(r), |r| <= ln(2)/2; about 1 unit in the last place, below the BF16 rounding that
    follows. The clamp keeps 2^n a normal number; NaN passes through (max/min return their second operand). */
@@ -195,7 +160,7 @@ INLINE __m256 silu_mul8(__m256 g, __m256 u) {
     return _mm256_mul_ps(_mm256_div_ps(g, _mm256_add_ps(one, e)), u);
 }
 
-/* Shared with the AVX-512 tier: it is a thousandth of a layer's time. */
+/* Shared with the AVX-512 tiers: it is a thousandth of a layer's time. */
 TARGET void hl_silu_mul_avx2(float *g, const float *u, int64_t count) {
     int64_t i = 0;
     for (; i + 8 <= count; i += 8) _mm256_storeu_ps(g + i, silu_mul8(_mm256_loadu_ps(g + i), _mm256_loadu_ps(u + i)));
@@ -208,24 +173,31 @@ TARGET void hl_silu_mul_avx2(float *g, const float *u, int64_t count) {
     }
 }
 
-TARGET static uint64_t read_words(const uint8_t *p, int64_t words) {
-    __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+INLINE uint64_t read_with(const uint8_t *p, int64_t words, const int sums, const int ahead) {
+    __m256i sum[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < sums; j++) sum[j] = _mm256_setzero_si256();
     int64_t i = 0;
-    for (; i + 16 <= words; i += 16)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++)
+    for (; i + 4 * sums <= words; i += 4 * sums) {
+#pragma GCC unroll 8
+        for (int j = 0; j < sums; j++) {
+            if (ahead && j % 2 == 0) __builtin_prefetch(p + 8 * i + 32 * j + ahead, 0, 3);
             sum[j] = _mm256_add_epi64(sum[j], _mm256_loadu_si256((const __m256i *)(p + 8 * i + 32 * j)));
-    sum[0] = _mm256_add_epi64(_mm256_add_epi64(sum[0], sum[1]), _mm256_add_epi64(sum[2], sum[3]));
-    uint64_t lanes[4], total = 0, word;
+        }
+    }
+    for (int j = 1; j < sums; j++) sum[0] = _mm256_add_epi64(sum[0], sum[j]);
+    uint64_t lanes[4], total = 0;
     _mm256_storeu_si256((__m256i *)lanes, sum[0]);
     for (int j = 0; j < 4; j++) total += lanes[j];
-    for (; i < words; i++) {
-        memcpy(&word, p + 8 * i, 8);
-        total += word;
-    }
-    return total;
+    return total + hl_sum_words(p, i, words);
 }
 
-const hl_tier hl_avx2 = {"avx2", supported, token_bytes, prepare, dot, hl_silu_mul_avx2, read_words};
+TARGET static uint64_t read_words(const uint8_t *p, int64_t words, int loop) {
+    if (loop == 1) return read_with(p, words, 8, 0);
+    if (loop == 2) return read_with(p, words, 4, 4096);
+    return read_with(p, words, 4, 0);
+}
 
+const hl_tier hl_avx2 = {"avx2", supported, hl_float32_token_bytes, hl_prepare_float32, dot, pack, hl_silu_mul_avx2,
+                         read_words, multiply};
 #endif

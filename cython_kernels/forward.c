@@ -1,30 +1,54 @@
-/* One linear layer, and the read loop it is measured against: cutting rows into tasks, shared by all tiers. */
+/* Linear layers: cutting rows into tasks, shared by all tiers. */
 #include "forward.h"
 
-#include <stdatomic.h>
 #include <stdlib.h>
 
 #include "pool.h"
 
 const hl_tier *hl_tier_at(int index) {
+    static const hl_tier *const all[] = {
 #if defined(__x86_64__)
-    static const hl_tier *const all[] = {&hl_avx512, &hl_avx2};
-    for (int i = 0; i < 2; i++)
-        if (all[i]->supported() && index-- == 0) return all[i];
+        &hl_avx512_vbmi, &hl_avx512_bf16, &hl_avx512_bw, &hl_avx2,
 #endif
-    (void)index;
+        &hl_portable};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (all[i]->supported() && index-- == 0) return all[i];
     return NULL;
 }
 
 void *hl_scratch(size_t bytes) { return aligned_alloc(64, bytes ? (bytes + 63) / 64 * 64 : 64); }
 
+static int element_of(const hl_matrix *w) { return w->scale ? 1 : 2; }
+
 int64_t hl_chunk_rows(const hl_matrix *w, int64_t matrices, int threads) {
-    /* A quarter of a thread's share, to even out the threads; up to 256 KiB, since every new stream starts with cache
-       misses (experiments/LOG.md), and small enough to be decoded again from L2. */
-    const int64_t row = w->k * (w->scale ? 1 : 2) + 1, share = matrices * w->n * row / (4 * (int64_t)threads);
-    const int64_t bytes = share < 32768 ? 32768 : share > 262144 ? 262144 : share;
-    const int64_t rows = bytes / row / 16 * 16;
-    return rows < 16 ? 16 : rows > HL_MAX_CHUNK ? HL_MAX_CHUNK : rows;
+    /* A quarter of a thread's share, to even out the threads; up to 256 KiB, so that a task's weights stay in L2. */
+    const int64_t row = w->k * element_of(w) + 1, share = matrices * w->n * row / (4 * (int64_t)threads);
+    const int64_t rows = hl_least(share, 262144) / row / HL_PANEL * HL_PANEL;
+    return rows < HL_PANEL ? HL_PANEL : hl_least(rows, HL_MAX_CHUNK);
+}
+
+int64_t hl_packed_bytes(int64_t n, int64_t k, int element) {
+    return (n + HL_TILE - 1) / HL_TILE * HL_TILE * hl_padded(k) * element;
+}
+
+const uint8_t *hl_rows_at(const hl_matrix *w, int64_t r) {
+    return w->data + r * (w->layout == HL_TILES ? hl_padded(w->k) : w->k) * element_of(w);
+}
+
+typedef struct {
+    const hl_tier *tier;
+    const hl_matrix *w;
+    uint8_t *out;
+} pack_call;
+
+static void pack_task(void *raw, int64_t panel) {
+    const pack_call *c = raw;
+    c->tier->pack(c->w, panel, c->out + panel * HL_PANEL * hl_padded(c->w->k) * element_of(c->w));
+}
+
+void hl_pack(const hl_tier *tier, const hl_matrix *w, uint8_t *out, int threads) {
+    pack_call c = {tier, w, out};
+    hl_parallel(pack_task, &c, (w->n + HL_PANEL - 1) / HL_PANEL, threads);
 }
 
 static void prepare_task(void *raw, int64_t token) {
@@ -33,62 +57,72 @@ static void prepare_task(void *raw, int64_t token) {
 }
 
 void hl_prepare_tokens(const hl_prepare *p, int64_t tokens, int threads) {
-    hl_parallel(prepare_task, (void *)p, tokens, tokens <= HL_MAX_TOKENS ? 1 : threads);
+    hl_parallel(prepare_task, (void *)p, tokens, tokens <= 8 ? 1 : threads);
 }
+
+enum { MAX_MATRICES = 8 };
 
 typedef struct {
     const hl_tier *tier;
-    const hl_matrix *w;
+    const hl_matrix *const *w;
+    float *const *out;
     const void *prepared;
     size_t stride;
-    int64_t tokens, chunk;
-    float *out;
+    int64_t tokens, chunk, start[MAX_MATRICES + 1]; /* first task of each matrix */
+    int count;
 } linear_call;
 
-static void linear_task(void *raw, int64_t index) {
+typedef struct {
+    int which;
+    int64_t r0, r1;
+} slice;
+
+static slice slice_of(const linear_call *c, int64_t index) {
+    slice s = {0, 0, 0};
+    while (index >= c->start[s.which + 1]) s.which++;
+    s.r0 = (index - c->start[s.which]) * c->chunk;
+    s.r1 = hl_least(s.r0 + c->chunk, c->w[s.which]->n);
+    return s;
+}
+
+static void linear_task(void *raw, int64_t index, int64_t next) {
     const linear_call *c = raw;
-    const int64_t r0 = index * c->chunk, r1 = r0 + c->chunk < c->w->n ? r0 + c->chunk : c->w->n;
+    const slice s = slice_of(c, index);
+    const hl_matrix *w = c->w[s.which];
+    const uint8_t *ahead = NULL;
+    if (next >= 0) {
+        const slice after = slice_of(c, next);
+        ahead = hl_rows_at(c->w[after.which], after.r0);
+    }
     for (int64_t t = 0; t < c->tokens; t += HL_MAX_TOKENS) {
-        const hl_token *x[HL_MAX_TOKENS];
-        float *y[HL_MAX_TOKENS];
-        const int m = (int)(c->tokens - t < HL_MAX_TOKENS ? c->tokens - t : HL_MAX_TOKENS);
-        for (int j = 0; j < m; j++) {
-            x[j] = hl_token_at(c->prepared, c->stride, t + j);
-            y[j] = c->out + (t + j) * c->w->n;
-        }
-        c->tier->dot(c->w, r0, r1, x, m, y);
+        const int m = (int)hl_least(c->tokens - t, HL_MAX_TOKENS);
+        const hl_inputs x = {hl_token_at(c->prepared, c->stride, t), c->stride, NULL};
+        const hl_outputs y = {c->out[s.which] + t * w->n + s.r0, w->n, s.r0};
+        c->tier->dot(w, s.r0, s.r1, &x, m, &y, t + m < c->tokens ? hl_rows_at(w, s.r0) : ahead);
     }
 }
 
-int hl_linear(const hl_tier *tier, const hl_matrix *w, const float *x, int64_t tokens, float *out, int threads) {
-    const size_t stride = tier->token_bytes(w->k);
+int hl_linear_many(const hl_tier *tier, const hl_matrix *const *w, int count, const float *x, int64_t tokens,
+                   float *const *out, int threads) {
+    int alike = count <= MAX_MATRICES, failed = 0;
+    for (int i = 1; i < count; i++) alike &= !w[i]->scale == !w[0]->scale;
+    if (!alike) { /* x is prepared for one type of weight */
+        for (int i = 0; i < count; i++) failed |= hl_linear(tier, w[i], x, tokens, out[i], threads);
+        return failed;
+    }
+    const size_t stride = tier->token_bytes(w[0]->k);
     void *prepared = hl_scratch(stride * (size_t)tokens);
     if (!prepared) return -1;
-    const hl_prepare p = {tier, x, w->k, w->scale != NULL, prepared, stride};
+    const hl_prepare p = {tier, x, w[0]->k, w[0]->scale != NULL, prepared, stride};
     hl_prepare_tokens(&p, tokens, threads);
-    linear_call c = {tier, w, prepared, stride, tokens, hl_chunk_rows(w, 1, threads), out};
-    hl_parallel(linear_task, &c, (w->n + c.chunk - 1) / c.chunk, threads);
+    linear_call c = {tier, w, out, prepared, stride, tokens, HL_MAX_CHUNK, {0}, count};
+    for (int i = 0; i < count; i++) c.chunk = hl_least(c.chunk, hl_chunk_rows(w[i], 1, threads));
+    for (int i = 0; i < count; i++) c.start[i + 1] = c.start[i] + (w[i]->n + c.chunk - 1) / c.chunk;
+    hl_parallel_chained(linear_task, &c, c.start[count], threads);
     free(prepared);
     return 0;
 }
 
-typedef struct {
-    const hl_tier *tier;
-    const uint8_t *p;
-    int64_t words, chunk;
-    _Atomic uint64_t total;
-} read_call;
-
-static void read_task(void *raw, int64_t index) {
-    read_call *c = raw;
-    const int64_t w0 = index * c->chunk, w1 = w0 + c->chunk < c->words ? w0 + c->chunk : c->words;
-    if (w0 < w1) atomic_fetch_add(&c->total, c->tier->read(c->p + 8 * w0, w1 - w0));
-}
-
-uint64_t hl_read(const hl_tier *tier, const uint8_t *p, int64_t words, int threads) {
-    /* A few contiguous slices per thread: one slow core must not hold back the total. */
-    const int64_t slices = threads == 1 ? 1 : 8 * (int64_t)threads;
-    read_call c = {tier, p, words, ((words + slices - 1) / slices + 31) / 32 * 32, 0};
-    hl_parallel(read_task, &c, slices, threads);
-    return c.total;
+int hl_linear(const hl_tier *tier, const hl_matrix *w, const float *x, int64_t tokens, float *out, int threads) {
+    return hl_linear_many(tier, &w, 1, x, tokens, &out, threads);
 }

@@ -1,6 +1,6 @@
 /* A whole MoE layer as one call.
 
-   Slots (token, choice) are grouped by expert so that one decode of an expert's weights serves up to 8 tokens. Three
+   Slots (token, choice) are grouped by expert so that one read of an expert's weights serves all its tokens. Three
    phases, each a loop of independent tasks: gate/up rows with SiLU, down rows, weighted sum per token. A layer's time
    is reading weights; everything else is kept to a few microseconds. */
 #include <stdatomic.h>
@@ -30,45 +30,50 @@ typedef struct {
     int64_t up_chunk, up_chunks, down_chunk, down_chunks;
 } moe_call;
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+/* Rows and tokens of a task's up projection, kept on its stack. */
+enum { UP_FLOATS = 16384 };
 
-static void gate_up_task(void *raw, int64_t index) {
+static const uint8_t *up_weights(const moe_call *c, int64_t index) {
+    return hl_rows_at(&c->moe->gate[c->expert[index / c->up_chunks]], index % c->up_chunks * c->up_chunk);
+}
+
+static const uint8_t *down_weights(const moe_call *c, int64_t index) {
+    return hl_rows_at(&c->moe->down[c->expert[index / c->down_chunks]], index % c->down_chunks * c->down_chunk);
+}
+
+static void gate_up_task(void *raw, int64_t index, int64_t next) {
     moe_call *c = raw;
-    const int64_t a = index / c->up_chunks, e = c->expert[a], width = c->moe->i;
-    const int64_t r0 = index % c->up_chunks * c->up_chunk, r1 = least(r0 + c->up_chunk, width);
-    float up[HL_MAX_TOKENS][HL_MAX_CHUNK];
-    for (int64_t s = c->start[a]; s < c->start[a + 1]; s += HL_MAX_TOKENS) {
-        const int m = (int)least(c->start[a + 1] - s, HL_MAX_TOKENS);
-        const hl_token *x[HL_MAX_TOKENS];
-        float *gate_y[HL_MAX_TOKENS], *up_y[HL_MAX_TOKENS];
-        for (int j = 0; j < m; j++) {
-            x[j] = hl_token_at(c->x, c->x_stride, c->token_of[s + j]);
-            gate_y[j] = c->hidden + (s + j) * width;
-            up_y[j] = up[j] - r0; /* rows are numbered from the matrix's first */
-        }
-        c->tier->dot(&c->moe->gate[e], r0, r1, x, m, gate_y);
-        c->tier->dot(&c->moe->up[e], r0, r1, x, m, up_y);
-        for (int j = 0; j < m; j++) c->tier->silu_mul(gate_y[j] + r0, up[j], r1 - r0);
+    const int64_t a = index / c->up_chunks, e = c->expert[a], width = c->moe->i, end = c->start[a + 1];
+    const int64_t r0 = index % c->up_chunks * c->up_chunk, r1 = hl_least(r0 + c->up_chunk, width);
+    const hl_matrix *gate = &c->moe->gate[e], *up = &c->moe->up[e];
+    const uint8_t *after = next >= 0 ? up_weights(c, next) : NULL;
+    float up_y[UP_FLOATS] __attribute__((aligned(64)));
+    for (int64_t s = c->start[a], m; s < end; s += m) {
+        m = hl_least(hl_least(end - s, HL_MAX_TOKENS), UP_FLOATS / (r1 - r0));
+        const hl_inputs x = {c->x, c->x_stride, c->token_of + s};
+        float *hidden = c->hidden + s * width;
+        const hl_outputs to_gate = {hidden + r0, width, r0}, to_up = {up_y, r1 - r0, r0};
+        c->tier->dot(gate, r0, r1, &x, (int)m, &to_gate, hl_rows_at(up, r0));
+        c->tier->dot(up, r0, r1, &x, (int)m, &to_up, s + m < end ? hl_rows_at(gate, r0) : after);
+        for (int64_t j = 0; j < m; j++) c->tier->silu_mul(hidden + j * width + r0, up_y + j * (r1 - r0), r1 - r0);
     }
     /* Whoever finishes an expert's last rows rounds its hidden states for phase 2: no extra barrier. */
     if (atomic_fetch_sub(&c->left[a], 1) == 1)
-        for (int64_t s = c->start[a]; s < c->start[a + 1]; s++)
+        for (int64_t s = c->start[a]; s < end; s++)
             c->tier->prepare(c->hidden + s * width, width, c->is_fp8, hl_token_at(c->hidden_x, c->hidden_stride, s));
 }
 
-static void down_task(void *raw, int64_t index) {
+static void down_task(void *raw, int64_t index, int64_t next) {
     const moe_call *c = raw;
-    const int64_t a = index / c->down_chunks, e = c->expert[a], h = c->moe->h;
-    const int64_t r0 = index % c->down_chunks * c->down_chunk, r1 = least(r0 + c->down_chunk, h);
-    for (int64_t s = c->start[a]; s < c->start[a + 1]; s += HL_MAX_TOKENS) {
-        const int m = (int)least(c->start[a + 1] - s, HL_MAX_TOKENS);
-        const hl_token *x[HL_MAX_TOKENS];
-        float *y[HL_MAX_TOKENS];
-        for (int j = 0; j < m; j++) {
-            x[j] = hl_token_at(c->hidden_x, c->hidden_stride, s + j);
-            y[j] = c->y + (s + j) * h;
-        }
-        c->tier->dot(&c->moe->down[e], r0, r1, x, m, y);
+    const int64_t a = index / c->down_chunks, e = c->expert[a], h = c->moe->h, end = c->start[a + 1];
+    const int64_t r0 = index % c->down_chunks * c->down_chunk, r1 = hl_least(r0 + c->down_chunk, h);
+    const hl_matrix *down = &c->moe->down[e];
+    const uint8_t *after = next >= 0 ? down_weights(c, next) : NULL;
+    for (int64_t s = c->start[a]; s < end; s += HL_MAX_TOKENS) {
+        const int m = (int)hl_least(end - s, HL_MAX_TOKENS);
+        const hl_inputs x = {hl_token_at(c->hidden_x, c->hidden_stride, s), c->hidden_stride, NULL};
+        const hl_outputs y = {c->y + s * h + r0, h, r0};
+        c->tier->dot(down, r0, r1, &x, m, &y, s + m < end ? hl_rows_at(down, r0) : after);
     }
 }
 
@@ -116,9 +121,9 @@ static void run_phases(moe_call *c, const float *x, int threads) {
     for (int64_t a = 0; a < c->active; a++) c->left[a] = c->up_chunks;
     const hl_prepare p = {c->tier, x, c->moe->h, c->is_fp8, c->x, c->x_stride};
     hl_prepare_tokens(&p, c->tokens, threads);
-    hl_parallel(gate_up_task, c, c->active * c->up_chunks, threads);
-    hl_parallel(down_task, c, c->active * c->down_chunks, threads);
-    hl_parallel(combine_task, c, c->tokens, c->tokens <= HL_MAX_TOKENS ? 1 : threads);
+    hl_parallel_chained(gate_up_task, c, c->active * c->up_chunks, threads);
+    hl_parallel_chained(down_task, c, c->active * c->down_chunks, threads);
+    hl_parallel(combine_task, c, c->tokens, c->tokens <= 8 ? 1 : threads);
 }
 
 static int is_fp8_layer(const hl_moe *moe) {
@@ -129,8 +134,8 @@ static int is_fp8_layer(const hl_moe *moe) {
 
 int hl_moe_forward(const hl_tier *tier, const hl_moe *moe, const float *x, int64_t tokens, int64_t k,
                    const int32_t *ids, const float *weights, float *out, int threads) {
-    const int64_t step = least(tokens, MAX_SLOTS / k ? MAX_SLOTS / k : 1), slots = step * k;
-    const int64_t groups = least(moe->experts, slots);
+    const int64_t step = hl_least(tokens, MAX_SLOTS / k ? MAX_SLOTS / k : 1), slots = step * k;
+    const int64_t groups = hl_least(moe->experts, slots);
     const size_t word = sizeof(int64_t);
     moe_call c = {.tier = tier, .moe = moe, .is_fp8 = is_fp8_layer(moe), .k = k};
     c.x_stride = tier->token_bytes(moe->h);
@@ -149,7 +154,7 @@ int hl_moe_forward(const hl_tier *tier, const hl_moe *moe, const float *x, int64
         c.token_of = (int64_t *)c.left + groups;
         c.place_of = c.token_of + slots;
         for (int64_t t = 0; t < tokens; t += step) {
-            c.tokens = least(step, tokens - t);
+            c.tokens = hl_least(step, tokens - t);
             c.weights = weights + t * k;
             c.out = out + t * moe->h;
             group_slots(&c, ids + t * k, count);

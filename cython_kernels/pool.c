@@ -25,7 +25,7 @@ typedef struct {
     _Atomic uint64_t word;
     _Atomic int sleepers, remaining, caller_sleeps;
     int started; /* workers created so far; written by the owner only */
-    hl_task task;
+    hl_chained_task task;
     void *context;
     int64_t count;
     _Atomic int64_t next;
@@ -62,11 +62,17 @@ static int64_t now_ns(void) {
     return (int64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
 }
 
+static int64_t claim(team *t) {
+    const int64_t i = atomic_fetch_add_explicit(&t->next, 1, memory_order_relaxed);
+    return i < t->count ? i : -1;
+}
+
+/* A thread claims one task ahead, so that the present one can prefetch for it. */
 static void work(team *t) {
-    for (;;) {
-        int64_t i = atomic_fetch_add_explicit(&t->next, 1, memory_order_relaxed);
-        if (i >= t->count) return;
-        t->task(t->context, i);
+    for (int64_t i = claim(t); i >= 0;) {
+        const int64_t next = claim(t);
+        t->task(t->context, i, next);
+        i = next;
     }
 }
 
@@ -169,14 +175,14 @@ static team *claim_team(void) {
     return NULL;
 }
 
-void hl_parallel(hl_task task, void *context, int64_t count, int threads) {
+void hl_parallel_chained(hl_chained_task task, void *context, int64_t count, int threads) {
     pthread_once(&once, start_up);
     if (threads > MAX_THREADS) threads = MAX_THREADS;
     if (threads > count) threads = (int)count;
     unsigned float_control = default_float_control();
     team *t = threads > 1 ? claim_team() : NULL;
     if (!t) {
-        for (int64_t i = 0; i < count; i++) task(context, i);
+        for (int64_t i = 0; i < count; i++) task(context, i, i + 1 < count ? i + 1 : -1);
     } else {
         threads = grow(t, threads);
         t->task = task;
@@ -196,4 +202,20 @@ void hl_parallel(hl_task task, void *context, int64_t count, int threads) {
         pthread_mutex_unlock(&t->owner);
     }
     restore_float_control(float_control);
+}
+
+typedef struct {
+    hl_task task;
+    void *context;
+} plain_task;
+
+static void run_plain(void *raw, int64_t index, int64_t next) {
+    const plain_task *p = raw;
+    (void)next;
+    p->task(p->context, index);
+}
+
+void hl_parallel(hl_task task, void *context, int64_t count, int threads) {
+    plain_task p = {task, context};
+    hl_parallel_chained(run_plain, &p, count, threads);
 }

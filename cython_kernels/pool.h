@@ -12,4 +12,9 @@ typedef void (*hl_task)(void *context, int64_t index);
    word (round to nearest, subnormals kept), whatever the caller's. */
 void hl_parallel(hl_task task, void *context, int64_t count, int threads);
 
+/* The same for tasks that are told which task their thread runs after this one (-1: none), to prefetch for it. */
+typedef void (*hl_chained_task)(void *context, int64_t index, int64_t next);
+
+void hl_parallel_chained(hl_chained_task task, void *context, int64_t count, int threads);
+
 #endif

@@ -9,15 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridlab import kernels_numpy
+from hybridlab.kernel_layouts import Packed
 
 BLOCK = kernels_numpy.BLOCK
 MAX_THREADS = 1024
 WEIGHT_DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16))
 
 Array = NDArray[Any]
+Weight = tuple[Array | Packed, Array | None]
+"""(weight [N, K], scale or None)"""
 
 
 def check_matrix(name: str, weight: Any, scale: Any) -> None:
+    if isinstance(weight, Packed):
+        return  # checked when it was packed
     if not isinstance(weight, np.ndarray) or weight.ndim != 2 or weight.dtype not in WEIGHT_DTYPES:
         raise ValueError(
             f"{name}: expected a 2-D array of uint8 (FP8 codes) or uint16 (BF16 bits), got {kind_of(weight)}"
@@ -37,14 +42,12 @@ def check_matrix(name: str, weight: Any, scale: Any) -> None:
 
 
 def check_experts(
-    gate: Sequence[kernels_numpy.Matrix | None],
-    up: Sequence[kernels_numpy.Matrix | None],
-    down: Sequence[kernels_numpy.Matrix | None],
+    gate: Sequence[Weight | None], up: Sequence[Weight | None], down: Sequence[Weight | None]
 ) -> tuple[int, int]:
     """Checks that the experts fit together; returns (H, I)."""
     if not gate or not len(gate) == len(up) == len(down):
         raise ValueError(f"gate, up, down: expected equally many experts, got {len(gate)}, {len(up)}, {len(down)}")
-    first: Array | None = None
+    first: Array | Packed | None = None
     for e, expert in enumerate(zip(gate, up, down, strict=True)):
         if all(matrix is None for matrix in expert):
             continue
@@ -104,7 +107,8 @@ def check_threads(threads: Any) -> int:
 
 
 def kind_of(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+    array = isinstance(value, np.ndarray | Packed)
+    return f"{value.dtype} {list(value.shape)}" if array else type(value).__name__
 
 
 def check_float32(name: str, array: Any, shape: tuple[int, ...]) -> None:

@@ -1,8 +1,9 @@
 """CPU kernels for FP8 and BF16 weights: the only importer of the compiled extension.
 
 Weights stay where they are (a memory-mapped checkpoint, read-only, any alignment): objects keep references,
-never copies. Within one compiled tier a result depends on its own token and weights only: it is bit-identical
-over the number of tokens and threads. `kernels_numpy` is the twin for where the extension or AVX2 is missing.
+never copies. `pack` copies a weight into tiles, for memory that is filled anyway. Within one compiled tier a result
+depends on its own token and weights only: it is bit-identical over layouts and the number of tokens and threads.
+`kernels_numpy` is the twin for where the extension is missing.
 
 Legend: N rows (outputs), K columns (inputs), T tokens, E experts, k slots, H model width, I expert width.
 """
@@ -15,10 +16,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridlab import kernels_numpy
+from hybridlab import kernel_layouts, kernels_numpy
 from hybridlab.errors import KernelError
 from hybridlab.kernel_checks import (
     Array,
+    Weight,
     check_experts,
     check_float32,
     check_input,
@@ -27,14 +29,16 @@ from hybridlab.kernel_checks import (
     check_threads,
     output,
 )
+from hybridlab.kernel_layouts import Packed
 
 try:
     from hybridlab import _kernels as native
 except ImportError:  # not built for this platform
     native = None
 
-TIERS = ("avx512_vbmi_bf16", "avx2", "numpy")
-
+TIERS = ("avx512_vbmi_bf16", "avx512_bf16", "avx512_bw", "avx2", "portable", "numpy")
+READ_LOOPS = ("4 sums", "8 sums", "4 sums, prefetch 4 KiB ahead")
+"""The loops of `read_bandwidth_bytes`."""
 
 _SUPPORTED = (*(native.supported() if native else ()), "numpy")
 
@@ -60,12 +64,14 @@ def native_seconds() -> float:
 class Linear:
     """A weight matrix [N, K] ready to multiply; make it with `linear(...)`."""
 
-    def __init__(self, weight: Array, scale: Array | None, tier: str) -> None:
+    def __init__(self, weight: Array | Packed, scale: Array | None, tier: str) -> None:
         check_matrix("weight", weight, scale)
-        self._matrix: kernels_numpy.Matrix = (weight, scale)  # keeps the memory alive
+        self._matrix = (weight, scale)  # keeps the memory alive
         self.native_parts = _parts(weight, scale)
         self._native = native.Linear(tier, self.native_parts) if native and tier != "numpy" else None
+        self._plain = None if self._native else _plain(weight, scale)
         self.tier = tier
+        self.layout = _layout(weight)
         self.shape: tuple[int, int] = weight.shape
         self.weight_bytes: int = weight.nbytes + (0 if scale is None else scale.nbytes)
 
@@ -79,29 +85,49 @@ class Linear:
         out = output(out, x, (tokens, self.shape[0]))
         threads = check_threads(threads)
         if self._native is None:
-            out[...] = kernels_numpy.linear(x, self._matrix)
+            assert self._plain is not None
+            out[...] = kernels_numpy.linear(x, self._plain)
         elif tokens:
             self._native.run(address(x), tokens, address(out), threads)
         return out
 
 
-def linear(weight: Array, scale: Array | None = None, *, tier: str | None = None) -> Linear:
-    """Wrap a C-contiguous weight [N, K] without copying it.
+def linear(weight: Array | Packed, scale: Array | None = None, *, tier: str | None = None) -> Linear:
+    """Wrap a C-contiguous or packed weight [N, K] without copying it.
 
     uint8: FP8 E4M3FN codes, with `scale` float32 [ceil(N/128), ceil(K/128)] to multiply by.
     uint16: BF16 bits, without `scale`; the AVX-512 tier takes BF16 subnormals as zero.
-    `tier` defaults to `tier()`. Raises ValueError for a wrong argument, KernelError for an unusable tier.
+    A `Packed` weight brings its scale along. `tier` defaults to `tier()`.
+    Raises ValueError for a wrong argument, KernelError for an unusable tier.
     """
-    return Linear(weight, scale, _choose_tier(tier))
+    return Linear(weight, _scale_of("scale", weight, scale), _choose_tier(tier))
+
+
+def pack(weight: Array, scale: Array | None = None, *, threads: int = 1) -> Packed:
+    """A copy of a weight (as for `linear`) in 16-row tiles, in parallel and exact; padding costs N % 16, K % 128.
+
+    Raises ValueError for a wrong argument.
+    """
+    if isinstance(weight, Packed):
+        raise ValueError("weight: is packed already")
+    check_matrix("weight", weight, scale)
+    threads = check_threads(threads)
+    n, k = weight.shape
+    data = kernel_layouts.aligned(kernel_layouts.packed_bytes(n, k, weight.itemsize))
+    if native is None or tier() == "numpy":
+        kernel_layouts.pack_rows(weight, data)
+    else:
+        native.pack(tier(), _parts(weight, scale), address(data), threads)
+    return Packed(data, weight.shape, weight.dtype, scale)
 
 
 class MoeLayer:
     """The routed experts of one layer; make it with `moe_layer(...)`."""
 
-    def __init__(self, gate: Sequence[kernels_numpy.Matrix | None], up: Sequence[kernels_numpy.Matrix | None],
-                 down: Sequence[kernels_numpy.Matrix | None], tier: str) -> None:  # fmt: skip
+    def __init__(self, gate: Sequence[Weight | None], up: Sequence[Weight | None], down: Sequence[Weight | None],
+                 tier: str) -> None:  # fmt: skip
         h, i = check_experts(gate, up, down)
-        self._gate, self._up, self._down = gate, up, down  # keeps the memory alive
+        self._keep = (gate, up, down)
         self._present = np.array([g is not None for g in gate])
         self._width = h
         self._native = None
@@ -111,6 +137,7 @@ class MoeLayer:
                 for g, u, d in zip(gate, up, down, strict=True)
             ]
             self._native = native.MoeLayer(tier, parts, h, i)
+        self._plain = None if self._native else [[m and _plain(*m) for m in side] for side in self._keep]
         self.tier = tier
         self.expert_bytes: list[int] = [
             sum(array.nbytes for matrix in expert if matrix for array in matrix if array is not None)
@@ -136,7 +163,9 @@ class MoeLayer:
         out = output(out, x, (tokens, self._width))
         threads = check_threads(threads)
         if self._native is None:
-            out[...] = kernels_numpy.moe(x, expert_ids, expert_weights, self._gate, self._up, self._down)
+            assert self._plain is not None
+            gate, up, down = self._plain
+            out[...] = kernels_numpy.moe(x, expert_ids, expert_weights, gate, up, down)
         elif tokens:
             self._native.run(address(x), tokens, slots, address(expert_ids), address(expert_weights),
                              address(out), threads)  # fmt: skip
@@ -144,9 +173,9 @@ class MoeLayer:
 
 
 def moe_layer(
-    gate: Sequence[Array | None],
-    up: Sequence[Array | None],
-    down: Sequence[Array | None],
+    gate: Sequence[Array | Packed | None],
+    up: Sequence[Array | Packed | None],
+    down: Sequence[Array | Packed | None],
     gate_scale: Sequence[Array | None] | None = None,
     up_scale: Sequence[Array | None] | None = None,
     down_scale: Sequence[Array | None] | None = None,
@@ -155,7 +184,7 @@ def moe_layer(
 ) -> MoeLayer:
     """Wrap E experts without copying: gate and up [I, H], down [H, I]; None for an expert that is absent.
 
-    Weights, scales and `tier` as for `linear`, the same kind of weight for all experts.
+    Weights, scales and `tier` as for `linear`, the same type of weight for all experts; layouts may differ.
     Raises ValueError naming a wrong argument, or KernelError for an unusable tier.
     """
     sides = []
@@ -167,7 +196,8 @@ def moe_layer(
         scales = [None] * len(weights) if scales is None else scales
         if len(scales) != len(weights):
             raise ValueError(f"{name}_scale: {len(scales)} entries for {len(weights)} experts")
-        sides.append([None if w is None else (w, s) for w, s in zip(weights, scales, strict=True)])
+        pairs = enumerate(zip(weights, scales, strict=True))
+        sides.append([None if w is None else (w, _scale_of(f"{name}_scale[{e}]", w, s)) for e, (w, s) in pairs])
     return MoeLayer(*sides, tier=_choose_tier(tier))
 
 
@@ -197,13 +227,16 @@ def route(logits: Array, top_k: int, normalise: bool) -> tuple[NDArray[np.int32]
     return ids, weights
 
 
-def read_bandwidth_bytes(buffer: NDArray[np.uint8], threads: int) -> int:
+def read_bandwidth_bytes(buffer: NDArray[np.uint8], threads: int, loop: int = 0) -> int:
     """Read each byte of a C-contiguous uint8 array once, with plain vector loads; timed: the read ceiling.
 
-    Returns the sum (mod 2^64) of its 64-bit words, a last partial word padded with zeros.
+    `loop` is one of `READ_LOOPS`: which is fastest depends on the machine. Returns the sum (mod 2^64) of the array's
+    64-bit words, a last partial word padded with zeros.
     """
     if not isinstance(buffer, np.ndarray) or buffer.dtype != np.uint8 or not buffer.flags.c_contiguous:
         raise ValueError("buffer: expected a C-contiguous uint8 array")
+    if loop not in range(len(READ_LOOPS)):
+        raise ValueError(f"loop: expected 0 to {len(READ_LOOPS) - 1}, got {loop!r}")
     threads = check_threads(threads)
     flat = buffer.reshape(-1)
     words = flat.size // 8
@@ -212,8 +245,19 @@ def read_bandwidth_bytes(buffer: NDArray[np.uint8], threads: int) -> int:
     if native is None or chosen == "numpy":
         total = kernels_numpy.read_words(flat[: 8 * words].view(np.uint64))
     else:
-        total = native.read_words(chosen, address(flat), words, threads)
+        total = native.read_words(chosen, address(flat), words, loop, threads)
     return (total + tail) % 2**64
+
+
+def multiply_rate(threads: int, seconds: float = 0.05, *, tier: str | None = None) -> float:
+    """FLOP/s of a tier's multiply instruction (VDPBF16PS or FMA) on registers: the multiply ceiling.
+
+    Runs for about `seconds`. Raises KernelError for a tier without compiled kernels.
+    """
+    chosen = _choose_tier(tier)
+    if native is None or chosen == "numpy":
+        raise KernelError("multiply_rate: needs a compiled tier")
+    return native.multiply_rate(chosen, seconds, check_threads(threads))
 
 
 def _usable_tier(name: str, source: str) -> str:
@@ -224,8 +268,8 @@ def _usable_tier(name: str, source: str) -> str:
 
 
 def uses_compiled() -> bool:
-    """Whether the active tier is a compiled one."""
-    return native is not None and tier() != "numpy"
+    """Whether the operations between matrix products are compiled ones: they need AVX2."""
+    return native is not None and tier() not in ("portable", "numpy")
 
 
 def _choose_tier(name: str | None) -> str:
@@ -237,5 +281,23 @@ def address(array: Array) -> int:
     return array.__array_interface__["data"][0]
 
 
-def _parts(weight: Array, scale: Array | None) -> tuple[int, int, int, int]:
-    return address(weight), 0 if scale is None else address(scale), weight.shape[0], weight.shape[1]
+def _parts(weight: Array | Packed, scale: Array | None) -> tuple[int, int, int, int, int]:
+    packed = isinstance(weight, Packed)
+    data = address(weight.data if packed else weight)
+    return data, 0 if scale is None else address(scale), weight.shape[0], weight.shape[1], int(packed)
+
+
+def _layout(weight: Array | Packed) -> str:
+    return "tiles" if isinstance(weight, Packed) else "rows"
+
+
+def _plain(weight: Array | Packed, scale: Array | None) -> kernels_numpy.Matrix:
+    return (weight.unpack() if isinstance(weight, Packed) else weight), scale
+
+
+def _scale_of(name: str, weight: Array | Packed, scale: Array | None) -> Array | None:
+    if not isinstance(weight, Packed):
+        return scale
+    if scale is not None and scale is not weight.scale:
+        raise ValueError(f"{name}: a packed weight brings its own scale")
+    return weight.scale

@@ -1,0 +1,32 @@
+#include "tokens.h"
+
+#include <math.h>
+
+/* Exact 2^e for -126 <= e <= 127. */
+static float power_of_two(int e) {
+    uint32_t bits = (uint32_t)(e + 127) << 23;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+void hl_prepare_float32(const float *x, int64_t k, int is_fp8, hl_token *out) {
+    float *data = (float *)(out + 1), largest = 0;
+    int up = 0, down = 0; /* x is multiplied by 2^up, results by 2^down */
+    memset(out, 0, sizeof *out);
+    if (is_fp8) {
+        for (int64_t i = 0; i < k; i++) {
+            float a = fabsf(x[i]);
+            largest = a > largest && a <= 3.4028235e38f ? a : largest;
+        }
+        int exponent = 0; /* largest = f * 2^exponent with f in [0.5, 1) */
+        if (largest > 0) frexpf(largest, &exponent);
+        up = 119 - exponent;
+        down = 120 - up;
+    }
+    const float up0 = power_of_two(up / 2), up1 = power_of_two(up - up / 2);
+    out->post[0] = power_of_two(down / 2);
+    out->post[1] = power_of_two(down - down / 2);
+    for (int64_t i = 0; i < k; i++) data[i] = hl_round_bf16(x[i]) * up0 * up1;
+    memset(data + k, 0, 4 * (size_t)(hl_padded(k) - k));
+}
