@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hybridlab.cli_output import Json, emit, human_output
+from hybridlab.cli_output import Json, emit, human_output, note
 from hybridlab.errors import ConfigError
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure against a yardstick.")
@@ -52,3 +52,55 @@ def decode(
             steps=steps,
         )
     emit(result.as_dict() if json else str(result), json)
+
+
+@bench.command("kernels")
+def bench_kernels(
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="Shapes of this model; may be repeated. [default: all]")
+    ] = None,
+    rows: Annotated[str | None, typer.Option(help="Tokens multiplied at once, M. [default: 1,2,4,...,4096]")] = None,
+    threads: Annotated[str | None, typer.Option(help="Thread counts. [default: 1 and every usable core]")] = None,
+    seconds: Annotated[float | None, typer.Option(help="For each point. [default: 0.25]")] = None,
+    peers: Annotated[str | None, typer.Option(help="Names with commas, or none. [default: all that run here]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One shape, few M, torch alone: seconds.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write tables and figures into this folder.")] = None,
+    json: Json = False,
+) -> None:
+    """Our CPU kernels and their peers against the read and multiply ceilings measured in between."""
+    from hybridlab.bench_kernels import run
+
+    with human_output():
+        result = run(
+            shape or None,
+            rows=_numbers(rows, "--rows"),
+            threads=_numbers(threads, "--threads"),
+            seconds=seconds,
+            peers=None if peers is None else () if peers == "none" else peers.split(","),
+            quick=quick,
+        )
+        if out is not None:
+            import matplotlib
+
+            matplotlib.use("Agg")  # a terminal has no window to draw into
+            from hybridlab.figures.kernel_bench import save_kernel_bench
+
+            given = {"--rows": rows, "--threads": threads, "--seconds": seconds, "--peers": peers}
+            words = ["hybridlab bench kernels", *(["--quick"] if quick else []), *(f"--shape {s}" for s in shape or ())]
+            words += [f"{name} {value}" for name, value in given.items() if value is not None]
+            for path in save_kernel_bench(result, out, " ".join([*words, "--out DIR"])):
+                note(str(path))
+    emit(result.as_dict() if json else str(result), json)
+    if not result.complete:
+        raise typer.Exit(130)
+
+
+def _numbers(text: str | None, option: str) -> list[int] | None:
+    """Parse "1,2,4"."""
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if not (word.isascii() and word.isdigit()):
+            raise ConfigError(f"{option}: expected numbers such as 1,2,4, got {word!r}")
+    return [int(word) for word in words]
