@@ -29,19 +29,23 @@ cdef extern from "kernels.h" nogil:
     double hl_multiply_rate(const hl_tier *, double, int)
 
 cdef extern from "glue.h" nogil:
-    ctypedef struct hl_attend:
-        const float *q
-        const uint16_t *keys
-        const uint16_t *values
-        const int64_t *slots
-        int64_t first, count, n, g, d
-        float *out
-        float *scratch
     void hl_rms_norm(const float *, const float *, float, int64_t, int64_t, float *)
     void hl_norm_rope(const float *, const float *, float, const float *, const float *, int64_t, int64_t, int64_t,
                       float *)
     void hl_route(const float *, int64_t, int64_t, int64_t, int, int32_t *, float *)
-    int hl_attend_one(hl_attend *, int)
+
+cdef extern from "attention.h" nogil:
+    ctypedef struct hl_context:
+        pass
+    ctypedef struct hl_attend:
+        const float *q
+        const uint16_t *keys
+        const uint16_t *values
+        int64_t n, g, d
+        const hl_context *contexts
+        int64_t count
+        float *out
+    int hl_attend_all(const hl_tier *, const hl_attend *, int)
     ctypedef struct hl_attention:
         const hl_tier *tier
         hl_matrix q, k, v, o
@@ -58,9 +62,7 @@ cdef extern from "glue.h" nogil:
         uint16_t *keys
         uint16_t *values
         const int64_t *slots
-        const int64_t *tables
-        const int64_t *first
-        const int64_t *count
+        const hl_context *contexts
         float *out
         int threads
     int hl_attention_step(const hl_attention *, const hl_attention_call *)
@@ -188,16 +190,15 @@ cdef class AttentionStep:
         self.layer.n, self.layer.g, self.layer.d = n, g, d
 
     def run(self, uintptr_t x, uintptr_t cosines, uintptr_t sines, int64_t tokens, uintptr_t keys, uintptr_t values,
-            uintptr_t slots, uintptr_t tables, uintptr_t first, uintptr_t count, uintptr_t out, int threads):
-        """out[T, H] = x + attention(x), new entries written to the cache."""
+            uintptr_t slots, uintptr_t contexts, uintptr_t out, int threads):
+        """out[T, H] = x + attention(x), new entries written to the cache; contexts as for attend(), one a token."""
         global _native_s
         cdef hl_attention_call call
         cdef int status
         cdef double start
         call.x, call.cosines, call.sines = <const float *> x, <const float *> cosines, <const float *> sines
         call.tokens, call.keys, call.values = tokens, <uint16_t *> keys, <uint16_t *> values
-        call.slots, call.tables = <const int64_t *> slots, <const int64_t *> tables
-        call.first, call.count = <const int64_t *> first, <const int64_t *> count
+        call.slots, call.contexts = <const int64_t *> slots, <const hl_context *> contexts
         call.out, call.threads = <float *> out, threads
         with nogil:
             start = _now()
@@ -280,21 +281,21 @@ def route(uintptr_t logits, int64_t tokens, int64_t experts, int64_t k, bint nor
     _native_s += start
 
 
-def attend_one(uintptr_t q, uintptr_t keys, uintptr_t values, uintptr_t slots, int64_t first, int64_t count, int64_t n,
-               int64_t g, int64_t d, uintptr_t out, int threads):
-    """out[N, D]: one query over `count` cached tokens of keys, values BF16 [slots, G, D]."""
+def attend(str tier, uintptr_t q, uintptr_t keys, uintptr_t values, uintptr_t contexts, int64_t count, int64_t n,
+           int64_t g, int64_t d, uintptr_t out, int threads):
+    """out[T, N, D]; contexts int64 [count, 5]: address of the slots or 0, first slot, row, queries, start."""
     global _native_s
+    cdef const hl_tier *chosen = _tier(tier)
     cdef hl_attend call
     cdef int status
     cdef double start
     call.q, call.keys, call.values = <const float *> q, <const uint16_t *> keys, <const uint16_t *> values
-    call.slots = <const int64_t *> slots
-    call.first, call.count, call.n, call.g, call.d = first, count, n, g, d
-    call.out = <float *> out
+    call.n, call.g, call.d = n, g, d
+    call.contexts, call.count, call.out = <const hl_context *> contexts, count, <float *> out
     with nogil:
         start = _now()
-        status = hl_attend_one(&call, threads)
+        status = hl_attend_all(chosen, &call, threads)
         start = _now() - start
     _native_s += start
     if status:
-        raise MemoryError("no memory for the scores of a query")
+        raise MemoryError("no memory for the scratch space of attention")

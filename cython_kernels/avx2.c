@@ -28,6 +28,7 @@
 /* 16 accumulators less what decoding needs */
 #define MAX_M 4
 #define TILES(m) ((m) == 1 ? 4 : (m) == 2 ? 2 : 1)
+#define FEW 2
 
 static int supported(void) {
     __builtin_cpu_init();
@@ -198,6 +199,6 @@ TARGET static uint64_t read_words(const uint8_t *p, int64_t words, int loop) {
     return read_with(p, words, 4, 0);
 }
 
-const hl_tier hl_avx2 = {"avx2", supported, hl_float32_token_bytes, hl_prepare_float32, dot, pack, hl_silu_mul_avx2,
+const hl_tier hl_avx2 = {"avx2", supported, MAX_M, HL_BLOCK, hl_prepare_float32, dot, pack, hl_silu_mul_avx2,
                          read_words, multiply};
 #endif

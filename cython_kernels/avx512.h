@@ -24,6 +24,7 @@
 /* 32 accumulators less what decoding needs */
 #define MAX_M 8
 #define TILES(m) ((m) <= 4 ? 4 : 2)
+#define FEW 4
 
 #define NO_FLAG_SEE(flag, v) ((void)0)
 #define NO_FLAG_LANES(flag, nan) ((void)(flag), (void)(nan), 0)

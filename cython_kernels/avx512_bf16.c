@@ -52,6 +52,6 @@ INLINE void decode_fp8(__m512i v, __m512i *piece) {
 
 #include "avx512_pairs_bf16.h"
 
-const hl_tier hl_avx512_bf16 = {"avx512_bf16", supported, hl_bf16_token_bytes, prepare, dot, pack, hl_silu_mul_avx2,
+const hl_tier hl_avx512_bf16 = {"avx512_bf16", supported, MAX_M, HL_BLOCK / 2, prepare, dot, pack, hl_silu_mul_avx2,
                                 read_words, multiply};
 #endif

@@ -31,7 +31,8 @@ INLINE void decode_bf16(__m512i v, __m512 *piece) {
 }
 
 INLINE __m512 multiply_one(__m512 acc, __m512 piece, const hl_word *word) {
-    return _mm512_fmadd_ps(piece, _mm512_castsi512_ps(_mm512_set1_epi32((int)*word)), acc);
+    __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(piece), "m"(*word)); /* see avx512_pairs.h */
+    return acc;
 }
 
 TARGET static double multiply(int64_t rounds, float *sink) {
@@ -71,6 +72,6 @@ TARGET static double multiply(int64_t rounds, float *sink) {
 
 #include "entries.h"
 
-const hl_tier hl_avx512_bw = {"avx512_bw", supported, hl_float32_token_bytes, hl_prepare_float32, dot, pack,
+const hl_tier hl_avx512_bw = {"avx512_bw", supported, MAX_M, HL_BLOCK, hl_prepare_float32, dot, pack,
                               hl_silu_mul_avx2, read_words, multiply};
 #endif

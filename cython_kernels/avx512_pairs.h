@@ -1,17 +1,22 @@
 /* VDPBF16PS, for the two tiers that have it: a word of x is two neighbouring BF16 values. */
 #define PIECE __m512i
 
+/* In assembly, since gcc would keep the broadcasts of 8 tokens in registers and spill accumulators for them. */
 INLINE __m512 multiply_pairs(__m512 acc, __m512i pairs, const hl_word *word) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32((int)*word));
+    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(pairs), "m"(*word));
+    return acc;
 }
 
-TARGET static void prepare(const float *x, int64_t k, int is_fp8, hl_token *out) {
-    uint16_t *data = (uint16_t *)(out + 1);
+TARGET static void prepare(const float *x, int64_t k, int is_fp8, hl_word *out, int64_t stride, float *post) {
     (void)is_fp8;
-    memset(out, 0, sizeof *out);
-    out->post[0] = out->post[1] = 1.0f;
-    for (int64_t i = 0; i < k; i++) data[i] = hl_bf16_bits(x[i]);
-    memset(data + k, 0, 2 * (size_t)(hl_padded(k) - k));
+    post[0] = post[1] = 1.0f;
+    for (int64_t b = 0; b < hl_blocks(k); b++) {
+        uint16_t block[HL_BLOCK];
+        const int64_t left = k - b * HL_BLOCK;
+        if (left < HL_BLOCK) memset(block, 0, sizeof block);
+        for (int64_t i = 0; i < (left < HL_BLOCK ? left : HL_BLOCK); i++) block[i] = hl_bf16_bits(x[b * HL_BLOCK + i]);
+        memcpy(out + b * stride, block, sizeof block);
+    }
 }
 
 TARGET static double multiply(int64_t rounds, float *sink) {

@@ -51,13 +51,24 @@ void hl_pack(const hl_tier *tier, const hl_matrix *w, uint8_t *out, int threads)
     hl_parallel(pack_task, &c, (w->n + HL_PANEL - 1) / HL_PANEL, threads);
 }
 
+typedef struct {
+    const hl_tier *tier;
+    const float *x;
+    int64_t k, tokens;
+    int is_fp8;
+    hl_word *words;
+    float *post;
+} prepare_call;
+
 static void prepare_task(void *raw, int64_t token) {
-    const hl_prepare *p = raw;
-    p->tier->prepare(p->x + token * p->k, p->k, p->is_fp8, hl_token_at(p->out, p->stride, token));
+    const prepare_call *c = raw;
+    hl_prepare_one(c->tier, c->x + token * c->k, c->k, c->is_fp8, token, c->tokens, c->words, c->post);
 }
 
-void hl_prepare_tokens(const hl_prepare *p, int64_t tokens, int threads) {
-    hl_parallel(prepare_task, (void *)p, tokens, tokens <= 8 ? 1 : threads);
+void hl_prepare_tokens(const hl_tier *tier, const float *x, int64_t k, int is_fp8, int64_t tokens, hl_word *words,
+                       float *post, int threads) {
+    prepare_call c = {tier, x, k, tokens, is_fp8, words, post};
+    hl_parallel(prepare_task, &c, tokens, tokens <= 8 ? 1 : threads);
 }
 
 enum { MAX_MATRICES = 8 };
@@ -66,9 +77,8 @@ typedef struct {
     const hl_tier *tier;
     const hl_matrix *const *w;
     float *const *out;
-    const void *prepared;
-    size_t stride;
-    int64_t tokens, chunk, start[MAX_MATRICES + 1]; /* first task of each matrix */
+    hl_inputs x;
+    int64_t tokens, chunk, token_words, start[MAX_MATRICES + 1]; /* first task of each matrix */
     int count;
 } linear_call;
 
@@ -96,7 +106,7 @@ static void linear_task(void *raw, int64_t index, int64_t next) {
     }
     for (int64_t t = 0; t < c->tokens; t += HL_MAX_TOKENS) {
         const int m = (int)hl_least(c->tokens - t, HL_MAX_TOKENS);
-        const hl_inputs x = {hl_token_at(c->prepared, c->stride, t), c->stride, NULL};
+        const hl_inputs x = {c->x.words + t * c->token_words, c->x.post + 2 * t};
         const hl_outputs y = {c->out[s.which] + t * w->n + s.r0, w->n, s.r0};
         c->tier->dot(w, s.r0, s.r1, &x, m, &y, t + m < c->tokens ? hl_rows_at(w, s.r0) : ahead);
     }
@@ -110,16 +120,16 @@ int hl_linear_many(const hl_tier *tier, const hl_matrix *const *w, int count, co
         for (int i = 0; i < count; i++) failed |= hl_linear(tier, w[i], x, tokens, out[i], threads);
         return failed;
     }
-    const size_t stride = tier->token_bytes(w[0]->k);
-    void *prepared = hl_scratch(stride * (size_t)tokens);
-    if (!prepared) return -1;
-    const hl_prepare p = {tier, x, w[0]->k, w[0]->scale != NULL, prepared, stride};
-    hl_prepare_tokens(&p, tokens, threads);
-    linear_call c = {tier, w, out, prepared, stride, tokens, HL_MAX_CHUNK, {0}, count};
+    const int64_t k = w[0]->k, token_words = hl_token_words(tier, k);
+    hl_word *words = hl_scratch((size_t)(tokens * (token_words + 2)) * sizeof *words);
+    if (!words) return -1;
+    float *post = (float *)(words + tokens * token_words);
+    hl_prepare_tokens(tier, x, k, w[0]->scale != NULL, tokens, words, post, threads);
+    linear_call c = {tier, w, out, {words, post}, tokens, HL_MAX_CHUNK, token_words, {0}, count};
     for (int i = 0; i < count; i++) c.chunk = hl_least(c.chunk, hl_chunk_rows(w[i], 1, threads));
     for (int i = 0; i < count; i++) c.start[i + 1] = c.start[i] + (w[i]->n + c.chunk - 1) / c.chunk;
     hl_parallel_chained(linear_task, &c, c.start[count], threads);
-    free(prepared);
+    free(words);
     return 0;
 }
 

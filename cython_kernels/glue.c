@@ -1,15 +1,11 @@
-/* What lies between the matrix products of a decode step: norms, rotary embedding, routing and attention of one
-   query. Each replaces a handful of library calls of some 10 us by one of about 1 us.
+/* What lies between the matrix products of a decode step: norms, rotary embedding and routing. Each replaces a handful
+   of library calls of some 10 us by one of about 1 us.
 
-   Legend: T tokens, H width, N query heads, G key/value heads, D head size, C cached tokens, E experts. */
+   Legend: T tokens, H width, N heads, D head size, E experts. */
 #include "glue.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
-
-#include "forward.h"
-#include "pool.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,10 +17,6 @@ INLINE float sum8(__m256 v) {
     __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     a = _mm_add_ps(a, _mm_movehl_ps(a, a));
     return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
-}
-
-INLINE __m256 load_bf16(const uint16_t *p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
 
 TARGET static void norm_row(const float *x, const float *w, float eps, int64_t n, float *out) {
@@ -81,91 +73,5 @@ void hl_route(const float *logits, int64_t tokens, int64_t experts, int64_t k, i
         if (normalise)
             for (int64_t i = 0; i < k; i++) weight[i] /= chosen;
     }
-}
-
-/* One key/value head: all its query heads against all cached tokens, each byte of the cache read once. */
-TARGET static void attend_group(void *raw, int64_t group) {
-    const hl_attend *a = raw;
-    const int64_t heads = a->n / a->g, d = a->d, stride = a->g * d;
-    const uint16_t *keys = a->keys + group * d, *values = a->values + group * d;
-    float *scores = a->scratch + group * heads * a->count;
-    float *out = a->out + group * heads * d;
-    const float *q = a->q + group * heads * d;
-    const float scale = 1.0f / sqrtf((float)d);
-    for (int64_t c = 0; c < a->count; c++) {
-        const uint16_t *key = keys + (a->slots ? a->slots[c] : a->first + c) * stride;
-        for (int64_t h = 0; h < heads; h++) {
-            __m256 s0 = _mm256_setzero_ps(), s1 = s0;
-            int64_t i = 0;
-            for (; i + 16 <= d; i += 16) {
-                s0 = _mm256_fmadd_ps(_mm256_loadu_ps(q + h * d + i), load_bf16(key + i), s0);
-                s1 = _mm256_fmadd_ps(_mm256_loadu_ps(q + h * d + i + 8), load_bf16(key + i + 8), s1);
-            }
-            if (i < d) s0 = _mm256_fmadd_ps(_mm256_loadu_ps(q + h * d + i), load_bf16(key + i), s0);
-            scores[h * a->count + c] = sum8(_mm256_add_ps(s0, s1)) * scale;
-        }
-    }
-    for (int64_t h = 0; h < heads; h++) {
-        float *p = scores + h * a->count, largest = p[0], total = 0;
-        for (int64_t c = 1; c < a->count; c++) largest = p[c] > largest ? p[c] : largest;
-        for (int64_t c = 0; c < a->count; c++) total += p[c] = expf(p[c] - largest);
-        for (int64_t c = 0; c < a->count; c++) p[c] /= total;
-    }
-    memset(out, 0, (size_t)(heads * d) * sizeof *out);
-    for (int64_t c = 0; c < a->count; c++) {
-        const uint16_t *value = values + (a->slots ? a->slots[c] : a->first + c) * stride;
-        for (int64_t i = 0; i < d; i += 8) {
-            const __m256 v = load_bf16(value + i);
-            for (int64_t h = 0; h < heads; h++) {
-                float *o = out + h * d + i;
-                const __m256 p = _mm256_set1_ps(scores[h * a->count + c]);
-                _mm256_storeu_ps(o, _mm256_fmadd_ps(p, v, _mm256_loadu_ps(o)));
-            }
-        }
-    }
-}
-
-int hl_attend_one(hl_attend *a, int threads) {
-    a->scratch = malloc((size_t)(a->n * a->count) * sizeof(float));
-    if (!a->scratch) return -1;
-    /* A wake-up costs as much as some 100 cached tokens. */
-    hl_parallel(attend_group, a, a->g, a->count > 256 ? threads : 1);
-    free(a->scratch);
-    return 0;
-}
-
-static uint16_t round_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if ((bits & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-int hl_attention_step(const hl_attention *a, const hl_attention_call *c) {
-    const int64_t tokens = c->tokens, h = a->q.k, heads = a->n * a->d, groups = a->g * a->d;
-    float *normed = hl_scratch((size_t)(tokens * (h + 2 * heads + 2 * groups)) * sizeof(float));
-    if (!normed) return -1;
-    float *q = normed + tokens * h, *k = q + tokens * heads, *v = k + tokens * groups, *mixed = v + tokens * groups;
-    int failed = 0;
-    hl_rms_norm(c->x, a->input_norm, a->eps, tokens, h, normed);
-    failed |= hl_linear(a->tier, &a->q, normed, tokens, q, c->threads);
-    failed |= hl_linear(a->tier, &a->k, normed, tokens, k, c->threads);
-    failed |= hl_linear(a->tier, &a->v, normed, tokens, v, c->threads);
-    hl_norm_rope(q, a->q_norm, a->eps, c->cosines, c->sines, tokens, a->n, a->d, q);
-    hl_norm_rope(k, a->k_norm, a->eps, c->cosines, c->sines, tokens, a->g, a->d, k);
-    for (int64_t t = 0; t < tokens; t++) {
-        uint16_t *key = c->keys + c->slots[t] * groups, *value = c->values + c->slots[t] * groups;
-        for (int64_t i = 0; i < groups; i++) key[i] = round_bf16(k[t * groups + i]);
-        for (int64_t i = 0; i < groups; i++) value[i] = round_bf16(v[t * groups + i]);
-    }
-    for (int64_t t = 0; t < tokens; t++) {
-        hl_attend one = {q + t * heads, c->keys, c->values, (const int64_t *)c->tables[t], c->first[t], c->count[t],
-                         a->n, a->g, a->d, mixed + t * heads, NULL};
-        failed |= hl_attend_one(&one, c->threads);
-    }
-    failed |= hl_linear(a->tier, &a->o, mixed, tokens, c->out, c->threads);
-    for (int64_t i = 0; i < tokens * h; i++) c->out[i] += c->x[i];
-    free(normed);
-    return failed;
 }
 #endif

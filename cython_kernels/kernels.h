@@ -10,6 +10,7 @@
 #define HL_BLOCK 128       /* FP8 scales cover 128 x 128 blocks; every K loop advances by one block */
 #define HL_TILE 16         /* rows of a tile: 64 bytes hold 16 rows x 4 FP8 codes (or 2 BF16) of neighbouring k */
 #define HL_PANEL 64        /* rows that are computed together; tasks begin at multiples of it */
+#define HL_MAX_GROUP 8     /* tokens of a tier's group: 8, 4, 2 or 1 */
 #define HL_MAX_TOKENS 256  /* tokens of one dot(): bounds its sums on the stack to 64 KiB */
 
 enum hl_layout {
@@ -27,17 +28,14 @@ typedef struct {
     int32_t layout;
 } hl_matrix;
 
-/* Activations of one token as a tier's inner loop reads them: one 32-bit word is broadcast at a time. */
-typedef struct {
-    float post[2];  /* powers of two that undo the tier's scaling of x; both multiply every result */
-    float pad[14];  /* keeps the data that follows 64-byte aligned */
-} hl_token;
+/* Two BF16 values or a float32 of x, as a tier's prepare() wrote them: an inner loop broadcasts one word at a time. */
+typedef uint32_t __attribute__((may_alias)) hl_word;
 
-/* Prepared tokens, `stride` bytes apart; token j stands at place index[j], or j if index is NULL. */
+/* Prepared tokens, in groups of tier->group (the last one: what is left). A group's words stand in order of
+   [k block][token of the group][words of a block], so that one pointer serves all its tokens. */
 typedef struct {
-    const void *tokens;
-    size_t stride;
-    const int64_t *index;
+    const hl_word *words;
+    const float *post; /* [tokens][2]: powers of two that undo the tier's scaling of x; both multiply every result */
 } hl_inputs;
 
 /* Results: row r of token j goes to y[j * stride + r - first]. */
@@ -51,12 +49,12 @@ typedef struct {
 typedef struct {
     const char *name;
     int (*supported)(void);
-    /* Bytes of a prepared token (header included), a multiple of 64. */
-    size_t (*token_bytes)(int64_t k);
-    /* Round x[k] to BF16 (nearest even) and lay it out for dot(); zero-pads to a whole block. */
-    void (*prepare)(const float *x, int64_t k, int is_fp8, hl_token *out);
+    int group;           /* tokens whose accumulators fit the registers */
+    int words_per_block; /* of x */
+    /* Round x[k] to BF16 (nearest even) for dot(); block b goes to out[b * stride], the last one zero-padded. */
+    void (*prepare)(const float *x, int64_t k, int is_fp8, hl_word *out, int64_t stride, float *post);
     /* Rows [r0, r1) of w, r0 a multiple of HL_PANEL, times m tokens, 1 <= m <= HL_MAX_TOKENS. `next` is where this
-       thread will read after that (prefetched), or NULL. */
+       thread will read after that (to prefetch), or NULL. */
     void (*dot)(const hl_matrix *w, int64_t r0, int64_t r1, const hl_inputs *x, int m, const hl_outputs *out,
                 const uint8_t *next);
     /* One panel of a row-major matrix into the packed layout. */

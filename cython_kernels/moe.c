@@ -10,22 +10,26 @@
 #include "forward.h"
 #include "pool.h"
 
-enum { MAX_SLOTS = 4096 }; /* slots at a time: bounds scratch to MAX_SLOTS * (4 H + 8 I) bytes or so */
+enum { MAX_SLOTS = 8192 }; /* slots at a time: bounds scratch to MAX_SLOTS * (6 H + 6 I) bytes or so */
 
 typedef struct {
     const hl_tier *tier;
     const hl_moe *moe;
     int is_fp8;
     int64_t tokens, k, active;
+    const int32_t *ids;     /* [T, k] */
+    const float *x;         /* [T, H] */
     const float *weights;   /* [T, k] */
     float *out;             /* [T, H] */
     int64_t *expert;        /* [active] */
     int64_t *start;         /* [active + 1] into the grouped slots */
-    int64_t *token_of;      /* [slots] token of a grouped slot */
+    int64_t *group_of;      /* [E] place in `expert`, of experts that have slots */
     int64_t *place_of;      /* [T * k] grouped slot of a slot, -1 when skipped */
     _Atomic int64_t *left;  /* [active] gate/up tasks not finished */
-    void *x, *hidden_x;     /* prepared tokens [T], prepared hidden states [slots] */
-    size_t x_stride, hidden_stride;
+    hl_inputs *inputs;      /* [active] prepared x of an expert's slots */
+    hl_word *token_x, *slot_x, *hidden_x; /* prepared: x by token (for experts with one slot), by slot, hidden states */
+    float *token_post, *slot_post, *hidden_post;
+    int64_t x_words, hidden_words; /* of one token */
     float *hidden, *y;      /* [slots, I], [slots, H] */
     int64_t up_chunk, up_chunks, down_chunk, down_chunks;
 } moe_call;
@@ -41,6 +45,27 @@ static const uint8_t *down_weights(const moe_call *c, int64_t index) {
     return hl_rows_at(&c->moe->down[c->expert[index / c->down_chunks]], index % c->down_chunks * c->down_chunk);
 }
 
+/* x of one token for each of its slots. Experts with a single slot share one copy. */
+static void prepare_task(void *raw, int64_t t) {
+    const moe_call *c = raw;
+    const int64_t h = c->moe->h;
+    int shared = 0;
+    for (int64_t j = 0; j < c->k; j++) {
+        const int64_t place = c->place_of[t * c->k + j];
+        if (place < 0) continue;
+        const int64_t a = c->group_of[c->ids[t * c->k + j]], first = c->start[a], count = c->start[a + 1] - first;
+        if (count > 1) {
+            hl_prepare_one(c->tier, c->x + t * h, h, c->is_fp8, place - first, count, c->slot_x + first * c->x_words,
+                           c->slot_post + 2 * first);
+            c->inputs[a] = (hl_inputs){c->slot_x + first * c->x_words, c->slot_post + 2 * first};
+            continue;
+        }
+        c->inputs[a] = (hl_inputs){c->token_x + t * c->x_words, c->token_post + 2 * t};
+        if (!shared) hl_prepare_one(c->tier, c->x + t * h, h, c->is_fp8, 0, 1, c->token_x + t * c->x_words, c->token_post + 2 * t);
+        shared = 1;
+    }
+}
+
 static void gate_up_task(void *raw, int64_t index, int64_t next) {
     moe_call *c = raw;
     const int64_t a = index / c->up_chunks, e = c->expert[a], width = c->moe->i, end = c->start[a + 1];
@@ -49,8 +74,9 @@ static void gate_up_task(void *raw, int64_t index, int64_t next) {
     const uint8_t *after = next >= 0 ? up_weights(c, next) : NULL;
     float up_y[UP_FLOATS] __attribute__((aligned(64)));
     for (int64_t s = c->start[a], m; s < end; s += m) {
-        m = hl_least(hl_least(end - s, HL_MAX_TOKENS), UP_FLOATS / (r1 - r0));
-        const hl_inputs x = {c->x, c->x_stride, c->token_of + s};
+        m = hl_least(hl_least(end - s, HL_MAX_TOKENS), UP_FLOATS / (r1 - r0) / HL_MAX_GROUP * HL_MAX_GROUP);
+        const int64_t done = s - c->start[a];
+        const hl_inputs x = {c->inputs[a].words + done * c->x_words, c->inputs[a].post + 2 * done};
         float *hidden = c->hidden + s * width;
         const hl_outputs to_gate = {hidden + r0, width, r0}, to_up = {up_y, r1 - r0, r0};
         c->tier->dot(gate, r0, r1, &x, (int)m, &to_gate, hl_rows_at(up, r0));
@@ -60,7 +86,8 @@ static void gate_up_task(void *raw, int64_t index, int64_t next) {
     /* Whoever finishes an expert's last rows rounds its hidden states for phase 2: no extra barrier. */
     if (atomic_fetch_sub(&c->left[a], 1) == 1)
         for (int64_t s = c->start[a]; s < end; s++)
-            c->tier->prepare(c->hidden + s * width, width, c->is_fp8, hl_token_at(c->hidden_x, c->hidden_stride, s));
+            hl_prepare_one(c->tier, c->hidden + s * width, width, c->is_fp8, s - c->start[a], end - c->start[a],
+                           c->hidden_x + c->start[a] * c->hidden_words, c->hidden_post + 2 * c->start[a]);
 }
 
 static void down_task(void *raw, int64_t index, int64_t next) {
@@ -71,7 +98,7 @@ static void down_task(void *raw, int64_t index, int64_t next) {
     const uint8_t *after = next >= 0 ? down_weights(c, next) : NULL;
     for (int64_t s = c->start[a]; s < end; s += HL_MAX_TOKENS) {
         const int m = (int)hl_least(end - s, HL_MAX_TOKENS);
-        const hl_inputs x = {hl_token_at(c->hidden_x, c->hidden_stride, s), c->hidden_stride, NULL};
+        const hl_inputs x = {c->hidden_x + s * c->hidden_words, c->hidden_post + 2 * s};
         const hl_outputs y = {c->y + s * h + r0, h, r0};
         c->tier->dot(down, r0, r1, &x, m, &y, s + m < end ? hl_rows_at(down, r0) : after);
     }
@@ -91,8 +118,9 @@ static void combine_task(void *raw, int64_t t) {
 }
 
 /* Stable counting sort of the slots by expert. */
-static void group_slots(moe_call *c, const int32_t *ids, int64_t *count) {
+static void group_slots(moe_call *c, int64_t *count) {
     const int64_t experts = c->moe->experts, slots = c->tokens * c->k;
+    const int32_t *ids = c->ids;
     int64_t used = 0;
     memset(count, 0, sizeof(int64_t) * (size_t)experts);
     for (int64_t s = 0; s < slots; s++)
@@ -100,30 +128,28 @@ static void group_slots(moe_call *c, const int32_t *ids, int64_t *count) {
     c->active = 0;
     for (int64_t e = 0; e < experts; e++) {
         if (!count[e]) continue;
+        c->group_of[e] = c->active;
         c->expert[c->active] = e;
         c->start[c->active++] = used;
         used += count[e];
         count[e] = used - count[e]; /* from here on: the expert's next free place */
     }
     c->start[c->active] = used;
-    for (int64_t s = 0; s < slots; s++) {
-        c->place_of[s] = ids[s] < 0 ? -1 : count[ids[s]]++;
-        if (ids[s] >= 0) c->token_of[c->place_of[s]] = s / c->k;
-    }
+    for (int64_t s = 0; s < slots; s++) c->place_of[s] = ids[s] < 0 ? -1 : count[ids[s]]++;
 }
 
-static void run_phases(moe_call *c, const float *x, int threads) {
+static void run_phases(moe_call *c, int threads) {
     const int64_t e = c->active ? c->expert[0] : 0;
     c->up_chunk = hl_chunk_rows(&c->moe->gate[e], 2 * c->active, threads);
     c->down_chunk = hl_chunk_rows(&c->moe->down[e], c->active, threads);
     c->up_chunks = (c->moe->i + c->up_chunk - 1) / c->up_chunk;
     c->down_chunks = (c->moe->h + c->down_chunk - 1) / c->down_chunk;
     for (int64_t a = 0; a < c->active; a++) c->left[a] = c->up_chunks;
-    const hl_prepare p = {c->tier, x, c->moe->h, c->is_fp8, c->x, c->x_stride};
-    hl_prepare_tokens(&p, c->tokens, threads);
+    const int small = c->tokens <= 8 ? 1 : threads; /* what a wake-up would not pay for */
+    hl_parallel(prepare_task, c, c->tokens, small);
     hl_parallel_chained(gate_up_task, c, c->active * c->up_chunks, threads);
     hl_parallel_chained(down_task, c, c->active * c->down_chunks, threads);
-    hl_parallel(combine_task, c, c->tokens, c->tokens <= 8 ? 1 : threads);
+    hl_parallel(combine_task, c, c->tokens, small);
 }
 
 static int is_fp8_layer(const hl_moe *moe) {
@@ -132,39 +158,54 @@ static int is_fp8_layer(const hl_moe *moe) {
     return 0;
 }
 
+/* Parts of one allocation, each a multiple of 64 bytes. */
+static void *part(uint8_t **at, size_t bytes) {
+    uint8_t *p = *at;
+    *at += (bytes + 63) / 64 * 64;
+    return p;
+}
+
+static size_t lay_out(moe_call *c, uint8_t *base, int64_t tokens, int64_t slots, int64_t groups, int64_t **count) {
+    const size_t word = sizeof(int64_t), x_bytes = 4 * (size_t)c->x_words, hidden_bytes = 4 * (size_t)c->hidden_words;
+    uint8_t *at = base;
+    *count = part(&at, word * (size_t)c->moe->experts);
+    c->group_of = part(&at, word * (size_t)c->moe->experts);
+    c->expert = part(&at, word * (size_t)groups);
+    c->start = part(&at, word * (size_t)(groups + 1));
+    c->left = part(&at, word * (size_t)groups);
+    c->place_of = part(&at, word * (size_t)slots);
+    c->inputs = part(&at, sizeof(hl_inputs) * (size_t)groups);
+    c->token_x = part(&at, x_bytes * (size_t)tokens);
+    c->slot_x = part(&at, x_bytes * (size_t)slots);
+    c->hidden_x = part(&at, hidden_bytes * (size_t)slots);
+    c->token_post = part(&at, 8 * (size_t)tokens);
+    c->slot_post = part(&at, 8 * (size_t)slots);
+    c->hidden_post = part(&at, 8 * (size_t)slots);
+    c->hidden = part(&at, sizeof(float) * (size_t)(slots * c->moe->i));
+    c->y = part(&at, sizeof(float) * (size_t)(slots * c->moe->h));
+    return (size_t)(at - base);
+}
+
 int hl_moe_forward(const hl_tier *tier, const hl_moe *moe, const float *x, int64_t tokens, int64_t k,
                    const int32_t *ids, const float *weights, float *out, int threads) {
     const int64_t step = hl_least(tokens, MAX_SLOTS / k ? MAX_SLOTS / k : 1), slots = step * k;
     const int64_t groups = hl_least(moe->experts, slots);
-    const size_t word = sizeof(int64_t);
+    int64_t *count;
     moe_call c = {.tier = tier, .moe = moe, .is_fp8 = is_fp8_layer(moe), .k = k};
-    c.x_stride = tier->token_bytes(moe->h);
-    c.hidden_stride = tier->token_bytes(moe->i);
-    int64_t *index = hl_scratch(word * (size_t)(moe->experts + 3 * groups + 1 + 2 * slots));
-    c.x = hl_scratch(c.x_stride * (size_t)step);
-    c.hidden_x = hl_scratch(c.hidden_stride * (size_t)slots);
-    c.hidden = hl_scratch(sizeof(float) * (size_t)(slots * moe->i));
-    c.y = hl_scratch(sizeof(float) * (size_t)(slots * moe->h));
-    const int failed = !index || !c.x || !c.hidden_x || !c.hidden || !c.y;
-    if (!failed) {
-        int64_t *count = index;
-        c.expert = count + moe->experts;
-        c.start = c.expert + groups;
-        c.left = (_Atomic int64_t *)(c.start + groups + 1);
-        c.token_of = (int64_t *)c.left + groups;
-        c.place_of = c.token_of + slots;
-        for (int64_t t = 0; t < tokens; t += step) {
-            c.tokens = hl_least(step, tokens - t);
-            c.weights = weights + t * k;
-            c.out = out + t * moe->h;
-            group_slots(&c, ids + t * k, count);
-            run_phases(&c, x + t * moe->h, threads);
-        }
+    c.x_words = hl_token_words(tier, moe->h);
+    c.hidden_words = hl_token_words(tier, moe->i);
+    uint8_t *scratch = hl_scratch(lay_out(&c, NULL, step, slots, groups, &count));
+    if (!scratch) return -1;
+    lay_out(&c, scratch, step, slots, groups, &count);
+    for (int64_t t = 0; t < tokens; t += step) {
+        c.tokens = hl_least(step, tokens - t);
+        c.ids = ids + t * k;
+        c.x = x + t * moe->h;
+        c.weights = weights + t * k;
+        c.out = out + t * moe->h;
+        group_slots(&c, count);
+        run_phases(&c, threads);
     }
-    free(index);
-    free(c.x);
-    free(c.hidden_x);
-    free(c.hidden);
-    free(c.y);
-    return failed ? -1 : 0;
+    free(scratch);
+    return 0;
 }

@@ -25,6 +25,7 @@ typedef uint32_t words __attribute__((vector_size(16), may_alias));
 #define LOAD_ONCE(v) ((void)0)
 #define MAX_M 4
 #define TILES(m) 1
+#define FEW 2
 #define QUAD(p, stride, out) quad(p, stride, ELEMENT, out)
 
 static float values[256];
@@ -70,9 +71,9 @@ static inline floats multiply_one(floats acc, floats piece, const hl_word *word)
     return acc + piece * SET1(x);
 }
 
-static void prepare(const float *x, int64_t k, int is_fp8, hl_token *out) {
+static void prepare(const float *x, int64_t k, int is_fp8, hl_word *out, int64_t stride, float *post) {
     (void)is_fp8; /* the table holds true values: no scaling */
-    hl_prepare_float32(x, k, 0, out);
+    hl_prepare_float32(x, k, 0, out, stride, post);
 }
 
 static void silu_mul(float *g, const float *u, int64_t count) {
@@ -120,5 +121,5 @@ static double multiply(int64_t rounds, float *sink) {
 
 #include "entries.h"
 
-const hl_tier hl_portable = {"portable", supported, hl_float32_token_bytes, prepare, dot, pack, silu_mul,
+const hl_tier hl_portable = {"portable", supported, MAX_M, HL_BLOCK, prepare, dot, pack, silu_mul,
                              read_words, multiply};

@@ -13,6 +13,7 @@
      FLAG, FLAG_ZERO(), FLAG_SEE(flag, v), FLAG_LANES(flag, nan)   finds NaN codes where they do not decode to NaN:
                                         FLAG_LANES sets nan[0 .. LANES) of rows that had one and returns if any
      MAX_M, TILES(m)                    tokens and tiles of 16 rows whose accumulators fit the registers
+     FEW                                tokens up to which row-major weights are transposed in registers (2 or 4)
 
    The order of operations of an element, the same for both layouts and any number of tokens: for each block of 128 k,
    an accumulator takes the products in order of k and is then added to the sum, times the block's scale. A vector lane
@@ -26,7 +27,8 @@
 #define STAGE 32                      /* rows of a row-major matrix that are transposed together */
 #define WORDS (STEPS * PIECES)        /* 32-bit words of x in a block */
 
-/* One step of `strips` vectors of weights times m tokens. */
+/* One step of `strips` vectors of weights times m tokens, whose words of the block stand one token after another: one
+   pointer serves them all. */
 #define STEP(strip, vector, word)                                                        \
     do {                                                                                 \
         WVEC w_ = (vector);                                                              \
@@ -36,7 +38,7 @@
         DECODE(w_, piece_);                                                              \
         _Pragma("GCC unroll 4") for (int p_ = 0; p_ < PIECES; p_++)                      \
             _Pragma("GCC unroll 8") for (int j = 0; j < m; j++)                          \
-                acc[strip][j] = MUL(acc[strip][j], piece_[p_], x[j] + (word) + p_);      \
+                acc[strip][j] = MUL(acc[strip][j], piece_[p_], x + j * WORDS + (word) + p_);      \
     } while (0)
 
 #define BEGIN_BLOCK()                                                   \
@@ -58,7 +60,7 @@
 
 /* Adds one block of packed weights; `ahead` bytes further on is what to prefetch. */
 TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _block)(
-    const uint8_t *w, int64_t step_bytes, const int strips, const int m, const hl_word *const *x, float *sum,
+    const uint8_t *w, int64_t step_bytes, const int strips, const int m, const hl_word *x, float *sum,
     FLAG *flags, float scale, int64_t ahead) {
     BEGIN_BLOCK()
 #pragma GCC unroll 1
@@ -76,7 +78,7 @@ TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _block)(
 
 /* All tiles of a panel's block, for m tokens. */
 TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _tiles)(
-    const uint8_t *w, int tiles, const int m, const hl_word *const *x, float *sum, FLAG *flags, float scale,
+    const uint8_t *w, int tiles, const int m, const hl_word *x, float *sum, FLAG *flags, float scale,
     int64_t ahead) {
     int t = 0;
 #define RUN(count)                                                                                                   \
@@ -94,7 +96,7 @@ TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _tiles)(
    single stream. */
 TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _lines)(
     const uint8_t *lines, uint8_t *next_lines, const uint8_t *src, int64_t row_bytes, const int copy, const int m,
-    const hl_word *const *x, float *sum, FLAG *flags, float scale, const uint8_t *ahead) {
+    const hl_word *x, float *sum, FLAG *flags, float scale, const uint8_t *ahead) {
     enum { strips = STAGE / LANES };
     BEGIN_BLOCK()
 #pragma GCC unroll 1
@@ -151,8 +153,7 @@ TARGET static void JOIN(NAME, _write)(const float *sum, const FLAG *flags, int r
     int spoiled = 0;
     for (int s = 0; s * LANES < rows; s++) spoiled |= FLAG_LANES(flags[s], nan + s * LANES);
     for (int j = 0; j < m; j++) {
-        const hl_token *token = hl_token_of(x, j);
-        const float a = token->post[0], b = token->post[1], *from = sum + j * HL_PANEL;
+        const float a = x->post[2 * j], b = x->post[2 * j + 1], *from = sum + j * HL_PANEL;
         float *to = y + j * stride;
         for (int r = 0; r < rows; r++) to[r] = from[r] * a * b;
         if (spoiled)
@@ -161,7 +162,7 @@ TARGET static void JOIN(NAME, _write)(const float *sum, const FLAG *flags, int r
 }
 
 TARGET __attribute__((noinline)) static void JOIN(NAME, _group)(
-    const uint8_t *w, int tiles, int m, const hl_word *const *x, float *sum, FLAG *flags, float scale, int64_t ahead) {
+    const uint8_t *w, int tiles, int m, const hl_word *x, float *sum, FLAG *flags, float scale, int64_t ahead) {
     switch (m) {
 #define CASE(count) \
     case count: if (count <= MAX_M) JOIN(NAME, _tiles)(w, tiles, count <= MAX_M ? count : 1, x, sum, flags, scale, ahead); break;
@@ -176,7 +177,7 @@ static inline float JOIN(NAME, _scale)(const hl_matrix *w, int64_t r, int64_t b)
     return scale;
 }
 
-/* One or two tokens times row-major weights: transposed in registers, in step with the copy of the next block. */
+/* A few tokens times row-major weights: transposed in registers, in step with the copy of the next block. */
 TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _few)(
     const hl_matrix *w, int64_t r0, int64_t r1, const hl_inputs *x, const int m, const hl_outputs *out,
     const uint8_t *next) {
@@ -185,13 +186,12 @@ TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _few)(
     int now = 0;
     JOIN(NAME, _copy)(w, r0, 0, w->data, lines[0]);
     for (int64_t r = r0; r < r1; r += STAGE) {
-        float sum[2 * HL_PANEL] __attribute__((aligned(64))) = {0};
+        float sum[FEW * HL_PANEL] __attribute__((aligned(64))) = {0};
         FLAG flags[STAGE / LANES];
         for (int s = 0; s < STAGE / LANES; s++) flags[s] = FLAG_ZERO();
         const uint8_t *ahead = r + STAGE < r1 ? w->data + (r + STAGE) * row_bytes : next ? next : w->data + r * row_bytes;
         for (int64_t b = 0; b < blocks; b++, now = !now, ahead += STAGE * LINE) {
-            const hl_word *words[2];
-            for (int j = 0; j < m; j++) words[j] = hl_words_of(x, j) + b * WORDS;
+            const hl_word *words = x->words + b * m * WORDS;
             const int64_t r_next = b + 1 < blocks ? r : r + STAGE, b_next = b + 1 < blocks ? b + 1 : 0;
             const uint8_t *src = w->data + r_next * row_bytes + b_next * LINE;
             const float scale = JOIN(NAME, _scale)(w, r, b);
@@ -209,12 +209,11 @@ TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _few)(
 TARGET static void NAME(const hl_matrix *w, int64_t r0, int64_t r1, const hl_inputs *x, int m, const hl_outputs *out,
                         const uint8_t *next) {
     const int packed = w->layout == HL_TILES, groups = (m + MAX_M - 1) / MAX_M;
-    if (!packed && m == 1) {
-        JOIN(NAME, _few)(w, r0, r1, x, 1, out, next);
-        return;
-    }
-    if (!packed && m == 2) {
-        JOIN(NAME, _few)(w, r0, r1, x, 2, out, next);
+    if (!packed && m <= FEW) {
+        if (m == 1) JOIN(NAME, _few)(w, r0, r1, x, 1, out, next);
+        if (m == 2) JOIN(NAME, _few)(w, r0, r1, x, 2, out, next);
+        if (m == 3 && FEW > 2) JOIN(NAME, _few)(w, r0, r1, x, FEW > 2 ? 3 : 1, out, next);
+        if (m == 4 && FEW > 2) JOIN(NAME, _few)(w, r0, r1, x, FEW > 2 ? 4 : 1, out, next);
         return;
     }
     const int64_t blocks = (w->k + HL_BLOCK - 1) / HL_BLOCK, panel = packed ? HL_PANEL : STAGE;
@@ -230,17 +229,18 @@ TARGET static void NAME(const hl_matrix *w, int64_t r0, int64_t r1, const hl_inp
         for (int64_t b = 0; b < blocks; b++, ahead += STAGE * LINE) {
             const float scale = JOIN(NAME, _scale)(w, r, b);
             const uint8_t *block = tile_buffer;
+            int64_t distance = 0; /* of the prefetch: the next block, during the first pass over this one */
             if (packed) {
-                block = data + b * tiles * HL_TILE * LINE;
+                distance = tiles * HL_TILE * LINE;
+                block = data + b * distance;
             } else {
                 JOIN(NAME, _copy)(w, r, b, ahead, lines);
                 JOIN(NAME, _transpose)(lines, tiles, tiles, tile_buffer);
             }
             for (int g = 0; g < groups; g++) {
-                const int t0 = g * m / groups, t1 = (g + 1) * m / groups;
-                const hl_word *words[MAX_M];
-                for (int j = t0; j < t1; j++) words[j - t0] = hl_words_of(x, j) + b * WORDS;
-                JOIN(NAME, _group)(block, tiles, t1 - t0, words, sum + t0 * HL_PANEL, flags, scale, packed && !g ? 4096 : 0);
+                const int first = g * MAX_M, size = m - first < MAX_M ? m - first : MAX_M;
+                const hl_word *words = x->words + (first * blocks + b * size) * WORDS;
+                JOIN(NAME, _group)(block, tiles, size, words, sum + first * HL_PANEL, flags, scale, g ? 0 : distance);
             }
         }
         JOIN(NAME, _write)(sum, flags, rows, x, m, out->y + r - out->first, out->stride);

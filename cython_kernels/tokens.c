@@ -10,10 +10,9 @@ static float power_of_two(int e) {
     return value;
 }
 
-void hl_prepare_float32(const float *x, int64_t k, int is_fp8, hl_token *out) {
-    float *data = (float *)(out + 1), largest = 0;
+void hl_prepare_float32(const float *x, int64_t k, int is_fp8, hl_word *out, int64_t stride, float *post) {
+    float largest = 0;
     int up = 0, down = 0; /* x is multiplied by 2^up, results by 2^down */
-    memset(out, 0, sizeof *out);
     if (is_fp8) {
         for (int64_t i = 0; i < k; i++) {
             float a = fabsf(x[i]);
@@ -25,8 +24,12 @@ void hl_prepare_float32(const float *x, int64_t k, int is_fp8, hl_token *out) {
         down = 120 - up;
     }
     const float up0 = power_of_two(up / 2), up1 = power_of_two(up - up / 2);
-    out->post[0] = power_of_two(down / 2);
-    out->post[1] = power_of_two(down - down / 2);
-    for (int64_t i = 0; i < k; i++) data[i] = hl_round_bf16(x[i]) * up0 * up1;
-    memset(data + k, 0, 4 * (size_t)(hl_padded(k) - k));
+    post[0] = power_of_two(down / 2);
+    post[1] = power_of_two(down - down / 2);
+    for (int64_t b = 0; b < hl_blocks(k); b++) {
+        float block[HL_BLOCK] = {0};
+        const int64_t left = k - b * HL_BLOCK;
+        for (int64_t i = 0; i < HL_BLOCK && i < left; i++) block[i] = hl_round_bf16(x[b * HL_BLOCK + i]) * up0 * up1;
+        memcpy(out + b * stride, block, sizeof block);
+    }
 }

@@ -6,17 +6,6 @@
 
 #include "kernels.h"
 
-/* Two BF16 values or a float32, as a tier's prepare() wrote them. */
-typedef uint32_t __attribute__((may_alias)) hl_word;
-
-static inline const hl_token *hl_token_of(const hl_inputs *x, int64_t j) {
-    return (const hl_token *)((const uint8_t *)x->tokens + x->stride * (size_t)(x->index ? x->index[j] : j));
-}
-
-static inline const hl_word *hl_words_of(const hl_inputs *x, int64_t j) {
-    return (const hl_word *)(hl_token_of(x, j) + 1);
-}
-
 static inline int64_t hl_padded(int64_t k) { return (k + HL_BLOCK - 1) / HL_BLOCK * HL_BLOCK; }
 
 /* To nearest, ties to even; NaN stays NaN and infinity stays infinite. */
@@ -42,13 +31,23 @@ static inline uint64_t hl_sum_words(const uint8_t *p, int64_t first, int64_t wor
     return total;
 }
 
-/* Tokens for tiers that multiply float32: BF16 values, for FP8 weights times the power of two that puts the largest
-   near 2^119. The weights decode 2^-120 too small, down to float32 subnormals; so products are normal numbers. */
-void hl_prepare_float32(const float *x, int64_t k, int is_fp8, hl_token *out);
+/* x for tiers that multiply float32: BF16 values, for FP8 weights times the power of two that puts the largest near
+   2^119. The weights decode 2^-120 too small, down to float32 subnormals; so products are normal numbers. */
+void hl_prepare_float32(const float *x, int64_t k, int is_fp8, hl_word *out, int64_t stride, float *post);
 
-static inline size_t hl_float32_token_bytes(int64_t k) { return sizeof(hl_token) + 4 * (size_t)hl_padded(k); }
+static inline int64_t hl_blocks(int64_t k) { return (k + HL_BLOCK - 1) / HL_BLOCK; }
 
-static inline size_t hl_bf16_token_bytes(int64_t k) { return sizeof(hl_token) + 2 * (size_t)hl_padded(k); }
+/* Words of x of one token, padding included. */
+static inline int64_t hl_token_words(const hl_tier *tier, int64_t k) { return hl_blocks(k) * tier->words_per_block; }
+
+/* Prepares x as token j of `tokens`; words and post as in hl_inputs. */
+static inline void hl_prepare_one(const hl_tier *tier, const float *x, int64_t k, int is_fp8, int64_t j, int64_t tokens,
+                                  hl_word *words, float *post) {
+    const int64_t first = j / tier->group * tier->group, left = tokens - first;
+    const int64_t size = left < tier->group ? left : tier->group;
+    hl_word *group = words + first * hl_token_words(tier, k);
+    tier->prepare(x, k, is_fp8, group + (j - first) * tier->words_per_block, size * tier->words_per_block, post + 2 * j);
+}
 
 void hl_silu_mul_avx2(float *g, const float *u, int64_t count);
 

@@ -13,12 +13,12 @@ def norm_rope(
     x: int, w: int, eps: float, cosines: int, sines: int, tokens: int, heads: int, d: int, out: int
 ) -> None: ...
 def route(logits: int, tokens: int, experts: int, k: int, normalise: bool, ids: int, weights: int) -> None: ...
-def attend_one(
+def attend(
+    tier: str,
     q: int,
     keys: int,
     values: int,
-    slots: int,
-    first: int,
+    contexts: int,
     count: int,
     n: int,
     g: int,
@@ -57,9 +57,7 @@ class AttentionStep:
         keys: int,
         values: int,
         slots: int,
-        tables: int,
-        first: int,
-        count: int,
+        contexts: int,
         out: int,
         threads: int,
     ) -> None: ...

@@ -119,13 +119,18 @@ def check_float32(name: str, array: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected a C-contiguous array")
 
 
-def check_cached(keys: Any, values: Any, cached: Any, heads: int) -> int:
-    """Keys and values BF16 [slots, G, D] and slots inside them; returns the number of cached tokens."""
+def check_entries(keys: Any, values: Any, heads: int) -> None:
+    """Keys and values BF16 [slots, G, D] for `heads` query heads."""
     for name, array in (("keys", keys), ("values", values)):
         if not isinstance(array, np.ndarray) or array.dtype != np.uint16 or array.ndim != 3:
             raise ValueError(f"{name}: expected uint16 (BF16 bits) [slots, G, D], got {kind_of(array)}")
-        if not array.flags.c_contiguous or array.shape != keys.shape or heads % array.shape[1]:
+        if not array.size or not array.flags.c_contiguous or array.shape != keys.shape or heads % array.shape[1]:
             raise ValueError(f"{name}: expected C-contiguous [slots, G, D], G a divisor of {heads} heads")
+
+
+def check_cached(keys: Any, values: Any, cached: Any, heads: int) -> int:
+    """Keys and values BF16 [slots, G, D] and slots inside them; returns the number of cached tokens."""
+    check_entries(keys, values, heads)
     if isinstance(cached, slice):
         if cached.step not in (None, 1) or not 0 <= cached.start < cached.stop <= len(keys):
             raise ValueError(f"cached: {cached} is not a run of the {len(keys)} slots")

@@ -1,18 +1,30 @@
-"""Compiled attention for decoding tokens: the parts, and a whole layer in one call.
+"""Compiled attention over the paged cache: a step's requests together, and a decoding layer in one call.
+
+Within one tier the bits of a query's result depend on its own context only: not on how its prompt was cut into steps,
+nor on threads, nor on the other requests. Tiers with VDPBF16PS (AVX-512 BF16) round queries and probabilities to BF16;
+sums are float32.
 
 Legend: T tokens, H model width, N query heads, G key/value heads, D head size. BF16 arrays hold bits (uint16).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybridlab import kernels_numpy
-from hybridlab.kernel_checks import Array, check_cached, check_float32, check_input, check_threads
-from hybridlab.kernels import Linear, address, native, uses_compiled
+from hybridlab.kernel_checks import (
+    Array,
+    check_cached,
+    check_entries,
+    check_float32,
+    check_input,
+    check_threads,
+    kind_of,
+)
+from hybridlab.kernels import Linear, address, native, tier, uses_compiled
 
 
 def norm_rope(x: Array, weight: Array, eps: float, cosines: Array, sines: Array) -> NDArray[np.float32]:
@@ -33,20 +45,88 @@ def norm_rope(x: Array, weight: Array, eps: float, cosines: Array, sines: Array)
     return out
 
 
-def attend_one(q: Array, keys: Array, values: Array, cached: slice | Array, *, threads: int) -> NDArray[np.float32]:
-    """One query's attention: q float32 [N, D] over the slots `cached` (a slice or int64 array) of keys and values.
+class CachedRuns:
+    """Where the requests of a step find their contexts: runs where slots are neighbours, tables elsewhere.
 
-    keys and values are BF16 bits (uint16) [slots, G, D]; N / G query heads share a key/value head.
+    cached[i] are the slots (a slice or an int64 array) of what the last query of request i sees, from position 0 on;
+    its queries are the last queries[i] (default 1) of them, and its rows follow those of the requests before it.
+    `slots` int64 [T] is where the tokens of the step are stored.
     """
-    check_float32("q", q, (q.shape[0], keys.shape[2]))
-    count = check_cached(keys, values, cached, q.shape[0])
-    if native is None or not uses_compiled() or q.shape[1] % 8:
-        return kernels_numpy.attend_one(q, keys[cached], values[cached])
-    out = np.empty_like(q)
-    slots, first = (0, cached.start) if isinstance(cached, slice) else (address(cached), 0)
-    native.attend_one(address(q), address(keys), address(values), slots, first, count, q.shape[0],
-                        keys.shape[1], keys.shape[2], address(out), check_threads(threads))  # fmt: skip
+
+    def __init__(self, cached: Sequence[slice | Array], slots: Array, queries: Sequence[int] | None = None) -> None:
+        self._keep = cached
+        if not cached:
+            raise ValueError("cached: expected at least one request")
+        queries = [1] * len(cached) if queries is None else queries
+        if len(queries) != len(cached):
+            raise ValueError(f"queries: expected {len(cached)} numbers, got {len(queries)}")
+        rows, row, highest = [], 0, -1
+        for own, number in zip(cached, queries, strict=True):
+            count, last = _extent(own)
+            if not 1 <= number <= count:
+                raise ValueError(f"queries: expected 1 to {count}, the slots of the request, got {number}")
+            table, first = (0, own.start) if isinstance(own, slice) else (address(own), 0)
+            rows.append((table, first, row, number, count - number))
+            row, highest = row + number, max(highest, last)
+        if slots.dtype != np.int64 or slots.shape != (row,) or not slots.flags.c_contiguous or slots.min() < 0:
+            raise ValueError(f"slots: expected {row} contiguous int64 slots >= 0, got {kind_of(slots)}")
+        self.table = np.array(rows, np.int64)
+        self.tokens, self.last_slot = row, max(highest, int(slots.max()))
+
+    @property
+    def decoding(self) -> bool:
+        """Whether each request has a single query."""
+        return self.tokens == len(self.table)
+
+    def pieces(self) -> Iterator[tuple[int, slice | Array]]:
+        """Row of each query and the slots that it sees."""
+        for own, (_, first, row, number, start) in zip(self._keep, self.table.tolist(), strict=True):
+            for i in range(number):
+                seen = start + i + 1
+                yield row + i, slice(first, first + seen) if isinstance(own, slice) else own[:seen]
+
+
+def _extent(cached: slice | Array) -> tuple[int, int]:
+    """Number of slots, and the highest."""
+    if isinstance(cached, slice):
+        if cached.step not in (None, 1) or cached.start is None or not 0 <= cached.start < (cached.stop or 0):
+            raise ValueError(f"cached: {cached} is not a run of slots")
+        return cached.stop - cached.start, cached.stop - 1
+    if not isinstance(cached, np.ndarray) or cached.dtype != np.int64 or cached.ndim != 1 or not cached.size:
+        raise ValueError(f"cached: expected a slice or a non-empty int64 array, got {kind_of(cached)}")
+    if not cached.flags.c_contiguous or cached.min() < 0:
+        raise ValueError("cached: expected contiguous slots >= 0")
+    return cached.size, int(cached.max())
+
+
+def attend(q: Array, keys: Array, values: Array, runs: CachedRuns, *, threads: int) -> NDArray[np.float32]:
+    """Causal attention of the queries q float32 [T, N, D] over their cached keys and values -> [T, N, D].
+
+    keys and values are BF16 bits (uint16) [slots, G, D]; N / G query heads share a key/value head. Compiled if D is a
+    multiple of 8. Raises ValueError for a wrong argument.
+    """
+    heads = q.shape[1] if isinstance(q, np.ndarray) and q.ndim == 3 else 0
+    check_entries(keys, values, heads)
+    check_float32("q", q, (runs.tokens, heads, keys.shape[2]))
+    if runs.last_slot >= len(keys):
+        raise ValueError(f"runs: expected slots from 0 to {len(keys) - 1}, got {runs.last_slot}")
+    threads, out = check_threads(threads), np.empty_like(q)
+    if native is None or not uses_compiled() or keys.shape[2] % 8:
+        for row, seen in runs.pieces():
+            out[row] = kernels_numpy.attend_one(q[row], keys[seen], values[seen])
+        return out
+    native.attend(
+        tier(), address(q), address(keys), address(values), address(runs.table), len(runs.table), heads,
+        keys.shape[1], keys.shape[2], address(out), threads,
+    )  # fmt: skip
     return out
+
+
+def attend_one(q: Array, keys: Array, values: Array, cached: slice | Array, *, threads: int) -> NDArray[np.float32]:
+    """One query's attention: q float32 [N, D] over the slots `cached` (a slice or int64 array) of keys and values."""
+    check_cached(keys, values, cached, len(q) if isinstance(q, np.ndarray) and q.ndim == 2 else 0)
+    check_float32("q", q, (len(q), keys.shape[2]))
+    return attend(q[None], keys, values, CachedRuns([cached], np.zeros(1, np.int64)), threads=threads)[0]
 
 
 class AttentionStep:
@@ -55,7 +135,7 @@ class AttentionStep:
     def __init__(self, q: Linear, k: Linear, v: Linear, o: Linear, norms: Sequence[Array], eps: float) -> None:
         self._keep = (q, k, v, o, *norms)
         self._hidden, self._head_dim = q.shape[1], norms[1].shape[0]
-        self._groups = k.shape[0] // self._head_dim
+        self._heads, self._groups = q.shape[0] // self._head_dim, k.shape[0] // self._head_dim
         check_float32("input norm", norms[0], (self._hidden,))
         check_float32("k norm", norms[2], (self._head_dim,))
         if k.shape != v.shape or o.shape != q.shape[::-1] or self._head_dim % 8:
@@ -63,8 +143,9 @@ class AttentionStep:
         assert native is not None
         matrices = (q.native_parts, k.native_parts, v.native_parts, o.native_parts)
         addresses = (address(norms[0]), address(norms[1]), address(norms[2]))
-        heads = q.shape[0] // self._head_dim
-        self._native = native.AttentionStep(q.tier, matrices, addresses, eps, heads, self._groups, self._head_dim)
+        self._native = native.AttentionStep(
+            q.tier, matrices, addresses, eps, self._heads, self._groups, self._head_dim
+        )
 
     def __call__(
         self,
@@ -74,7 +155,7 @@ class AttentionStep:
         keys: Array,
         values: Array,
         slots: Array,
-        runs: DecodeRuns,
+        runs: CachedRuns,
         *,
         threads: int,
     ) -> NDArray[np.float32]:
@@ -85,36 +166,19 @@ class AttentionStep:
         tokens = check_input("x", x, np.float32, self._hidden)
         check_float32("cosines", cosines, (tokens, self._head_dim // 2))
         check_float32("sines", sines, (tokens, self._head_dim // 2))
-        for name, array in (("keys", keys), ("values", values)):
-            if (
-                array.dtype != np.uint16
-                or array.shape[1:] != (self._groups, self._head_dim)
-                or not array.flags.c_contiguous
-            ):
-                raise ValueError(f"{name}: expected uint16 [slots, {self._groups}, {self._head_dim}]")
-        if slots.shape != (tokens,) or runs.count.shape != (tokens,) or runs.last_slot >= len(keys):
-            raise ValueError(f"slots, runs: expected {tokens} tokens and slots below {len(keys)}")
+        check_entries(keys, values, self._heads)
+        if keys.shape[1:] != (self._groups, self._head_dim):
+            raise ValueError(f"keys: expected [slots, {self._groups}, {self._head_dim}], got {list(keys.shape)}")
+        if slots.shape != (tokens,) or slots.dtype != np.int64 or not slots.flags.c_contiguous:
+            raise ValueError(f"slots: expected contiguous int64 [{tokens}], got {kind_of(slots)}")
+        if runs.tokens != tokens or not runs.decoding or runs.last_slot >= len(keys):
+            raise ValueError(f"runs: expected {tokens} requests of one token and slots below {len(keys)}")
         out = np.empty_like(x)
         self._native.run(
             address(x), address(cosines), address(sines), tokens, address(keys), address(values), address(slots),
-            address(runs.tables), address(runs.first), address(runs.count), address(out), check_threads(threads),
+            address(runs.table), address(out), check_threads(threads),
         )  # fmt: skip
         return out
-
-
-class DecodeRuns:
-    """The cached slots that each decoding token sees: runs where slots are neighbours, tables elsewhere."""
-
-    def __init__(self, cached: Sequence[slice | Array], slots: Array) -> None:
-        self._keep = cached
-        self.tables = np.array([0 if isinstance(c, slice) else address(c) for c in cached], np.int64)
-        self.first = np.array([c.start if isinstance(c, slice) else 0 for c in cached], np.int64)
-        self.count = np.array([c.stop - c.start if isinstance(c, slice) else c.size for c in cached], np.int64)
-        lowest = min(int(slots.min()), *(c.start if isinstance(c, slice) else int(c.min()) for c in cached))
-        highest = [c.stop - 1 if isinstance(c, slice) else int(c.max()) for c in cached]
-        self.last_slot = max(int(slots.max()), *highest)
-        if lowest < 0 or slots.dtype != np.int64 or self.count.min() < 1:
-            raise ValueError("cached: expected non-empty int64 slots >= 0")
 
 
 def attention_step(
@@ -122,8 +186,8 @@ def attention_step(
 ) -> AttentionStep | None:
     """Join the linear layers and norms (input [H], q [D], k [D]) of an attention layer; None without the kernels.
 
-    Then the caller composes the layer of `rms_norm`, `Linear`, `norm_rope` and `attend_one`, its twin.
+    Then the caller composes the layer of `rms_norm`, `Linear`, `norm_rope` and `attend`, its twin.
     """
-    if native is None or q.tier == "numpy" or norms[1].shape[0] % 8:
+    if native is None or q.tier in ("portable", "numpy") or norms[1].shape[0] % 8:
         return None
     return AttentionStep(q, k, v, o, norms, eps)

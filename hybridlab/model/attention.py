@@ -1,4 +1,4 @@
-"""Causal grouped-query attention on the CPU, cut into blocks of queries.
+"""Causal grouped-query attention on the CPU: compiled where the numerics have it, else cut into blocks of queries.
 
 Shape suffixes: T queries, C cached tokens, N query heads, G key/value heads, D head_dim.
 """
@@ -20,7 +20,8 @@ PARALLEL_FROM = 2**23
 class Attention:
     """Attends every request of a microbatch; large work is spread over `threads` threads.
 
-    Threads of our own, each with single-threaded torch, since OpenMP's would spin into the kernels' pool.
+    For what is not compiled: threads of our own, each with single-threaded torch, since OpenMP's would spin into the
+    kernels' pool.
     """
 
     def __init__(self, numerics: Numerics, threads: int) -> None:
@@ -30,11 +31,14 @@ class Attention:
 
     def __call__(self, q_TND: torch.Tensor, cache: KVStore, layer: int, batch: MicroBatch) -> torch.Tensor:
         """q [T, N, D] float32 against this layer's cached keys and values -> [T, N, D] float32."""
+        keys, values = cache.entries(layer)
+        compiled = self._numerics.attend(q_TND, keys, values, batch)
+        if compiled is not None:
+            return compiled
         out_TND = torch.empty_like(q_TND)
         work: list[Callable[[], None]] = []
         size = 0
         for context in batch.contexts:
-            keys, values = cache.entries(layer)
             if context.last - context.first == 1:
                 one = self._numerics.attend_one(q_TND[context.first], keys, values, context.cached)
                 out_TND[context.first] = one

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from hybridlab.kernels_attention import DecodeRuns
+from hybridlab.kernels_attention import CachedRuns
 from hybridlab.spec import ModelSpec
 
 
@@ -39,12 +39,15 @@ class MicroBatch:
     contexts: tuple[Context, ...]
 
     @cached_property
-    def decode_runs(self) -> DecodeRuns | None:
-        """What each token sees, if every one is a decoding request of its own; else None."""
-        if len(self.contexts) != len(self.token_ids):
-            return None
+    def runs(self) -> CachedRuns:
+        """What each token sees, for the compiled kernels."""
         cached = [c.cached if isinstance(c.cached, slice) else c.cached.numpy() for c in self.contexts]
-        return DecodeRuns(cached, self.slots.numpy())
+        return CachedRuns(cached, self.slots.numpy(), [c.last - c.first for c in self.contexts])
+
+    @cached_property
+    def decode_runs(self) -> CachedRuns | None:
+        """`runs`, if every token is a decoding request of its own; else None."""
+        return self.runs if len(self.contexts) == len(self.token_ids) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,12 @@ class Numerics(Protocol):
         """Ids int32 and weights of the `top_k` largest of softmax(logits), [T, top_k]."""
         ...
 
+    def attend(
+        self, q_TND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: MicroBatch
+    ) -> torch.Tensor | None:
+        """All requests of a microbatch over keys and values [slots, G, D] in one call, if there is one -> [T, N, D]."""
+        ...
+
     def attend_one(
         self, q_ND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cached: slice | torch.Tensor
     ) -> torch.Tensor:
@@ -153,6 +159,11 @@ class Exact:
     def route(self, logits_TE: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
         weights, ids = logits_TE.double().softmax(-1).float().topk(top_k, dim=-1)
         return ids.int(), weights / weights.sum(-1, keepdim=True) if normalise else weights
+
+    def attend(
+        self, q_TND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: MicroBatch
+    ) -> torch.Tensor | None:
+        return None
 
     def attend_one(
         self, q_ND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cached: slice | torch.Tensor
@@ -233,6 +244,14 @@ class Bf16:
     def route(self, logits_TE: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
         ids, weights = kernels.route(logits_TE.numpy(), top_k, normalise)
         return torch.from_numpy(ids), torch.from_numpy(weights)
+
+    def attend(
+        self, q_TND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: MicroBatch
+    ) -> torch.Tensor | None:
+        if not kernels.uses_compiled() or q_TND.shape[2] % 8:
+            return None
+        arrays = (q_TND.numpy(), _bits(keys), _bits(values), batch.runs)
+        return torch.from_numpy(kernels_attention.attend(*arrays, threads=self.threads))
 
     def attend_one(
         self, q_ND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cached: slice | torch.Tensor

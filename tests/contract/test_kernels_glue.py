@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridlab import kernels, kernels_attention, kernels_numpy, number_formats
+from hybridlab import kernels, kernels_attention, kernels_numpy
 
 TIERS = kernels.supported_tiers()
 
@@ -77,23 +77,6 @@ def test_routing_of_nan_stays_inside_the_experts(tier):
     assert ids.min() >= 0 and ids.max() < 9 and len(set(ids[0].tolist())) == 4
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("count", [1, 3, 300, 1000])
-@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (8, 8, 24), (32, 4, 128), (4, 1, 20)])
-def test_attention_of_one_query(tier, threads, count, heads, groups, size):
-    q, k, v = normal(0, heads, size), normal(1, 1200, groups, size), normal(2, 1200, groups, size)
-    keys, values = bf16_bits(k), bf16_bits(v)
-    scattered = np.random.default_rng(3).permutation(1200)[:count].astype(np.int64)
-    for cached in (slice(100, 100 + count), scattered):
-        k64 = number_formats.bf16_to_float32(keys[cached]).astype(np.float64)
-        v64 = number_formats.bf16_to_float32(values[cached]).astype(np.float64)
-        scores = np.einsum("grd,cgd->grc", q.astype(np.float64).reshape(groups, -1, size), k64) / np.sqrt(size)
-        probs = np.exp(scores - scores.max(-1, keepdims=True))
-        expected = np.einsum("grc,cgd->grd", probs / probs.sum(-1, keepdims=True), v64).reshape(heads, size)
-        got = kernels_attention.attend_one(q, keys, values, cached, threads=threads)
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("fp8", [True, False])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -131,7 +114,7 @@ def test_a_whole_attention_step_equals_its_parts(fp8, threads, tokens):
     )
     want = x + o(mixed.reshape(tokens, -1), threads=1)
 
-    got = step(x, cos, sin, keys, values, new, kernels_attention.DecodeRuns(cached, new), threads=threads)
+    got = step(x, cos, sin, keys, values, new, kernels_attention.CachedRuns(cached, new), threads=threads)
     assert (keys == want_keys).all() and (values == want_values).all()
     np.testing.assert_array_equal(got, want)
 
