@@ -143,9 +143,7 @@ class AttentionStep:
         assert native is not None
         matrices = (q.native_parts, k.native_parts, v.native_parts, o.native_parts)
         addresses = (address(norms[0]), address(norms[1]), address(norms[2]))
-        self._native = native.AttentionStep(
-            q.tier, matrices, addresses, eps, self._heads, self._groups, self._head_dim
-        )
+        self._native = native.AttentionStep(q.tier, matrices, addresses, eps, self._heads, self._groups, self._head_dim)
 
     def __call__(
         self,
