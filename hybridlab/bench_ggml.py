@@ -28,7 +28,7 @@ class GgmlMatrices:
     """The threads poll for that long at least."""
 
     def __init__(self, shape: MatrixShape, pool: WeightPool, weights: str) -> None:
-        import ggml
+        import ggml  # pyright: ignore[reportMissingImports]
 
         self._ggml: Any = ggml
         self._shape = shape

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import date
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class KernelBench:
         lines = [f"CPU kernels, {len(self.table)} points (measured), medians; {where}"]
         if len(self.table):
             for threads, rows in self.table[self.table["place"] == "memory"].groupby("threads"):
-                read, peak = rows["read_gb_s"].median(), rows["multiply_gflop_s"].median()
+                read, peak = (median(rows[name].tolist()) for name in ("read_gb_s", "multiply_gflop_s"))
                 lines.append(f"  ceilings, {threads} threads: read {read:.1f} GB/s, multiply {peak:.0f} GFLOP/s")
             lines.append(bench_targets.shown(self.targets))
         lines += [f"  {note}" for note in self.notes]
@@ -103,9 +104,9 @@ def run(
         threads=_counts("threads", threads, sorted({1, detect_cores().usable}), 1024),
         seconds=_positive(seconds, QUICK_S if quick else FULL_S),
     )
+    there, notes = find_peers(QUICK_PEERS if peers is None and quick else peers)
     if kernels.tier() == "numpy":
         raise ConfigError("bench kernels: needs a compiled kernel tier; see hybridlab doctor")
-    there, notes = find_peers(QUICK_PEERS if peers is None and quick else peers)
     found: list[dict[str, Any]] = []
     complete = True
     try:

@@ -31,7 +31,7 @@ class KtLayer:
 
     def __init__(self, layer: LayerShape, pool: WeightPool, threads: int) -> None:
         with _stdout_away():
-            import kt_kernel
+            import kt_kernel  # pyright: ignore[reportMissingImports]
             import torch
 
             self._torch = torch

@@ -6,7 +6,7 @@ published loops taken right before and right after it, never with a number from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from math import ceil, inf
@@ -106,31 +106,43 @@ def time_together(
     clock: Callable[[], float] = perf_counter,
     rest: Callable[[float], object] = sleep,
 ) -> list[Samples]:
-    """Samples of each work: trials go over all of them in turn, for `seconds` each and at least three times."""
+    """Samples of each work: trials go over all of them in turn, at least three, until each has had its `seconds`.
+
+    A slow one has had its time after fewer trials than the others.
+    """
     turns = [cycle(work.calls) for work in works]
     counts = [_calls_per_sample(work, clock) for work in works]
     samples = [Samples() for _ in works]
-    end = clock() + seconds * len(works)
-    trial = 0
-    while trial < LEAST_TRIALS or (trial < MOST_TRIALS and clock() < end):
-        trial += 1
+    spent = [0.0] * len(works)
+    for trial in range(MOST_TRIALS):
+        waiting = [i for i in range(len(works)) if trial < LEAST_TRIALS or spent[i] < seconds]
+        if not waiting:
+            break
         before = yardstick.measure()
-        for work, turn, count, found in zip(works, turns, counts, samples, strict=True):
-            if work.resident:
-                for call in work.calls:
-                    call()
-            native = kernels.native_seconds()
-            start = clock()
-            for _ in range(count):
-                next(turn)()
-            found.call_s.append((clock() - start) / count)
-            found.native_s.append((kernels.native_seconds() - native) / count)
-            if work.settle_s:
-                rest(work.settle_s)
+        for i in waiting:
+            begin = clock()
+            _sample(works[i], turns[i], counts[i], samples[i], clock)
+            if works[i].settle_s:
+                rest(works[i].settle_s)
             after = yardstick.measure()
-            found.readings.append(Reading((before.read + after.read) / 2, (before.multiply + after.multiply) / 2))
+            samples[i].readings.append(Reading((before.read + after.read) / 2, (before.multiply + after.multiply) / 2))
             before = after
+            spent[i] += clock() - begin
     return samples
+
+
+def _sample(
+    work: Work, turn: Iterator[Callable[[], object]], count: int, found: Samples, clock: Callable[[], float]
+) -> None:
+    if work.resident:
+        for call in work.calls:
+            call()
+    native = kernels.native_seconds()
+    start = clock()
+    for _ in range(count):
+        next(turn)()
+    found.call_s.append((clock() - start) / count)
+    found.native_s.append((kernels.native_seconds() - native) / count)
 
 
 def _calls_per_sample(work: Work, clock: Callable[[], float]) -> int:
@@ -167,7 +179,7 @@ def row_of(work: Work, samples: Samples, baseline: Samples | None) -> dict[str, 
         "flop_per_byte": work.flop / work.weight_bytes,
         "python_share": 1 - sum(samples.native_s) / sum(seconds) if any(samples.native_s) else float("nan"),
     }
-    ratios = [] if baseline is None else [a / b for a, b in zip(seconds, baseline.call_s, strict=True)]
+    ratios = [] if baseline is None else [a / b for a, b in zip(seconds, baseline.call_s, strict=False)]
     return {**row, **_spread("times_slower", ratios or [float("nan")])}
 
 

@@ -4,10 +4,13 @@ Rows of several kinds of evidence are compared only if `evidence=[...]` asks for
 """
 
 from hybridlab.figures.draw import draw_figures
+from hybridlab.figures.fp8_codes import fp8_codes, fp8_table
+from hybridlab.figures.kernel_bench import read_kernel_bench, save_kernel_bench
 from hybridlab.figures.latency_cdf import latency_cdf
 from hybridlab.figures.load_curves import load_curves
 from hybridlab.figures.pareto import pareto_front
 from hybridlab.figures.perfetto import save_perfetto
+from hybridlab.figures.roofline import roofline, weights_rate
 from hybridlab.figures.save import save_figure
 from hybridlab.figures.style import ONE_COLUMN_IN, TWO_COLUMNS_IN, style
 from hybridlab.figures.tables import Tables
@@ -20,13 +23,19 @@ __all__ = [
     "TWO_COLUMNS_IN",
     "Tables",
     "draw_figures",
+    "fp8_codes",
+    "fp8_table",
     "latency_cdf",
     "load_curves",
     "pareto_front",
+    "read_kernel_bench",
+    "roofline",
     "save_figure",
+    "save_kernel_bench",
     "save_perfetto",
     "style",
     "timeline",
     "ttft_prompt_length",
     "ttft_throughput",
+    "weights_rate",
 ]

@@ -45,6 +45,15 @@ def save_kernel_bench(bench: KernelBench, folder: str | Path, command: str) -> l
     return [*files, *rebuild_kernel_bench(folder)]
 
 
+def is_kernel_bench(folder: Path) -> bool:
+    """Whether `folder`/meta.json says that `save_kernel_bench` wrote it."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(meta, dict) and meta.get("format") == FORMAT
+
+
 def rebuild_kernel_bench(folder: Path) -> list[Path]:
     """Draw the figures of a folder again from its tables, and targets.csv with them."""
     path = folder / "meta.json"

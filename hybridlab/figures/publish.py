@@ -23,6 +23,7 @@ from hybridlab.config import PAPER, load_config, project_dir
 from hybridlab.errors import ConfigError
 from hybridlab.figures.draw import draw_all
 from hybridlab.figures.files import write_whole
+from hybridlab.figures.kernel_bench import is_kernel_bench, rebuild_kernel_bench
 from hybridlab.figures.tables import Tables, chosen, rows_of
 from hybridlab.figures_config import DEFAULT_FIGURES, FigureConfig, read_figures
 from hybridlab.sections import did_you_mean
@@ -196,6 +197,8 @@ def _parquet(frame: Any) -> bytes:
 
 
 def _rebuild(folder: Path) -> list[Path]:
+    if is_kernel_bench(folder):
+        return rebuild_kernel_bench(folder)
     meta, tables = _read(folder)
     try:
         figures = read_figures(meta["config"]["figures"]) if "figures" in meta["config"] else DEFAULT_FIGURES

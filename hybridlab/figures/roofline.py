@@ -54,7 +54,8 @@ def roofline(
         own = ax is None
         ax = new_axes(width_in, 2.7) if ax is None else ax
         left, right = frame["flop_per_byte"].min() / 1.6, frame["flop_per_byte"].max() * 1.6
-        roofs = [_draw_roof(ax, rows, left, right) for _, rows in frame.groupby("threads")]
+        counts = sorted(set(frame["threads"]))
+        roofs = [_draw_roof(ax, frame[frame["threads"] == n], left, right, below=n < counts[-1]) for n in counts]
         for one in series:
             _draw(ax, one, "flop_per_byte", "gflop_s")
         _label_rows(ax, series[0], "flop_per_byte", "gflop_s")
@@ -144,21 +145,26 @@ def _name(contender: str, weights: str, layout: str) -> str:
     return f"{library} {weights.upper()}" + (" dequantised" if contender == "torch_fp8" else "")
 
 
+def _is_ours(one: Series) -> bool:
+    return one.rows["contender"].iloc[0] == OURS
+
+
 def _draw(ax: Axes, one: Series, x: str, y: str) -> None:
     look = line_of(one.number, one.kind)
-    if one.rows["contender"].iloc[0] != OURS:
+    if not _is_ours(one):
         look |= {"linestyle": "none", "markersize": 3.5, "alpha": 0.85}
     ax.plot(one.rows[x], one.rows[y], **look, zorder=3)
 
 
-def _draw_roof(ax: Axes, rows: Any, left: float, right: float) -> float:
+def _draw_roof(ax: Axes, rows: Any, left: float, right: float, *, below: bool) -> float:
     """The ceilings measured on one number of threads; returns the flat part, GFLOP/s."""
     read, peak = rows["read_gb_s"].median(), rows["multiply_gflop_s"].median()
     x = np.array([left, peak / read, right])
     ax.plot(x, np.minimum(read * x, peak), color=GREY, linewidth=0.8, zorder=1.5)
     threads = int(rows["threads"].iloc[0])
     text = f"{threads} thread{'s' if threads > 1 else ''}: {read:.0f} GB/s, {peak:.0f} GFLOP/s"
-    ax.annotate(text, (right, peak), (0, 1.5), textcoords="offset points", ha="right", fontsize=6, color=GREY)
+    place: Any = {"xytext": (0, -2 if below else 1.5), "va": "top" if below else "bottom", "ha": "right"}
+    ax.annotate(text, (right, peak), textcoords="offset points", fontsize=6, color=GREY, **place)
     return peak
 
 
@@ -166,7 +172,7 @@ def _label_rows(ax: Axes, one: Series, x: str, y: str) -> None:
     for row in one.rows.to_dict("records"):
         if row["rows"] in LABELLED_ROWS:
             label = f"M = {row['rows']}" if row["rows"] == one.rows["rows"].min() else str(row["rows"])
-            ax.annotate(label, (row[x], row[y]), (-3, 3), textcoords="offset points", ha="right", fontsize=6)
+            ax.annotate(label, (row[x], row[y]), (3, -3), textcoords="offset points", va="top", fontsize=6)
 
 
 def _finish(ax: Axes, frame: Any, series: Sequence[Series], own: bool) -> None:
@@ -176,4 +182,8 @@ def _finish(ax: Axes, frame: Any, series: Sequence[Series], own: bool) -> None:
     log_axis(ax, "y")
     marks: list[Any] = [evidence_handle(kind) for kind in dict.fromkeys(one.kind for one in series)]
     marks.append(Line2D([], [], color=GREY, linewidth=0.8, label="measured ceilings"))
-    put_legend(ax, series_handles(series), marks, below=own)
+    handles = series_handles(series)
+    for handle, one in zip(handles, {one.number: one for one in series}.values(), strict=True):
+        if not _is_ours(one):
+            handle.set_linestyle("none")
+    put_legend(ax, handles, marks, below=own)
