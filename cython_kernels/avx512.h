@@ -24,7 +24,8 @@
 /* 32 accumulators less what decoding needs */
 #define MAX_M 8
 #define TILES(m) ((m) <= 4 ? 4 : 2)
-#define FEW 4
+#define FEW 8
+#define FEW_ROWS(m) ((m) <= 2 ? 32 : 16)
 
 #define NO_FLAG_SEE(flag, v) ((void)0)
 #define NO_FLAG_LANES(flag, nan) ((void)(flag), (void)(nan), 0)

@@ -26,6 +26,7 @@ typedef uint32_t words __attribute__((vector_size(16), may_alias));
 #define MAX_M 4
 #define TILES(m) 1
 #define FEW 2
+#define FEW_ROWS(m) 32
 #define QUAD(p, stride, out) quad(p, stride, ELEMENT, out)
 
 static float values[256];
@@ -65,7 +66,8 @@ static inline void decode_bf16(words v, floats *piece) {
     piece[1] = (floats)(v & 0xFFFF0000u);
 }
 
-static inline floats multiply_one(floats acc, floats piece, const hl_word *word) {
+static inline floats multiply_one(floats acc, floats piece, const hl_word *word, const int m) {
+    (void)m;
     float x;
     memcpy(&x, word, 4);
     return acc + piece * SET1(x);
@@ -101,7 +103,7 @@ static double multiply(int64_t rounds, float *sink) {
 #define ELEMENT 1
 #define PIECES 4
 #define DECODE(v, piece) decode_fp8(v, piece)
-#define MUL(acc, piece, word) multiply_one(acc, piece, word)
+#define MUL(acc, piece, word, m) multiply_one(acc, piece, word, m)
 #define FLAG int
 #define FLAG_ZERO() 0
 #define FLAG_SEE(flag, v) ((void)0)
@@ -112,7 +114,7 @@ static double multiply(int64_t rounds, float *sink) {
 #define ELEMENT 2
 #define PIECES 2
 #define DECODE(v, piece) decode_bf16(v, piece)
-#define MUL(acc, piece, word) multiply_one(acc, piece, word)
+#define MUL(acc, piece, word, m) multiply_one(acc, piece, word, m)
 #define FLAG int
 #define FLAG_ZERO() 0
 #define FLAG_SEE(flag, v) ((void)0)

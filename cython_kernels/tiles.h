@@ -9,11 +9,12 @@
      COPY64(to, from)                   `to` aligned, `from` not
      VEC, ZERO(), LOADF(p), STOREF(p, v), FMA(a, b, c), SET1(f)
      PIECE, PIECES, DECODE(v, piece)    a WVEC widened: PIECES vectors, each times one 32-bit word of x
-     MUL(acc, piece, word)              acc + piece * broadcast(*word), elementwise
+     MUL(acc, piece, word, m)           acc + piece * broadcast(*word), elementwise
      FLAG, FLAG_ZERO(), FLAG_SEE(flag, v), FLAG_LANES(flag, nan)   finds NaN codes where they do not decode to NaN:
                                         FLAG_LANES sets nan[0 .. LANES) of rows that had one and returns if any
      MAX_M, TILES(m)                    tokens and tiles of 16 rows whose accumulators fit the registers
-     FEW                                tokens up to which row-major weights are transposed in registers (2 or 4)
+     FEW, FEW_ROWS(m)                   tokens up to which row-major weights are transposed in registers, and the rows
+                                        (16 or 32) at a time
 
    The order of operations of an element, the same for both layouts and any number of tokens: for each block of 128 k,
    an accumulator takes the products in order of k and is then added to the sum, times the block's scale. A vector lane
@@ -27,6 +28,14 @@
 #define STAGE 32                      /* rows of a row-major matrix that are transposed together */
 #define WORDS (STEPS * PIECES)        /* 32-bit words of x in a block */
 
+#define PREFETCH(p, far_off)             \
+    do {                                 \
+        if (far_off)                     \
+            __builtin_prefetch(p, 0, 2); \
+        else                             \
+            __builtin_prefetch(p, 0, 3); \
+    } while (0)
+
 /* One step of `strips` vectors of weights times m tokens, whose words of the block stand one token after another: one
    pointer serves them all. */
 #define STEP(strip, vector, word)                                                        \
@@ -38,7 +47,7 @@
         DECODE(w_, piece_);                                                              \
         _Pragma("GCC unroll 4") for (int p_ = 0; p_ < PIECES; p_++)                      \
             _Pragma("GCC unroll 8") for (int j = 0; j < m; j++)                          \
-                acc[strip][j] = MUL(acc[strip][j], piece_[p_], x + j * WORDS + (word) + p_);      \
+                acc[strip][j] = MUL(acc[strip][j], piece_[p_], x + j * WORDS + (word) + p_, m);      \
     } while (0)
 
 #define BEGIN_BLOCK()                                                   \
@@ -68,7 +77,7 @@ TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _block)(
 #pragma GCC unroll 16
         for (int s = 0; s < strips; s++) {
             const uint8_t *p = w + s * STRIP;
-            if (s % TILE_STRIPS == 0) __builtin_prefetch(p + ahead, 0, 3);
+            if (s % TILE_STRIPS == 0) PREFETCH(p + ahead, strips < 4 * TILE_STRIPS);
             STEP(s, LOADW(p), step * PIECES);
         }
         w += step_bytes;
@@ -91,20 +100,20 @@ TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _tiles)(
 #undef RUN
 }
 
-/* The same for 32 rows of row-major weights that stand as lines in L1, while the next block's lines are copied from
+/* The same for 16 or 32 rows of row-major weights that stand as lines in L1, while the next block's lines are copied from
    `src` (if `copy`) and those of the panel after this one are fetched into L2 in order of address, so that DRAM sees a
    single stream. */
 TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _lines)(
-    const uint8_t *lines, uint8_t *next_lines, const uint8_t *src, int64_t row_bytes, const int copy, const int m,
+    const uint8_t *lines, uint8_t *next_lines, const uint8_t *src, int64_t row_bytes, const int rows, const int copy, const int m,
     const hl_word *x, float *sum, FLAG *flags, float scale, const uint8_t *ahead) {
-    enum { strips = STAGE / LANES };
+    const int strips = rows / LANES;
     BEGIN_BLOCK()
 #pragma GCC unroll 1
     for (int q = 0; q < LINE / 16; q++) {
         if (copy) {
 #pragma GCC unroll 8
-            for (int c = 0; c < 8; c++) {
-                const int line = 8 * q + c;
+            for (int c = 0; c < rows / 4; c++) {
+                const int line = rows / 4 * q + c;
                 COPY64(next_lines + 64 * line, src + line / (LINE / 64) * row_bytes + 64 * (line % (LINE / 64)));
                 __builtin_prefetch(ahead + 64 * line, 0, 2);
             }
@@ -120,18 +129,19 @@ TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _lines)(
     END_BLOCK()
 }
 
-/* Rows [r, r + 32) of block b as lines, zero-padded; never reads past the matrix. */
-TARGET static void JOIN(NAME, _copy)(const hl_matrix *w, int64_t r, int64_t b, const uint8_t *ahead, uint8_t *lines) {
+/* Rows [r, r + count) of block b as lines, zero-padded; never reads past the matrix. */
+TARGET static void JOIN(NAME, _copy)(const hl_matrix *w, int64_t r, int count, int64_t b, const uint8_t *ahead,
+                                     uint8_t *lines) {
     const int64_t row_bytes = w->k * ELEMENT, rows = w->n - r, bytes = row_bytes - b * LINE;
     const uint8_t *src = w->data + r * row_bytes + b * LINE;
-    if (rows >= STAGE && bytes >= LINE) {
-        for (int line = 0; line < STAGE * LINE / 64; line++) {
+    if (rows >= count && bytes >= LINE) {
+        for (int line = 0; line < count * LINE / 64; line++) {
             COPY64(lines + 64 * line, src + line / (LINE / 64) * row_bytes + 64 * (line % (LINE / 64)));
             __builtin_prefetch(ahead + 64 * line, 0, 2);
         }
     } else {
-        memset(lines, 0, STAGE * LINE);
-        for (int i = 0; i < STAGE && i < rows; i++)
+        memset(lines, 0, (size_t)count * LINE);
+        for (int i = 0; i < count && i < rows; i++)
             memcpy(lines + i * LINE, src + i * row_bytes, (size_t)(bytes < LINE ? bytes : LINE));
     }
 }
@@ -181,39 +191,58 @@ static inline float JOIN(NAME, _scale)(const hl_matrix *w, int64_t r, int64_t b)
 TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _few)(
     const hl_matrix *w, int64_t r0, int64_t r1, const hl_inputs *x, const int m, const hl_outputs *out,
     const uint8_t *next) {
+    const int rows = FEW_ROWS(m);
     const int64_t blocks = (w->k + HL_BLOCK - 1) / HL_BLOCK, row_bytes = w->k * ELEMENT;
     uint8_t lines[2][STAGE * LINE] __attribute__((aligned(64)));
     int now = 0;
-    JOIN(NAME, _copy)(w, r0, 0, w->data, lines[0]);
-    for (int64_t r = r0; r < r1; r += STAGE) {
+    JOIN(NAME, _copy)(w, r0, rows, 0, w->data, lines[0]);
+    for (int64_t r = r0; r < r1; r += rows) {
         float sum[FEW * HL_PANEL] __attribute__((aligned(64))) = {0};
         FLAG flags[STAGE / LANES];
-        for (int s = 0; s < STAGE / LANES; s++) flags[s] = FLAG_ZERO();
-        const uint8_t *ahead = r + STAGE < r1 ? w->data + (r + STAGE) * row_bytes : next ? next : w->data + r * row_bytes;
-        for (int64_t b = 0; b < blocks; b++, now = !now, ahead += STAGE * LINE) {
+        for (int s = 0; s < rows / LANES; s++) flags[s] = FLAG_ZERO();
+        const uint8_t *ahead = r + rows < r1 ? w->data + (r + rows) * row_bytes : next ? next : w->data + r * row_bytes;
+        for (int64_t b = 0; b < blocks; b++, now = !now, ahead += rows * LINE) {
             const hl_word *words = x->words + b * m * WORDS;
-            const int64_t r_next = b + 1 < blocks ? r : r + STAGE, b_next = b + 1 < blocks ? b + 1 : 0;
+            const int64_t r_next = b + 1 < blocks ? r : r + rows, b_next = b + 1 < blocks ? b + 1 : 0;
             const uint8_t *src = w->data + r_next * row_bytes + b_next * LINE;
             const float scale = JOIN(NAME, _scale)(w, r, b);
-            if (r_next + STAGE <= w->n && (b_next + 1) * HL_BLOCK <= w->k && r_next < r1) {
-                JOIN(NAME, _lines)(lines[now], lines[!now], src, row_bytes, 1, m, words, sum, flags, scale, ahead);
+            if (r_next + rows <= w->n && (b_next + 1) * HL_BLOCK <= w->k && r_next < r1) {
+                JOIN(NAME, _lines)(lines[now], lines[!now], src, row_bytes, rows, 1, m, words, sum, flags, scale, ahead);
             } else {
-                JOIN(NAME, _lines)(lines[now], lines[!now], src, row_bytes, 0, m, words, sum, flags, scale, ahead);
-                if (r_next < r1) JOIN(NAME, _copy)(w, r_next, b_next, w->data, lines[!now]);
+                JOIN(NAME, _lines)(lines[now], lines[!now], src, row_bytes, rows, 0, m, words, sum, flags, scale, ahead);
+                if (r_next < r1) JOIN(NAME, _copy)(w, r_next, rows, b_next, w->data, lines[!now]);
             }
         }
-        JOIN(NAME, _write)(sum, flags, (int)(r1 - r < STAGE ? r1 - r : STAGE), x, m, out->y + r - out->first, out->stride);
+        JOIN(NAME, _write)(sum, flags, (int)(r1 - r < rows ? r1 - r : rows), x, m, out->y + r - out->first, out->stride);
+    }
+}
+
+/* One group of tokens, or two after each other while a panel is in L2. */
+TARGET static void JOIN(NAME, _groups)(const hl_matrix *w, int64_t r0, int64_t r1, const hl_inputs *x, int m,
+                                       const hl_outputs *out, const uint8_t *next) {
+    const int64_t step = m <= FEW ? r1 - r0 : HL_PANEL, words = hl_blocks(w->k) * WORDS;
+    for (int64_t r = r0; r < r1; r += step) {
+        const int64_t end = r + step < r1 ? r + step : r1;
+        for (int first = 0; first < m; first += FEW) {
+            const int size = m - first < FEW ? m - first : FEW;
+            const hl_inputs part = {x->words + first * words, x->post + 2 * first};
+            const hl_outputs to = {out->y + first * out->stride, out->stride, out->first};
+            const uint8_t *then = first + size < m ? hl_rows_at(w, r) : end < r1 ? hl_rows_at(w, end) : next;
+            switch (size) {
+#define CASE(count) \
+    case count: if (count <= FEW) JOIN(NAME, _few)(w, r, end, &part, count <= FEW ? count : 1, &to, then); break;
+                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+            }
+        }
     }
 }
 
 TARGET static void NAME(const hl_matrix *w, int64_t r0, int64_t r1, const hl_inputs *x, int m, const hl_outputs *out,
                         const uint8_t *next) {
     const int packed = w->layout == HL_TILES, groups = (m + MAX_M - 1) / MAX_M;
-    if (!packed && m <= FEW) {
-        if (m == 1) JOIN(NAME, _few)(w, r0, r1, x, 1, out, next);
-        if (m == 2) JOIN(NAME, _few)(w, r0, r1, x, 2, out, next);
-        if (m == 3 && FEW > 2) JOIN(NAME, _few)(w, r0, r1, x, FEW > 2 ? 3 : 1, out, next);
-        if (m == 4 && FEW > 2) JOIN(NAME, _few)(w, r0, r1, x, FEW > 2 ? 4 : 1, out, next);
+    if (!packed && (m <= FEW || (FEW == MAX_M && groups <= 2))) {
+        JOIN(NAME, _groups)(w, r0, r1, x, m, out, next);
         return;
     }
     const int64_t blocks = (w->k + HL_BLOCK - 1) / HL_BLOCK, panel = packed ? HL_PANEL : STAGE;
@@ -234,7 +263,7 @@ TARGET static void NAME(const hl_matrix *w, int64_t r0, int64_t r1, const hl_inp
                 distance = tiles * HL_TILE * LINE;
                 block = data + b * distance;
             } else {
-                JOIN(NAME, _copy)(w, r, b, ahead, lines);
+                JOIN(NAME, _copy)(w, r, STAGE, b, ahead, lines);
                 JOIN(NAME, _transpose)(lines, tiles, tiles, tile_buffer);
             }
             for (int g = 0; g < groups; g++) {
@@ -256,7 +285,7 @@ TARGET static void JOIN(NAME, _pack)(const hl_matrix *w, int64_t panel, uint8_t 
     for (int64_t b = 0; b < blocks; b++)
         for (int t = 0; t < tiles; t += STAGE / HL_TILE) {
             const int keep = tiles - t < STAGE / HL_TILE ? tiles - t : STAGE / HL_TILE;
-            JOIN(NAME, _copy)(w, r + t * HL_TILE, b, w->data, lines);
+            JOIN(NAME, _copy)(w, r + t * HL_TILE, STAGE, b, w->data, lines);
             JOIN(NAME, _transpose)(lines, tiles, keep, out + b * tiles * HL_TILE * LINE + 64 * t);
         }
 }
