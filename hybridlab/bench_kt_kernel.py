@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -97,6 +98,7 @@ def _stdout_away() -> Iterator[None]:
     try:
         yield
     finally:
+        ctypes.CDLL(None).fflush(None)  # what C has buffered would come out later
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nothing)

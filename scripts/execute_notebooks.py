@@ -26,12 +26,15 @@ WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 def execute(notebook: Any, project: Path) -> None:
     """Run all cells in a new kernel, with `project`/notebooks as working directory; outputs are kept in `notebook`.
 
-    `project` becomes a project that sees the experiments of this one and has no results. The kernel listens on
-    the loopback interface only. Raises nbclient's CellExecutionError where a cell fails that may not.
+    `project` becomes a project that sees the experiments of this one and what it has published, and has no other
+    results. The kernel listens on the loopback interface only. Raises nbclient's CellExecutionError where a cell fails
+    that may not.
     """
     (project / "notebooks").mkdir()
     (project / "pyproject.toml").touch()
-    (project / "experiments").symlink_to(ROOT / "experiments", target_is_directory=True)
+    (project / "results").mkdir()
+    for name in ("experiments", "results/paper"):
+        (project / name).symlink_to(ROOT / name, target_is_directory=True)
     kernel = AsyncKernelManager(kernel_name="python3", transport="tcp", ip="127.0.0.1")
     resources = {"metadata": {"path": str(project / "notebooks")}}
     NotebookClient(notebook, km=kernel, timeout=TIMEOUT_S, resources=resources).execute()

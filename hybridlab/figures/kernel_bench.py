@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridlab.bench_targets import targets_table
+from hybridlab.config import PAPER, project_dir
 from hybridlab.errors import ConfigError
 from hybridlab.figures.files import file_path, write_whole
 from hybridlab.figures.roofline import COLUMNS, roofline, weights_rate
@@ -67,10 +68,15 @@ def rebuild_kernel_bench(folder: Path) -> list[Path]:
     return [path for name in FIGURES for path in _draw(name, table, folder, command, version)]
 
 
-def read_kernel_bench(folder: str | Path) -> pd.DataFrame:
-    """The table of `folder`/kernels.csv. Raises ConfigError if it is missing or damaged."""
+def read_kernel_bench(folder: str | Path | None = None) -> pd.DataFrame:
+    """The table of `folder`/kernels.csv, by default of the project's results/paper/kernels.
+
+    Raises ConfigError if it is missing or damaged.
+    """
     import pandas as pd
 
+    if folder is None:
+        folder = project_dir() / "results" / PAPER / "kernels"
     path = file_path(folder, "read_kernel_bench") / "kernels.csv"
     try:
         table = pd.read_csv(path, dtype={"code": str, "tier": str})

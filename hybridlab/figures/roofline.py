@@ -142,7 +142,7 @@ def _name(contender: str, weights: str, layout: str) -> str:
     if contender == OURS:
         return f"{weights.upper()}, {layout}"
     library = contender.partition("_")[0]
-    return f"{library} {weights.upper()}" + (" dequantised" if contender == "torch_fp8" else "")
+    return f"{library} {weights.upper()}"
 
 
 def _is_ours(one: Series) -> bool:
