@@ -193,7 +193,7 @@ def test_kt_kernel_is_compared_at_its_best_thread_count() -> None:
 
 
 def test_targets_of_an_empty_table_are_not_measured() -> None:
-    table = targets_table(pd.DataFrame())
+    table: Any = targets_table(pd.DataFrame())
     assert len(table) == 12 and table["measured"].isna().all()
 
 
@@ -214,7 +214,7 @@ def test_a_quick_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtu
     """The real machine, on small buffers; times are not looked at."""
     monkeypatch.setattr(bench_kernels, "out_of_cache_bytes", lambda: 4 << 20)
     bench = bench_kernels.run(["tiny"], rows=[1, 16], threads=[1], seconds=0.001, peers=["torch_bf16"], progress=False)
-    table = bench.table
+    table: Any = bench.table
     assert bench.complete and capfd.readouterr().out == ""
     assert set(table["evidence"]) == {"measured"} and set(table["threads"]) == {1}
     assert {"hybridlab", "torch_bf16"} == set(table["contender"])

@@ -62,7 +62,7 @@ def test_points_lie_under_the_roof_of_the_most_threads(legend_texts: Callable[[A
     assert list(ours.get_ydata()) == pytest.approx([0.95 * min(READ * x, 2 * PEAK) for x in (2, 8, 32, 128)])
     assert list(torch.get_xdata()) == [1, 4, 16, 64]
     assert rows.get_linestyle() == "-" and torch.get_linestyle() == "None"
-    roofs = [line for line in ax.get_lines() if line not in (ours, rows, torch)]
+    roofs: list[Any] = [line for line in ax.get_lines() if line not in (ours, rows, torch)]
     assert [max(line.get_ydata()) for line in roofs] == [PEAK, 2 * PEAK]
     assert [line.get_xdata()[1] for line in roofs] == [PEAK / READ, 2 * PEAK / READ]
     texts = legend_texts(ax)
