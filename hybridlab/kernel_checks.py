@@ -39,6 +39,9 @@ def check_matrix(name: str, weight: Any, scale: Any) -> None:
     if scale.shape != grid:
         raise ValueError(f"{name} scale: expected shape {list(grid)} for a weight {list(weight.shape)}, "
                          f"got {list(scale.shape)}")  # fmt: skip
+    if not np.isfinite(scale).all():
+        at = np.argwhere(~np.isfinite(scale))[0].tolist()
+        raise ValueError(f"{name} scale: {scale[tuple(at)]} at {at}, expected finite numbers")
 
 
 def check_experts(
