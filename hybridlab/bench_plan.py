@@ -125,6 +125,8 @@ def _layer_contenders(
 ) -> list[Contender]:
     make = partial(OurLayer, layer, pool, experts, tier=kernels.tier())
     ours = [make(weights=weights, layout=layout) for weights in ("fp8", "bf16") for layout in LAYOUTS]
+    if point.rows > 1:  # kt-kernel would copy all weights and start its threads for nothing
+        peers = [name for name in peers if name != "kt_kernel"]
     return [*ours, *(one for one in layer_peers(peers, layer, pool, point.threads) if one.takes(point.rows))]
 
 
