@@ -16,7 +16,7 @@ FLOORS = {
     0: {"errors", "plans", "request", "routing", "spec", "validation"},
     1: {"admission", "batch", "kv_blocks", "lowering", "prefix_cache", "strategies"},
     2: {
-        "checkpoint", "engine", "hardware", "kernel_checks", "kernels", "kernels_attention", "kernels_numpy", "model",
+        "checkpoint", "engine", "hardware", "kernel_checks", "kernel_layouts", "kernels", "kernels_attention", "kernels_numpy", "model",
         "number_formats",
         "simulator", "text",
     },
