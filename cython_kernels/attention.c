@@ -141,7 +141,8 @@ static void run_task(void *raw, int64_t index, int64_t next) {
         if (t->piece < 0)
             point_results(&p, results + (i > first ? result_floats(a, all) : 0), all, 0);
         else
-            point_results(&p, c->partial + t->partial + i * result_floats(a, rows * a->g), rows * a->g, t->group * rows);
+            point_results(&p, c->partial + t->partial + i * result_floats(a, rows * a->g), rows * a->g,
+                          t->group * rows);
         c->tier->piece(&p);
         if (i == first)
             total = p;
@@ -194,7 +195,8 @@ static void list_tasks(call *c, int64_t groups, int64_t *partial, int64_t *rows)
         *rows = x->queries * per * groups > *rows ? x->queries * per * groups : *rows;
         for (int64_t k = 0; k < pieces(x); k++)
             for (int64_t g = 0; g < a->g; g += groups, c->count++) {
-                const int64_t n = least(groups, a->g - g), cost = n * x->queries * per * least(HL_PIECE, end - k * HL_PIECE);
+                const int64_t n = least(groups, a->g - g), tokens = least(HL_PIECE, end - k * HL_PIECE);
+                const int64_t cost = n * x->queries * per * tokens;
                 if (c->tasks) c->tasks[c->count] = (task){x, 0, x->queries, g, n, k, *partial, cost, c->count};
             }
         for (int64_t g = 0; g < a->g; g++, c->merge_count++)

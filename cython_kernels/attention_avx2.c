@@ -13,6 +13,7 @@
 #define LANES 8
 #define VECTORS 2
 #define PAIR 1
+#define CACHED_ROWS 6
 #define ZERO() _mm256_setzero_ps()
 #define LOAD(p) _mm256_loadu_ps(p)
 #define STORE(p, v) _mm256_storeu_ps(p, v)
@@ -27,13 +28,15 @@ INLINE __m256 widen(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
 
+#define WIDEN(at, stride, out) ((void)(stride), (out)[0] = widen(at), (out)[1] = widen((at) + 8))
+
 /* A transposition of 8 x 8 floats at a time. */
-INLINE void pack_keys(const uint16_t *const *rows, int64_t d, uint32_t *out) {
+INLINE void pack_keys(const uint16_t *rows, int64_t stride, int64_t d, uint32_t *out) {
     for (int64_t k = 0; k < d; k += 8) {
         __m256 r[8], t[8];
         float *to = (float *)out + k * VECTORS * LANES;
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) r[i] = widen(rows[i] + k);
+        for (int i = 0; i < 8; i++) r[i] = widen(rows + i * stride + k);
 #pragma GCC unroll 4
         for (int i = 0; i < 8; i += 2) {
             t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
@@ -54,8 +57,9 @@ INLINE void pack_keys(const uint16_t *const *rows, int64_t d, uint32_t *out) {
     }
 }
 
-INLINE void pack_values(const uint16_t *const *rows, int64_t d, uint32_t *out, int64_t panel) {
-    for (int64_t k = 0; k < d; k += 8) STORE((float *)out + k / 16 * panel + k % 16, widen(rows[0] + k));
+INLINE void pack_values(const uint16_t *rows, int64_t stride, int64_t d, uint32_t *out, int64_t panel) {
+    for (int i = 0; i < HL_CACHE_TILE; i++, rows += stride, out += VECTORS * LANES)
+        for (int64_t k = 0; k < d; k += 8) STORE((float *)out + k / 16 * panel + k % 16, widen(rows + k));
 }
 
 /* 2^x for x <= 0 (NaN passes), 0 below the normal numbers; as in attention_bf16.c. */

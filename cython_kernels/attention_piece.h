@@ -11,6 +11,7 @@
 
 enum {
     HL_PIECE = 512,      /* tokens of a piece */
+    HL_CACHE_TILE = 16,  /* tokens that are laid out together */
     HL_KEY_BLOCK = 64,   /* tokens whose keys are laid out at a time */
     HL_VALUE_BLOCK = 256 /* the same for values, at most */
 };
@@ -38,10 +39,9 @@ typedef struct {
 
 static inline int64_t hl_mixed_stride(int64_t d) { return (d + 15) / 16 * 16; }
 
-/* A row of zeros, then the laid out keys or values of a block: up to 4 bytes an element, columns padded to 64. */
+/* A tile's copy, then the keys or values of a block laid out: up to 4 bytes an element, columns padded to 64. */
 static inline int64_t hl_packed_words(int64_t d) {
-    const int64_t wide = (d + 63) / 64 * 64;
-    return wide / 2 + wide * HL_VALUE_BLOCK;
+    return d * HL_CACHE_TILE / 2 + (d + 63) / 64 * 64 * HL_VALUE_BLOCK;
 }
 
 typedef struct {

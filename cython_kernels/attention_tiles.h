@@ -1,4 +1,4 @@
-/* The products of attention and the walk over a piece: included once per tier, after defining
+/* The walk over a piece of context: included once per tier, after defining
 
      TARGET, INLINE    function attributes that enable the instruction set
      VEC, LANES        float vector and its lanes
@@ -6,48 +6,15 @@
      PAIR              elements of a 32-bit word: two BF16 or one float
      ZERO(), LOAD(p), STORE(p, v)
      MULTIPLY(acc, word, v)   acc + (word, broadcast) times v, where v holds LANES words
-     pack_keys(rows, d, out)      LANES rows of BF16 -> out[step * VECTORS * LANES + lane], step = word of d
-     pack_values(rows, d, out, panel)   PAIR rows -> one word of each column, panels `panel` words apart
-     softmax(scores, seen, limit, scale, largest, sum)   scores to probabilities, in place, as words
+     pack_keys(rows, stride, d, out)   LANES rows of BF16 -> out[step * VECTORS * LANES + lane], step = word of d
+     pack_values(rows, stride, d, out, panel)   HL_CACHE_TILE rows -> out[step * VECTORS * LANES + column], step = PAIR
+                       rows; panels of columns are `panel` words apart
+     WIDEN(at, stride, out)   PAIR rows at `at` -> two vectors of words, as pack_values lays them out
+     CACHED_ROWS       rows that are multiplied with values as they lie in the cache
+     softmax(scores, seen, limit, scale, largest, sum)   scores to probabilities, in place, as words; zeros from `seen`
+                       up to `limit` */
+#include "attention_products.h"
 
-   A product is c[row, column] = sum over steps of a[row, step] * b[step, column], in the order of steps: lanes are
-   cached tokens for the scores, and elements of D for the mixture of values. */
-
-enum { WIDTH = VECTORS * LANES, ROWS = 6 };
-
-INLINE void dot(const uint32_t *a, int64_t a_stride, const uint32_t *b, int64_t steps, float *c, int64_t c_stride,
-                int add, const int rows, const int vectors) {
-    VEC acc[ROWS][VECTORS];
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) acc[r][v] = add ? LOAD(c + r * c_stride + v * LANES) : ZERO();
-    for (int64_t s = 0; s < steps; s++) {
-        VEC right[VECTORS];
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) right[v] = LOAD((const float *)b + s * WIDTH + v * LANES);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) acc[r][v] = MULTIPLY(acc[r][v], a[r * a_stride + s], right[v]);
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) STORE(c + r * c_stride + v * LANES, acc[r][v]);
-}
-
-/* One specialisation for each shape, so that the accumulators are registers. */
-#define DOT_CASE(r, v) \
-    case (r) * 4 + (v): if ((v) <= VECTORS) dot(a, a_stride, b, steps, c, c_stride, add, r, (v) <= VECTORS ? (v) : 1); break;
-#define DOT_CASES(r) DOT_CASE(r, 1) DOT_CASE(r, 2) DOT_CASE(r, 3) DOT_CASE(r, 4)
-
-TARGET static void dot_any(const uint32_t *a, int64_t a_stride, const uint32_t *b, int64_t steps, float *c,
-                           int64_t c_stride, int add, int rows, int vectors) {
-    switch (rows * 4 + vectors) {
-        DOT_CASES(1) DOT_CASES(2) DOT_CASES(3) DOT_CASES(4) DOT_CASES(5) DOT_CASES(6)
-    }
-}
 
 static inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -58,8 +25,8 @@ static inline int64_t seen(const hl_piece *p, int64_t r) {
 }
 
 /* Rows multiplied together: evenly many, since few rows leave the multipliers waiting for each other. */
-static inline int64_t row_step(int64_t rows) {
-    const int64_t steps = (rows + ROWS - 1) / ROWS;
+static inline int64_t row_step(int64_t rows, int64_t most) {
+    const int64_t steps = (rows + most - 1) / most;
     return (rows + steps - 1) / steps;
 }
 
@@ -67,43 +34,80 @@ static inline const uint16_t *entry(const hl_piece *p, const hl_cached *c, const
     return base + (c->slots ? c->slots[token] : c->first + token) * p->stride;
 }
 
-/* Walks ahead of the packing, in the order of addresses: DRAM sees one sequential stream, though heads are packed one
-   after another. `stage`: keys, values, keys of what comes next. */
+/* Walks ahead in the order of addresses: DRAM sees one sequential stream, though heads are taken one after another.
+   `stage`: keys, values, keys of what comes next. `due`: lines to prefetch before this block of a head is done. */
 typedef struct {
     const hl_piece *p;
-    int64_t token, head;
+    span now;
+    int64_t token, due;
     int stage;
 } ahead;
 
-INLINE void prefetch_rows(ahead *w, int count) {
+static int next_span(ahead *w) {
     const hl_piece *p = w->p;
-    for (int i = 0; i < count && w->stage < 3; i++) {
-        const hl_cached *c = w->stage == 2 ? &p->next : &p->cached;
-        if (w->token >= c->count) {
-            w->token = w->head = 0;
-            w->stage++;
-            continue;
-        }
-        const uint16_t *at = entry(p, c, w->stage == 1 ? c->values : c->keys, w->token) + w->head * p->d;
-        for (int64_t k = 0; k < p->d; k += 32) _mm_prefetch((const char *)(at + k), _MM_HINT_T1);
-        if (++w->head == p->groups) {
-            w->head = 0;
-            w->token++;
-        }
+    if (w->stage > 2) return 0;
+    const hl_cached *c = w->stage == 2 ? &p->next : &p->cached;
+    while (w->token >= c->count) {
+        if (++w->stage > 2) return 0;
+        c = w->stage == 2 ? &p->next : &p->cached;
+        w->token = 0;
+    }
+    w->now.at = (const char *)entry(p, c, w->stage == 1 ? c->values : c->keys, w->token++);
+    w->now.end = w->now.at + p->groups * p->d * 2;
+    if (p->stride > p->groups * p->d) return 1;
+    const int64_t begin = w->token;
+    while (w->token < c->count && (!c->slots || c->slots[w->token] == c->slots[w->token - 1] + 1)) w->token++;
+    w->now.end += (w->token - begin) * p->stride * 2;
+    return 1;
+}
+
+/* Takes up to `lines` of the lines that are due, as far as they lie together. */
+INLINE span take(ahead *w, int64_t lines) {
+    lines = at_most(lines, w->due);
+    if (lines <= 0 || (w->now.at >= w->now.end && !next_span(w))) return (span){(const char *)w->p, (const char *)w->p};
+    const int64_t bytes = at_most(64 * lines, w->now.end - w->now.at);
+    const span taken = {w->now.at, w->now.at + bytes};
+    w->now.at += bytes;
+    w->due -= (bytes + 63) / 64;
+    return taken;
+}
+
+/* Prefetches until no more than `rest` lines are due. */
+INLINE void catch_up(ahead *w, int64_t rest) {
+    while (w->due > rest) {
+        span s = take(w, w->due - rest);
+        if (s.at == s.end) return;
+        for (; s.at < s.end; s.at += 64) _mm_prefetch(s.at, _MM_HINT_T1);
     }
 }
 
+/* Rows of one head of a tile of tokens, `stride` apart: in the cache, or copied and padded with zeros where tokens are
+   scattered or missing. */
+static const uint16_t *tile(const hl_piece *p, const uint16_t *base, int64_t token, uint16_t *copy, int64_t *stride) {
+    const hl_cached *c = &p->cached;
+    const int64_t n = at_most(HL_CACHE_TILE, c->count - token);
+    int together = n == HL_CACHE_TILE;
+    for (int64_t i = 1; c->slots && i < n; i++) together &= c->slots[token + i] == c->slots[token] + i;
+    *stride = together ? p->stride : p->d;
+    if (together) return entry(p, c, base, token);
+    for (int64_t i = 0; i < n; i++) memcpy(copy + i * p->d, entry(p, c, base, token + i), (size_t)p->d * 2);
+    memset(copy + n * p->d, 0, (size_t)((HL_CACHE_TILE - n) * p->d * 2));
+    return copy;
+}
+
 /* Scores of the tokens from `first` on, a block at a time. */
-TARGET static void score_block(const hl_piece *p, int64_t first, uint32_t *packed, const uint16_t *zeros, ahead *w) {
+TARGET static void score_block(const hl_piece *p, int64_t first, uint32_t *packed, uint16_t *copy, ahead *w) {
     const int64_t count = at_most(HL_KEY_BLOCK, p->cached.count - first), words = p->d / PAIR;
-    const int64_t step = row_step(p->rows);
+    const int64_t step = row_step(p->rows, ROWS), lines = count * p->d / 32;
+    const int64_t early = lines - LINES * words * ((p->rows + step - 1) / step) * ((count + WIDTH - 1) / WIDTH);
     for (int64_t g = 0; g < p->groups; g++) {
-        for (int64_t t = 0; t < count; t += LANES) {
-            const uint16_t *rows[LANES];
-            for (int i = 0; i < LANES; i++)
-                rows[i] = t + i < count ? entry(p, &p->cached, p->cached.keys, first + t + i) + g * p->d : zeros;
-            pack_keys(rows, p->d, packed + t / WIDTH * WIDTH * words + t % WIDTH);
-            prefetch_rows(w, LANES);
+        w->due += lines;
+        for (int64_t t = 0; t < count; t += HL_CACHE_TILE) {
+            int64_t stride;
+            const uint16_t *rows = tile(p, p->cached.keys + g * p->d, first + t, copy, &stride);
+            for (int64_t i = t; i < t + HL_CACHE_TILE; i += LANES)
+                pack_keys(rows + (i - t) * stride, stride, p->d, packed + i / WIDTH * WIDTH * words + i % WIDTH);
+            catch_up(w, lines - early * (t + HL_CACHE_TILE) / count);
         }
         const uint32_t *q = p->q + g * p->rows * words;
         float *scores = p->scores + g * p->rows * HL_PIECE + first;
@@ -113,22 +117,24 @@ TARGET static void score_block(const hl_piece *p, int64_t first, uint32_t *packe
                 const int64_t columns = at_most(seen(p, r + rows - 1) - first - t, WIDTH);
                 if (columns > 0)
                     dot_any(q + r * words, words, packed + t * words, words, scores + r * HL_PIECE + t, HL_PIECE, 0,
-                            (int)rows, (int)((columns + LANES - 1) / LANES));
+                            take(w, LINES * words), (int)rows, (int)((columns + LANES - 1) / LANES));
             }
+        catch_up(w, 0);
     }
 }
 
 /* Adds the values of the tokens from `first` on, weighted, to what the tokens before gave. */
-TARGET static void mix_block(const hl_piece *p, int64_t first, uint32_t *packed, const uint16_t *zeros, ahead *w) {
+TARGET static void mix_block(const hl_piece *p, int64_t first, uint32_t *packed, uint16_t *copy, ahead *w) {
     const int64_t count = at_most(p->value_block, p->cached.count - first), stride = hl_mixed_stride(p->d);
-    const int64_t panel = p->value_block / PAIR * WIDTH, step = row_step(p->rows);
+    const int64_t panel = p->value_block / PAIR * WIDTH, step = row_step(p->rows, ROWS), lines = count * p->d / 32;
+    const int64_t early = lines - LINES * (count / PAIR) * ((p->rows + step - 1) / step) * ((p->d + WIDTH - 1) / WIDTH);
     for (int64_t g = 0; g < p->groups; g++) {
-        for (int64_t t = 0; t < count; t += PAIR) {
-            const uint16_t *rows[PAIR];
-            for (int i = 0; i < PAIR; i++)
-                rows[i] = t + i < count ? entry(p, &p->cached, p->cached.values, first + t + i) + g * p->d : zeros;
-            pack_values(rows, p->d, packed + t / PAIR * WIDTH, panel);
-            prefetch_rows(w, PAIR);
+        w->due += lines;
+        for (int64_t t = 0; t < count; t += HL_CACHE_TILE) {
+            int64_t row_stride;
+            const uint16_t *rows = tile(p, p->cached.values + g * p->d, first + t, copy, &row_stride);
+            pack_values(rows, row_stride, p->d, packed + t / PAIR * WIDTH, panel);
+            catch_up(w, lines - early * (t + HL_CACHE_TILE) / count);
         }
         const uint32_t *weights = (const uint32_t *)p->scores + g * p->rows * HL_PIECE + first / PAIR;
         float *mixed = p->mixed + g * p->rows * stride;
@@ -137,21 +143,54 @@ TARGET static void mix_block(const hl_piece *p, int64_t first, uint32_t *packed,
                 const int64_t rows = at_most(step, p->rows - r), left = seen(p, r + rows - 1) - first;
                 const int64_t steps = left > 0 ? (at_most(left, count) + PAIR - 1) / PAIR : 0;
                 dot_any(weights + r * HL_PIECE, HL_PIECE, packed + c / WIDTH * panel, steps, mixed + r * stride + c,
-                        stride, first > 0, (int)rows, (int)((at_most(WIDTH, p->d - c) + LANES - 1) / LANES));
+                        stride, first > 0, take(w, LINES * steps), (int)rows,
+                        (int)((at_most(WIDTH, p->d - c) + LANES - 1) / LANES));
             }
+        catch_up(w, 0);
+    }
+}
+
+/* The same for few rows, from the cache as it is. */
+TARGET static void mix_cached_block(const hl_piece *p, int64_t first, uint32_t *copies, ahead *w) {
+    const int64_t count = at_most(HL_KEY_BLOCK, p->cached.count - first), stride = hl_mixed_stride(p->d);
+    const int64_t step = row_step(p->rows, CACHED_ROWS), lines = count * p->d / 32;
+    const int64_t in_products = LINES * (count / PAIR) * ((p->rows + step - 1) / step) * (p->d / (2 * LANES));
+    for (int64_t g = 0; g < p->groups; g++) {
+        const uint16_t *tiles[HL_KEY_BLOCK / HL_CACHE_TILE], *at[HL_KEY_BLOCK / HL_CACHE_TILE];
+        int64_t strides[HL_KEY_BLOCK / HL_CACHE_TILE];
+        for (int64_t t = 0; t < count; t += HL_CACHE_TILE)
+            tiles[t / HL_CACHE_TILE] = tile(p, p->cached.values + g * p->d, first + t, (uint16_t *)copies + t * p->d,
+                                            &strides[t / HL_CACHE_TILE]);
+        w->due += lines;
+        catch_up(w, in_products);
+        const uint32_t *weights = (const uint32_t *)p->scores + g * p->rows * HL_PIECE + first / PAIR;
+        float *mixed = p->mixed + g * p->rows * stride;
+        for (int64_t c = 0; c < p->d; c += 2 * LANES) {
+            for (int i = 0; i < HL_KEY_BLOCK / HL_CACHE_TILE; i++) at[i] = tiles[i] + c;
+            for (int64_t r = 0; r < p->rows; r += step) {
+                const int64_t rows = at_most(step, p->rows - r), left = seen(p, r + rows - 1) - first;
+                const int64_t steps = left > 0 ? (at_most(left, count) + PAIR - 1) / PAIR : 0;
+                dot_cached_any(weights + r * HL_PIECE, HL_PIECE, at, strides, steps, mixed + r * stride + c, stride,
+                               first > 0, take(w, LINES * steps), (int)rows);
+            }
+        }
+        catch_up(w, 0);
     }
 }
 
 TARGET static void piece(const hl_piece *p) {
-    const int64_t wide = (p->d + 63) / 64 * 64;
-    uint16_t *zeros = (uint16_t *)p->packed;
-    uint32_t *packed = p->packed + wide / 2;
-    memset(zeros, 0, (size_t)wide * 2);
-    ahead w = {p, at_most(HL_KEY_BLOCK, p->cached.count), 0, 0};
-    for (int64_t first = 0; first < p->cached.count; first += HL_KEY_BLOCK) score_block(p, first, packed, zeros, &w);
+    uint16_t *copy = (uint16_t *)p->packed;
+    uint32_t *packed = p->packed + p->d * HL_CACHE_TILE / 2;
+    ahead w = {p, {NULL, NULL}, at_most(HL_KEY_BLOCK, p->cached.count), 0, 0};
+    for (int64_t first = 0; first < p->cached.count; first += HL_KEY_BLOCK) score_block(p, first, packed, copy, &w);
     for (int64_t r = 0; r < p->groups * p->rows; r++) {
         const int64_t n = seen(p, r % p->rows);
         softmax(p->scores + r * HL_PIECE, n, at_most(n + ROWS, p->cached.count), p->scale, p->largest + r, p->sum + r);
     }
-    for (int64_t first = 0; first < p->cached.count; first += p->value_block) mix_block(p, first, packed, zeros, &w);
+    if (p->rows <= 2 * CACHED_ROWS && p->d % (2 * LANES) == 0)
+        for (int64_t first = 0; first < p->cached.count; first += HL_KEY_BLOCK)
+            mix_cached_block(p, first, p->packed, &w);
+    else
+        for (int64_t first = 0; first < p->cached.count; first += p->value_block)
+            mix_block(p, first, packed, copy, &w);
 }
