@@ -16,8 +16,8 @@
 #define LOG2_E 1.44269504f
 
 enum {
-    TASK_ROWS = 128, /* rows that a task of many queries takes for one key/value head: their scores stay in L2 */
-    FEW_ROWS = 64    /* up to this many rows a head, pieces of the context are tasks of their own */
+    TASK_ROWS = 192, /* rows that a task takes, if one query has not more: their scores stay in L2 */
+    FEW_ROWS = 64    /* up to this many rows of a head, pieces of the context are tasks of their own */
 };
 
 /* Some queries of one request and some key/value heads, over one piece of the context (then the result is partial) or
@@ -178,7 +178,7 @@ static int64_t heads_together(const hl_attend *a, int threads) {
 }
 
 /* Counts the tasks and the memory that they need, and lists them if there is a list. */
-static void list_tasks(call *c, int64_t groups, int64_t *partial, int64_t *rows) {
+static void list_tasks(call *c, int64_t together, int64_t *partial, int64_t *rows) {
     const hl_attend *a = c->a;
     const int64_t per = a->n / a->g, block = per < TASK_ROWS ? TASK_ROWS / per : 1;
     c->count = c->merge_count = *partial = *rows = 0;
@@ -192,6 +192,7 @@ static void list_tasks(call *c, int64_t groups, int64_t *partial, int64_t *rows)
                 if (c->tasks) c->tasks[c->count] = (task){x, q, n, g, 1, -1, 0, n * per * (x->start + q + n), c->count};
         }
         if (!few) continue;
+        const int64_t fit = TASK_ROWS / (x->queries * per), groups = least(together, fit > 1 ? fit : 1);
         *rows = x->queries * per * groups > *rows ? x->queries * per * groups : *rows;
         for (int64_t k = 0; k < pieces(x); k++)
             for (int64_t g = 0; g < a->g; g += groups, c->count++) {
@@ -215,8 +216,8 @@ int hl_attend_all(const hl_tier *tier, const hl_attend *a, int threads) {
     call c = {.a = a, .tier = tier_of(tier)};
     if (!c.tier) return -2;
     int64_t partial, rows;
-    const int64_t groups = heads_together(a, threads);
-    list_tasks(&c, groups, &partial, &rows);
+    const int64_t together = heads_together(a, threads);
+    list_tasks(&c, together, &partial, &rows);
     c.threads = (int)least(threads, c.count ? c.count : 1);
     c.scratch_words = (hl_packed_words(a->d) + rows * (HL_PIECE + a->d) + 2 * result_floats(a, rows) + 15) / 16 * 16;
     const int64_t list = (c.count + c.merge_count) * (int64_t)sizeof(task) + c.threads * (int64_t)sizeof *c.busy;
@@ -227,7 +228,7 @@ int hl_attend_all(const hl_tier *tier, const hl_attend *a, int threads) {
     c.partial = memory + c.threads * c.scratch_words;
     c.tasks = (task *)(void *)(c.partial + partial + partial % 2);
     c.merges = c.tasks + c.count;
-    list_tasks(&c, groups, &partial, &rows);
+    list_tasks(&c, together, &partial, &rows);
     c.busy = (_Atomic int *)(c.merges + c.merge_count);
     for (int i = 0; i < c.threads; i++) c.busy[i] = 0;
     qsort(c.tasks, (size_t)c.count, sizeof(task), by_cost); /* longest first */

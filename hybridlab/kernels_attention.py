@@ -26,6 +26,9 @@ from hybridlab.kernel_checks import (
 )
 from hybridlab.kernels import Linear, address, native, tier, uses_compiled
 
+PIECE_TOKENS, TASK_ROWS = 512, 192
+"""How cython_kernels/attention*.[ch] cut the work: HL_PIECE and TASK_ROWS there."""
+
 
 def norm_rope(x: Array, weight: Array, eps: float, cosines: Array, sines: Array) -> NDArray[np.float32]:
     """RMS norm of each head of x float32 [T, N, D] by weight [D], then rotation by cosines and sines [T, D/2].
@@ -99,6 +102,19 @@ def _extent(cached: slice | Array) -> tuple[int, int]:
     return cached.size, int(cached.max())
 
 
+def is_compiled(head_dim: int) -> bool:
+    """Whether `attend` is compiled for heads of this size; else queries are taken one by one."""
+    return uses_compiled() and head_dim % 8 == 0
+
+
+def workspace_bytes(heads: int, groups: int, head_dim: int, threads: int, tokens: int) -> int:
+    """Memory that `attend` takes at most while requests with `tokens` cached tokens in all are computed."""
+    rows = max(TASK_ROWS, heads // groups)  # scores, queries and two results of a task; keys or values laid out
+    task = rows * (PIECE_TOKENS + 3 * (head_dim + 16)) + 320 * (head_dim + 64)
+    partial = (tokens // PIECE_TOKENS + 1) * heads * (head_dim + 16)
+    return 4 * (threads * task + partial)
+
+
 def attend(q: Array, keys: Array, values: Array, runs: CachedRuns, *, threads: int) -> NDArray[np.float32]:
     """Causal attention of the queries q float32 [T, N, D] over their cached keys and values -> [T, N, D].
 
@@ -111,7 +127,7 @@ def attend(q: Array, keys: Array, values: Array, runs: CachedRuns, *, threads: i
     if runs.last_slot >= len(keys):
         raise ValueError(f"runs: expected slots from 0 to {len(keys) - 1}, got {runs.last_slot}")
     threads, out = check_threads(threads), np.empty_like(q)
-    if native is None or not uses_compiled() or keys.shape[2] % 8:
+    if native is None or not is_compiled(keys.shape[2]):
         for row, seen in runs.pieces():
             out[row] = kernels_numpy.attend_one(q[row], keys[seen], values[seen])
         return out

@@ -182,6 +182,9 @@ class Bf16:
         self.threads = threads
 
     def workspace_bytes(self, model: ModelSpec, threads: int) -> int:
+        if kernels_attention.is_compiled(model.head_dim):
+            sizes = (model.num_heads, model.num_kv_heads, model.head_dim)
+            return kernels_attention.workspace_bytes(*sizes, threads, min(model.max_positions, LONG_CONTEXT))
         return _attention_bytes(model, threads)
 
     def linear(self, weights: LinearWeights) -> LinearFn:
@@ -248,7 +251,7 @@ class Bf16:
     def attend(
         self, q_TND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: MicroBatch
     ) -> torch.Tensor | None:
-        if not kernels.uses_compiled() or q_TND.shape[2] % 8:
+        if not kernels_attention.is_compiled(q_TND.shape[2]):
             return None
         arrays = (q_TND.numpy(), _bits(keys), _bits(values), batch.runs)
         return torch.from_numpy(kernels_attention.attend(*arrays, threads=self.threads))
