@@ -113,10 +113,12 @@ TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _lines)(
         if (copy) {
 #pragma GCC unroll 8
             for (int c = 0; c < rows / 4; c++) {
-                const int line = rows / 4 * q + c;
-                COPY64(next_lines + 64 * line, src + line / (LINE / 64) * row_bytes + 64 * (line % (LINE / 64)));
-                __builtin_prefetch(ahead + 64 * line, 0, 2);
+                COPY64(next_lines + 64 * c, src + c / (LINE / 64) * row_bytes + 64 * (c % (LINE / 64)));
+                __builtin_prefetch(ahead + 64 * c, 0, 2);
             }
+            next_lines += 16 * rows; /* rows / 4 lines of 64 bytes */
+            ahead += 16 * rows;
+            src += 16 * rows / LINE * row_bytes;
         }
 #pragma GCC unroll 16
         for (int s = 0; s < strips; s++) {
