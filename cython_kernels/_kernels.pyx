@@ -1,6 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, binding=True
 """Thin wrapper of the C kernels. It trusts its arguments: hybridlab/kernels.py checks them and keeps arrays alive."""
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
@@ -207,6 +208,15 @@ cdef class AttentionStep:
         _native_s += start
         if status:
             raise MemoryError("no memory for the scratch space of an attention layer")
+
+
+def address(object array):
+    """Where the data of a C-contiguous array begins; some 10 times faster than asking NumPy."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(array, &view, PyBUF_SIMPLE)
+    cdef uintptr_t start = <uintptr_t> view.buf
+    PyBuffer_Release(&view)
+    return start
 
 
 def packed_bytes(int64_t n, int64_t k, int element):

@@ -18,6 +18,7 @@ from hybridlab.batch import Entry, StepBatch
 from hybridlab.device_lock import alone
 from hybridlab.engine.worker import WORKER
 from hybridlab.errors import ConfigError
+from hybridlab.model.weight_layout import WeightLayout
 from hybridlab.plans import StepPlan
 from hybridlab.request import Sampling
 from hybridlab.session import Engine, load
@@ -39,6 +40,7 @@ class DecodeBench:
     steps: int
     threads: int
     tier: str
+    weight_layout: str
     tokens_per_s: float
     step_s: float
     bytes_per_step: float
@@ -61,7 +63,7 @@ class DecodeBench:
         return "\n".join(
             (
                 f"decode of {self.model}, batch {self.batch}, depth {self.depth}: medians of {self.steps} steps, "
-                f"{self.threads} threads, tier {self.tier} ({self.evidence})",
+                f"{self.threads} threads, tier {self.tier}, weights in {self.weight_layout} ({self.evidence})",
                 f"  tokens/s            {self.tokens_per_s:8.2f}   ({self.step_s * 1e3:.2f} ms a step)",
                 f"  bytes per token     {self.bytes_per_token / 1e9:8.3f} GB",
                 f"  weights and KV      {self.gb_s:8.1f} GB/s",
@@ -85,6 +87,7 @@ def decode(
     depth: int = 0,
     batch: int = 1,
     threads: int | None = None,
+    weight_layout: WeightLayout = "rows",
     steps: int = 32,
     seed: int = 0,
     progress: bool = True,
@@ -106,9 +109,16 @@ def decode(
         kv_tokens = batch * (depth + steps + 32)
         with (
             alone("cpu"),  # as every measured run: beside another one it would time both
-            load(checkpoint, threads=threads, kv_tokens=kv_tokens, token_budget=max(batch, 64)) as engine,
+            load(
+                checkpoint,
+                threads=threads,
+                weight_layout=weight_layout,
+                kv_tokens=kv_tokens,
+                token_budget=max(batch, 64),
+            ) as engine,
         ):
-            return _time_decode(engine, Path(checkpoint).name, depth, batch, steps, seed, progress)
+            name = Path(checkpoint).name
+            return _time_decode(engine, name, weight_layout, depth, batch, steps, seed, progress)
 
 
 def step_bytes(engine: Engine, experts_used: list[set[int]], batch: int, context_tokens: int) -> int:
@@ -123,7 +133,7 @@ def step_bytes(engine: Engine, experts_used: list[set[int]], batch: int, context
 
 
 def _time_decode(
-    engine: Engine, name: str, depth: int, batch: int, steps: int, seed: int, progress: bool
+    engine: Engine, name: str, weight_layout: str, depth: int, batch: int, steps: int, seed: int, progress: bool
 ) -> DecodeBench:
     from tqdm.auto import trange
 
@@ -154,6 +164,7 @@ def _time_decode(
         steps=steps,
         threads=engine.threads,
         tier=kernels.tier(),
+        weight_layout=weight_layout,
         tokens_per_s=batch / step_s,
         step_s=step_s,
         bytes_per_step=median(bytes_read),

@@ -31,6 +31,9 @@ def decode(
     depth: Annotated[int, typer.Option(min=0, help="Tokens already in each request's cache.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Requests that decode together.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: every usable core.")] = None,
+    weight_layout: Annotated[
+        str, typer.Option(help="rows (mapped from the checkpoint) or tiles (packed at load).")
+    ] = "rows",
     steps: Annotated[int, typer.Option(min=1, help="Timed decode steps.")] = 32,
     json: Json = False,
 ) -> None:
@@ -49,6 +52,7 @@ def decode(
             depth=depth,
             batch=batch,
             threads=threads,
+            weight_layout=weight_layout,  # type: ignore[arg-type]  # load checks it
             steps=steps,
         )
     emit(result.as_dict() if json else str(result), json)

@@ -56,6 +56,8 @@ class EngineConfig(Section):
     """How the engine runs. None leaves the choice to the engine."""
 
     precision: Literal["exact", "bf16"] = "bf16"
+    weight_layout: Literal["rows", "tiles"] | None = None
+    """rows: mapped from the checkpoint (the default); tiles: packed into huge pages at load."""
     device: Literal["cpu", "emulated", "cuda"] | None = None
     threads: int | None = Field(default=None, gt=0)
     token_budget: int | None = Field(default=None, gt=0)

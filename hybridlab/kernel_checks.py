@@ -78,12 +78,15 @@ def check_input(name: str, array: Any, dtype: type, columns: int | None) -> int:
     return array.shape[0]
 
 
-def check_routing(ids: Any, weights: Any, tokens: int, present: NDArray[np.bool_]) -> int:
+def check_routing(ids: Any, weights: Any, tokens: int, experts: int, present: NDArray[np.bool_] | None) -> int:
+    """Returns the slots of a token; `present` None: all experts are."""
     for name, array, dtype in (("expert_ids", ids, np.int32), ("expert_weights", weights, np.float32)):
         if check_input(name, array, dtype, None) != tokens or array.shape != ids.shape or not array.shape[1]:
             raise ValueError(f"{name}: expected shape [{tokens}, k], k >= 1, the same for both, got {kind_of(array)}")
-    if ids.size and ids.max() >= len(present):
-        raise ValueError(f"expert_ids: {ids.max()} is out of range for {len(present)} experts")
+    if ids.size and ids.max() >= experts:
+        raise ValueError(f"expert_ids: {ids.max()} is out of range for {experts} experts")
+    if present is None:
+        return ids.shape[1]
     # Indexing by -1 would wrap around: a skipped slot counts as present.
     absent = (ids >= 0) & ~present[np.maximum(ids, 0)]
     if absent.any():
@@ -101,6 +104,15 @@ def output(out: Any, x: Array, shape: tuple[int, int]) -> NDArray[np.float32]:
     if np.may_share_memory(out, x):
         raise ValueError("out: must not share memory with x")
     return out
+
+
+def check_room(name: str, array: Any, size: int) -> NDArray[np.uint8]:
+    """A flat, writeable uint8 array of exactly `size` bytes, aligned to 64."""
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape != (size,):
+        raise ValueError(f"{name}: expected uint8 [{size}], got {kind_of(array)}")
+    if not array.flags.c_contiguous or not array.flags.writeable or array.ctypes.data % 64:
+        raise ValueError(f"{name}: expected a contiguous, writeable array at a multiple of 64 bytes")
+    return array
 
 
 def check_threads(threads: Any) -> int:

@@ -25,6 +25,7 @@ from hybridlab.kernel_checks import (
     check_float32,
     check_input,
     check_matrix,
+    check_room,
     check_routing,
     check_threads,
     output,
@@ -103,9 +104,10 @@ def linear(weight: Array | Packed, scale: Array | None = None, *, tier: str | No
     return Linear(weight, _scale_of("scale", weight, scale), _choose_tier(tier))
 
 
-def pack(weight: Array, scale: Array | None = None, *, threads: int = 1) -> Packed:
+def pack(weight: Array, scale: Array | None = None, *, out: Array | None = None, threads: int = 1) -> Packed:
     """A copy of a weight (as for `linear`) in 16-row tiles, in parallel and exact; padding costs N % 16, K % 128.
 
+    `out` is memory for it: uint8, flat, aligned to 64, `kernel_layouts.packed_bytes` long.
     Raises ValueError for a wrong argument.
     """
     if isinstance(weight, Packed):
@@ -113,7 +115,8 @@ def pack(weight: Array, scale: Array | None = None, *, threads: int = 1) -> Pack
     check_matrix("weight", weight, scale)
     threads = check_threads(threads)
     n, k = weight.shape
-    data = kernel_layouts.aligned(kernel_layouts.packed_bytes(n, k, weight.itemsize))
+    size = kernel_layouts.packed_bytes(n, k, weight.itemsize)
+    data = kernel_layouts.aligned(size) if out is None else check_room("out", out, size)
     if native is None or tier() == "numpy":
         kernel_layouts.pack_rows(weight, data)
     else:
@@ -128,7 +131,8 @@ class MoeLayer:
                  tier: str) -> None:  # fmt: skip
         h, i = check_experts(gate, up, down)
         self._keep = (gate, up, down)
-        self._present = np.array([g is not None for g in gate])
+        present = np.array([g is not None for g in gate])
+        self._experts, self._present = len(present), None if present.all() else present
         self._width = h
         self._native = None
         if native and tier != "numpy":
@@ -159,7 +163,7 @@ class MoeLayer:
         its slot. The GIL is released. Raises ValueError for a wrong argument or the id of an absent expert.
         """
         tokens = check_input("x", x, np.float32, self._width)
-        slots = check_routing(expert_ids, expert_weights, tokens, self._present)
+        slots = check_routing(expert_ids, expert_weights, tokens, self._experts, self._present)
         out = output(out, x, (tokens, self._width))
         threads = check_threads(threads)
         if self._native is None:
@@ -277,8 +281,8 @@ def _choose_tier(name: str | None) -> str:
 
 
 def address(array: Array) -> int:
-    """Where an array's data begins; the caller keeps the array alive."""
-    return array.__array_interface__["data"][0]
+    """Where the data of a C-contiguous array begins; the caller keeps the array alive."""
+    return array.ctypes.data if native is None else native.address(array)
 
 
 def _parts(weight: Array | Packed, scale: Array | None) -> tuple[int, int, int, int, int]:

@@ -18,6 +18,7 @@ from hybridlab.errors import ConfigError, HybridlabError, RequestError
 from hybridlab.hardware import detect
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.lowering import Planner
+from hybridlab.model.weight_layout import WeightLayout
 from hybridlab.plans import StepPlan
 from hybridlab.prefix_cache import NoPrefixes, PrefixCache, Prefixes
 from hybridlab.request import Request, RequestRecord, Sampling, Status
@@ -34,6 +35,7 @@ def load(
     path: str | Path,
     *,
     precision: str = "bf16",
+    weight_layout: WeightLayout = "rows",
     device: str = "auto",
     placement: Any = "all_host",
     overlap: Any = "sequential",
@@ -48,7 +50,8 @@ def load(
 ) -> Engine:
     """Open a Hugging Face checkpoint folder and make it ready; the memory plan is printed before allocation.
 
-    Weights stay in the memory map. `precision` is "bf16" or "exact"; `threads` defaults to all cores of this
+    Weights stay in the memory map ("rows"), or are packed into huge pages for a faster decode ("tiles": seconds of
+    loading, and memory of their own). `precision` is "bf16" or "exact"; `threads` defaults to all cores of this
     process; a step computes at most `token_budget` tokens; the KV cache holds `kv_tokens` (default: planned).
     With `prefix_cache`, requests of one run that begin with the same tokens share their KV blocks. `routing` is what
     the placement knows of the experts' popularity (see `hl.record_routing`).
@@ -59,6 +62,8 @@ def load(
         raise ConfigError(f"path is {path!r:.60}, expected the folder of a checkpoint")
     if precision not in ("bf16", "exact"):
         raise ConfigError(f"precision is {precision!r}, expected 'bf16' or 'exact'")
+    if weight_layout not in ("rows", "tiles"):
+        raise ConfigError(f"weight_layout is {weight_layout!r}, expected 'rows' or 'tiles'")
     for name, value in (
         ("token_budget", token_budget),
         ("kv_block_tokens", kv_block_tokens),
@@ -78,6 +83,7 @@ def load(
         checkpoint,
         hardware,
         precision=precision,
+        weight_layout=weight_layout,
         threads=num_threads,
         token_budget=token_budget,
         kv_tokens=kv_tokens,

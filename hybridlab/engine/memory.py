@@ -51,12 +51,14 @@ def plan_memory(
     kv_block_tokens: int,
     kv_element_bytes: int,
     precision_bytes: int,
+    weight_layout: str = "rows",
 ) -> MemoryPlan:
     """Size the KV cache and check that all fits.
 
     `kv_tokens` None takes `DEFAULT_KV_TOKENS`, or what the budget leaves if that is less, but never less than
-    one step's tokens. `precision_bytes` is what the precision needs beside the
-    activations. Raises `MemoryBudgetError` with needed, free and what to lower.
+    one step's tokens. `precision_bytes` is what the precision needs beside the activations. Weights in "tiles" are a
+    copy: the mapped pages they were made from count as page cache.
+    Raises `MemoryBudgetError` with needed, free and what to lower.
     """
     per_token = model.kv_elements_per_token * kv_element_bytes
     workspace = _workspace_bytes(model, token_budget) + precision_bytes
@@ -66,7 +68,7 @@ def plan_memory(
         kv_tokens = max(token_budget, min(DEFAULT_KV_TOKENS, model.max_positions * 4, most))
     kv_tokens = -(-kv_tokens // kv_block_tokens) * kv_block_tokens
     parts = {
-        "weights (mapped)": weight_bytes,
+        "weights (packed)" if weight_layout == "tiles" else "weights (mapped)": weight_bytes,
         "KV cache": kv_tokens * per_token,
         "workspace": workspace,
         "reserve": _RESERVE_BYTES,

@@ -18,6 +18,7 @@ from hybridlab.engine.worker import EngineBackend, WorkerThread
 from hybridlab.errors import ConfigError, StrategyError
 from hybridlab.model import build_model
 from hybridlab.model.numerics import make_numerics
+from hybridlab.model.weight_layout import WeightLayout
 from hybridlab.plans import PlacementPlan, Program, RequestId, Tier
 from hybridlab.spec import HardwareSpec
 
@@ -31,6 +32,7 @@ class Runtime:
         hardware: HardwareSpec,
         *,
         precision: str,
+        weight_layout: WeightLayout,
         threads: int,
         token_budget: int,
         kv_tokens: int | None,
@@ -38,7 +40,7 @@ class Runtime:
         memory_gb: float | None,
         quiet: bool,
     ) -> None:
-        numerics = make_numerics(precision, threads)
+        numerics = make_numerics(precision, threads, weight_layout)
         budget_bytes = hardware.host_memory_bytes if memory_gb is None else int(memory_gb * GIB)
         self.memory: MemoryPlan = plan_memory(
             checkpoint.spec,
@@ -49,6 +51,7 @@ class Runtime:
             kv_block_tokens=kv_block_tokens,
             kv_element_bytes=numerics.kv_dtype.itemsize,
             precision_bytes=numerics.workspace_bytes(checkpoint.spec, threads),
+            weight_layout=weight_layout,
         )
         if not quiet:
             print(f"hybridlab: {self.memory}", file=sys.stderr)

@@ -17,6 +17,7 @@ from hybridlab import kernels, kernels_attention
 from hybridlab.checkpoint.reader import LinearWeights
 from hybridlab.kernels_numpy import dequantize
 from hybridlab.model.base import MicroBatch
+from hybridlab.model.weight_layout import Rows, WeightLayout, WeightSource, weight_source
 from hybridlab.spec import ModelSpec
 
 LinearFn = Callable[[torch.Tensor], torch.Tensor]
@@ -178,8 +179,9 @@ class Bf16:
 
     kv_dtype = torch.bfloat16
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, weights: WeightSource | None = None) -> None:
         self.threads = threads
+        self._weights = weights or Rows()
 
     def workspace_bytes(self, model: ModelSpec, threads: int) -> int:
         if kernels_attention.is_compiled(model.head_dim):
@@ -188,7 +190,7 @@ class Bf16:
         return _attention_bytes(model, threads)
 
     def linear(self, weights: LinearWeights) -> LinearFn:
-        kernel, threads = kernels.linear(weights.weight, weights.scale), self.threads
+        kernel, threads = kernels.linear(*self._weights(weights)), self.threads
 
         def apply(x_TK: torch.Tensor) -> torch.Tensor:
             return torch.from_numpy(kernel(x_TK.numpy(), threads=threads))
@@ -198,10 +200,8 @@ class Bf16:
     def experts(
         self, gate: Sequence[LinearWeights], up: Sequence[LinearWeights], down: Sequence[LinearWeights]
     ) -> ExpertsFn:
-        kernel = kernels.moe_layer(
-            *([w.weight for w in group] for group in (gate, up, down)),
-            *(None if group[0].scale is None else [w.scale for w in group] for group in (gate, up, down)),
-        )
+        (g, gs), (u, us), (d, ds) = (zip(*map(self._weights, group), strict=True) for group in (gate, up, down))
+        kernel = kernels.moe_layer(g, u, d, gs, us, ds)
         threads = self.threads
 
         def apply(x_TH: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -212,7 +212,7 @@ class Bf16:
     def attention_step(
         self, projections: Sequence[LinearWeights], norms: Sequence[torch.Tensor], eps: float
     ) -> StepFn | None:
-        q, k, v, o = (kernels.linear(w.weight, w.scale) for w in projections)
+        q, k, v, o = (kernels.linear(*self._weights(w)) for w in projections)
         step = kernels_attention.attention_step(q, k, v, o, [norm.numpy() for norm in norms], eps)
         if step is None:
             return None
@@ -264,12 +264,12 @@ class Bf16:
         return torch.from_numpy(out)
 
 
-def make_numerics(precision: str, threads: int) -> Numerics:
-    """Raises `ValueError` naming the precision if it is neither "exact" nor "bf16"."""
+def make_numerics(precision: str, threads: int, weight_layout: WeightLayout = "rows") -> Numerics:
+    """`Exact` reads the mapped rows whatever the layout. Raises `ValueError` for an unknown precision."""
     if precision == "exact":
         return Exact()
     if precision == "bf16":
-        return Bf16(threads)
+        return Bf16(threads, weight_source(weight_layout, threads))
     raise ValueError(f"precision {precision!r} is unknown, expected 'exact' or 'bf16'")
 
 
