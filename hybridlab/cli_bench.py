@@ -38,10 +38,7 @@ def decode(
     json: Json = False,
 ) -> None:
     """Decode speed, bytes per token, and the fraction of the read bandwidth measured in between."""
-    if preset is not None and checkpoint is not None:
-        raise ConfigError("bench decode: give --preset or --checkpoint, not both")
-    if checkpoint is not None and layers is not None:
-        raise ConfigError("bench decode: --layers cuts a preset; a checkpoint is taken as it is")
+    _one_source("decode", preset, checkpoint, layers)
     from hybridlab import bench as measure
 
     with human_output():
@@ -51,6 +48,38 @@ def decode(
             layers=layers,
             depth=depth,
             batch=batch,
+            threads=threads,
+            weight_layout=weight_layout,  # type: ignore[arg-type]  # load checks it
+            steps=steps,
+        )
+    emit(result.as_dict() if json else str(result), json)
+
+
+@bench.command()
+def prefill(
+    preset: Annotated[
+        str | None, typer.Option(help=f"Random weights in a temporary folder. [default: {_DEFAULT_PRESET}]")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint folder instead of a preset.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the preset has.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt, computed in one step.")] = 512,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: every usable core.")] = None,
+    weight_layout: Annotated[
+        str, typer.Option(help="rows (mapped from the checkpoint) or tiles (packed at load).")
+    ] = "rows",
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 5,
+    json: Json = False,
+) -> None:
+    """Prefill speed, and the fraction of the multiply ceiling measured in between."""
+    _one_source("prefill", preset, checkpoint, layers)
+    from hybridlab import bench_prefill as measure
+
+    with human_output():
+        result = measure.prefill(
+            preset or _DEFAULT_PRESET,
+            checkpoint=checkpoint,
+            layers=layers,
+            tokens=tokens,
             threads=threads,
             weight_layout=weight_layout,  # type: ignore[arg-type]  # load checks it
             steps=steps,
@@ -97,6 +126,13 @@ def bench_kernels(
     emit(result.as_dict() if json else str(result), json)
     if not result.complete:
         raise typer.Exit(130)
+
+
+def _one_source(command: str, preset: str | None, checkpoint: Path | None, layers: int | None) -> None:
+    if preset is not None and checkpoint is not None:
+        raise ConfigError(f"bench {command}: give --preset or --checkpoint, not both")
+    if checkpoint is not None and layers is not None:
+        raise ConfigError(f"bench {command}: --layers cuts a preset; a checkpoint is taken as it is")
 
 
 def _numbers(text: str | None, option: str) -> list[int] | None:

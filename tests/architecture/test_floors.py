@@ -16,14 +16,13 @@ FLOORS = {
     0: {"errors", "plans", "request", "routing", "spec", "validation"},
     1: {"admission", "batch", "kv_blocks", "lowering", "prefix_cache", "strategies"},
     2: {
-        "checkpoint", "engine", "hardware", "kernel_checks", "kernel_layouts", "kernels", "kernels_attention", "kernels_numpy", "model",
-        "number_formats",
-        "simulator", "text",
+        "checkpoint", "engine", "hardware", "kernel_checks", "kernel_layouts", "kernels", "kernels_attention",
+        "kernels_numpy", "model", "number_formats", "simulator", "text",
     },
     3: {
         "arrivals", "axes", "axes_random", "backends", "bench", "bench_contenders", "bench_ggml", "bench_kernels",
-        "bench_kt_kernel", "bench_peers", "bench_plan", "bench_shapes", "bench_targets", "bench_timing",
-        "bench_weights", "columns", "config", "device_lock", "execution",
+        "bench_kt_kernel", "bench_peers", "bench_plan", "bench_prefill", "bench_shapes", "bench_targets",
+        "bench_timing", "bench_weights", "columns", "config", "device_lock", "execution",
         "experiment", "export", "figures_config", "jobs", "live_requests", "metrics", "prediction", "run_costs",
         "run_files", "summary_table", "sweep_plan", "provenance", "recording", "request_queue", "sections", "serving",
         "session", "store", "stored_run", "strict_yaml", "workload",

@@ -83,6 +83,15 @@ def test_run_writes_runs_and_figure(tiny: Path, tmp_path: Path) -> None:
     assert picture in again.stderr
 
 
+@pytest.mark.parametrize("layout", ["rows", "tiles"])
+def test_bench_prefill_reports_json(tiny: Path, layout: str) -> None:
+    words = ("--checkpoint", tiny, "--tokens", 33, "--steps", 2, "--threads", 1, "--weight-layout", layout, "--json")
+    found = json.loads(invoke("bench", "prefill", *words).stdout)
+    assert (found["tokens"], found["weight_layout"], found["evidence"]) == (33, layout, "measured")
+    assert found["flop"] > 0 and found["step_s"] > 0
+    assert found["gflop_s"] == pytest.approx(found["flop"] / found["step_s"] / 1e9)
+
+
 def test_bench_decode_reports_json(tiny: Path) -> None:
     done = invoke("bench", "decode", "--checkpoint", tiny, "--steps", 3, "--threads", 1, "--json")
     assert done.exit_code == 0, done.output

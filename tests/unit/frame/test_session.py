@@ -35,6 +35,17 @@ def test_generate_and_stream_agree(engine):
     assert list(engine.stream(PROMPT, max_tokens=12)) == tokens
 
 
+def test_packed_weights_give_the_same_logits():
+    prompt = list(range(5, 45))
+    with (
+        hl.load(ORACLE, quiet=True, kv_tokens=512) as rows,
+        hl.load(ORACLE, quiet=True, kv_tokens=512, weight_layout="tiles") as tiles,
+    ):
+        assert "weights (packed)" in str(tiles.memory) and "weights (mapped)" in str(rows.memory)
+        np.testing.assert_array_equal(tiles.logits(prompt), rows.logits(prompt))
+        assert tiles.generate(prompt, max_tokens=12) == rows.generate(prompt, max_tokens=12)
+
+
 def test_sampling_is_seeded_and_does_not_depend_on_the_batch(engine):
     options = {"max_tokens": 16, "temperature": 1.3, "top_p": 0.9}
     one = engine.generate(PROMPT, seed=1, **options)
@@ -155,6 +166,7 @@ class Streams(AllHost):
     ("options", "error", "words"),
     [
         ({"precision": "fp4"}, ConfigError, "precision is 'fp4'"),
+        ({"weight_layout": "columns"}, ConfigError, "weight_layout is 'columns', expected 'rows' or 'tiles'"),
         ({"device": "tpu"}, ConfigError, "device 'tpu' is not available"),
         ({"threads": 0}, ConfigError, "threads is 0"),
         ({"token_budget": -1}, ConfigError, "token_budget is -1"),
