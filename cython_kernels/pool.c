@@ -28,6 +28,7 @@ typedef struct {
     hl_chained_task task;
     void *context;
     int64_t count;
+    int64_t reserve; /* tasks at the end that are not claimed ahead */
     _Atomic int64_t next;
 } team;
 
@@ -67,12 +68,19 @@ static int64_t claim(team *t) {
     return i < t->count ? i : -1;
 }
 
-/* A thread claims one task ahead, so that the present one can prefetch for it. */
+/* A thread claims one task ahead, so that the present one can prefetch for it, while there are plenty; near the end
+   each takes what is left when it is free, so that none waits for another's second task. */
 static void work(team *t) {
-    for (int64_t i = claim(t); i >= 0;) {
-        const int64_t next = claim(t);
-        t->task(t->context, i, next);
-        i = next;
+    int64_t next;
+    for (int64_t i = claim(t); i >= 0; i = next) {
+        const int64_t left = t->count - atomic_load_explicit(&t->next, memory_order_relaxed);
+        if (left > t->reserve) {
+            next = claim(t);
+            t->task(t->context, i, next);
+        } else {
+            t->task(t->context, i, -1);
+            next = claim(t);
+        }
     }
 }
 
@@ -175,7 +183,7 @@ static team *claim_team(void) {
     return NULL;
 }
 
-void hl_parallel_chained(hl_chained_task task, void *context, int64_t count, int threads) {
+static void run(hl_chained_task task, void *context, int64_t count, int threads, int chained) {
     pthread_once(&once, start_up);
     if (threads > MAX_THREADS) threads = MAX_THREADS;
     if (threads > count) threads = (int)count;
@@ -188,6 +196,7 @@ void hl_parallel_chained(hl_chained_task task, void *context, int64_t count, int
         t->task = task;
         t->context = context;
         t->count = count;
+        t->reserve = chained ? 2 * (int64_t)threads : count;
         atomic_store(&t->next, 0);
         atomic_store(&t->remaining, threads - 1);
         uint64_t generation = (atomic_load(&t->word) >> 16) + 1;
@@ -204,6 +213,10 @@ void hl_parallel_chained(hl_chained_task task, void *context, int64_t count, int
     restore_float_control(float_control);
 }
 
+void hl_parallel_chained(hl_chained_task task, void *context, int64_t count, int threads) {
+    run(task, context, count, threads, 1);
+}
+
 typedef struct {
     hl_task task;
     void *context;
@@ -217,5 +230,5 @@ static void run_plain(void *raw, int64_t index, int64_t next) {
 
 void hl_parallel(hl_task task, void *context, int64_t count, int threads) {
     plain_task p = {task, context};
-    hl_parallel_chained(run_plain, &p, count, threads);
+    run(run_plain, &p, count, threads, 0);
 }

@@ -20,7 +20,7 @@ void hl_prepare_float32(const float *x, int64_t k, int is_fp8, hl_word *out, int
         }
         int exponent = 0; /* largest = f * 2^exponent with f in [0.5, 1) */
         if (largest > 0) frexpf(largest, &exponent);
-        up = 119 - exponent;
+        up = 119 - exponent < 252 ? 119 - exponent : 252; /* tiny x: both factors must be finite */
         down = 120 - up;
     }
     const float up0 = power_of_two(up / 2), up1 = power_of_two(up - up / 2);

@@ -22,7 +22,7 @@ Weight = tuple[Array | Packed, Array | None]
 
 def check_matrix(name: str, weight: Any, scale: Any) -> None:
     if isinstance(weight, Packed):
-        return  # checked when it was packed
+        return  # checked when it was made
     if not isinstance(weight, np.ndarray) or weight.ndim != 2 or weight.dtype not in WEIGHT_DTYPES:
         raise ValueError(
             f"{name}: expected a 2-D array of uint8 (FP8 codes) or uint16 (BF16 bits), got {kind_of(weight)}"
@@ -94,15 +94,15 @@ def check_routing(ids: Any, weights: Any, tokens: int, experts: int, present: ND
     return ids.shape[1]
 
 
-def output(out: Any, x: Array, shape: tuple[int, int]) -> NDArray[np.float32]:
+def output(out: Any, inputs: Sequence[Array], shape: tuple[int, int]) -> NDArray[np.float32]:
     if out is None:
         return np.empty(shape, np.float32)
     if check_input("out", out, np.float32, shape[1]) != shape[0]:
         raise ValueError(f"out: expected shape {list(shape)}, got {list(out.shape)}")
     if not out.flags.writeable:
         raise ValueError("out: expected a writeable array")
-    if np.may_share_memory(out, x):
-        raise ValueError("out: must not share memory with x")
+    if any(np.may_share_memory(out, array) for array in inputs):
+        raise ValueError("out: must not share memory with x or another input")
     return out
 
 

@@ -28,6 +28,21 @@ class Packed:
     """uint8 (FP8 codes) or uint16 (BF16 bits), as the array that was packed."""
     scale: NDArray[np.float32] | None
 
+    def __post_init__(self) -> None:
+        n, k = self.shape
+        grid = (-(-n // BLOCK), -(-k // BLOCK))
+        if self.dtype not in (np.uint8, np.uint16) or min(n, k) < 1:
+            raise ValueError(f"shape, dtype: expected a non-empty uint8 or uint16, got {self.dtype} {self.shape}")
+        size = packed_bytes(n, k, self.dtype.itemsize)
+        if self.data.dtype != np.uint8 or self.data.shape != (size,):
+            raise ValueError(f"data: expected {size} bytes for a packed {self.dtype} {self.shape}")
+        if not self.data.flags.c_contiguous or self.data.ctypes.data % 64:
+            raise ValueError("data: expected a contiguous array at a multiple of 64 bytes")
+        if (self.scale is not None) != (self.dtype == np.uint8):
+            raise ValueError("scale: FP8 codes need one, BF16 takes none")
+        if self.scale is not None and (self.scale.shape != grid or self.scale.dtype != np.float32):
+            raise ValueError(f"scale: expected float32 {list(grid)}, got {self.scale.dtype} {list(self.scale.shape)}")
+
     @property
     def nbytes(self) -> int:
         """Bytes of the packed data, padding included, scale not."""

@@ -83,7 +83,7 @@ class Linear:
         A NaN code in a row of the weight makes its results NaN. Raises ValueError for a wrong argument.
         """
         tokens = check_input("x", x, np.float32, self.shape[1])
-        out = output(out, x, (tokens, self.shape[0]))
+        out = output(out, (x,), (tokens, self.shape[0]))
         threads = check_threads(threads)
         if self._native is None:
             assert self._plain is not None
@@ -117,6 +117,8 @@ def pack(weight: Array, scale: Array | None = None, *, out: Array | None = None,
     n, k = weight.shape
     size = kernel_layouts.packed_bytes(n, k, weight.itemsize)
     data = kernel_layouts.aligned(size) if out is None else check_room("out", out, size)
+    if np.may_share_memory(data, weight):
+        raise ValueError("out: must not share memory with weight")
     if native is None or tier() == "numpy":
         kernel_layouts.pack_rows(weight, data)
     else:
@@ -164,7 +166,7 @@ class MoeLayer:
         """
         tokens = check_input("x", x, np.float32, self._width)
         slots = check_routing(expert_ids, expert_weights, tokens, self._experts, self._present)
-        out = output(out, x, (tokens, self._width))
+        out = output(out, (x, expert_ids, expert_weights), (tokens, self._width))
         threads = check_threads(threads)
         if self._native is None:
             assert self._plain is not None
@@ -256,8 +258,11 @@ def read_bandwidth_bytes(buffer: NDArray[np.uint8], threads: int, loop: int = 0)
 def multiply_rate(threads: int, seconds: float = 0.05, *, tier: str | None = None) -> float:
     """FLOP/s of a tier's multiply instruction (VDPBF16PS or FMA) on registers: the multiply ceiling.
 
-    Runs for about `seconds`. Raises KernelError for a tier without compiled kernels.
+    Runs for about `seconds`, up to 60. Raises KernelError for a tier without compiled kernels, ValueError for a wrong
+    argument.
     """
+    if not isinstance(seconds, int | float) or not 0 < seconds <= 60:
+        raise ValueError(f"seconds: expected a number above 0, up to 60, got {seconds!r}")
     chosen = _choose_tier(tier)
     if native is None or chosen == "numpy":
         raise KernelError("multiply_rate: needs a compiled tier")

@@ -64,6 +64,8 @@ def load(
         raise ConfigError(f"precision is {precision!r}, expected 'bf16' or 'exact'")
     if weight_layout not in ("rows", "tiles"):
         raise ConfigError(f"weight_layout is {weight_layout!r}, expected 'rows' or 'tiles'")
+    if weight_layout == "tiles" and precision == "exact":
+        raise ConfigError("weight_layout is 'tiles', but precision 'exact' reads rows")
     for name, value in (
         ("token_budget", token_budget),
         ("kv_block_tokens", kv_block_tokens),

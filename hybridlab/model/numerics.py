@@ -265,7 +265,7 @@ class Bf16:
 
 
 def make_numerics(precision: str, threads: int, weight_layout: WeightLayout = "rows") -> Numerics:
-    """`Exact` reads the mapped rows whatever the layout. Raises `ValueError` for an unknown precision."""
+    """`Exact` reads the mapped rows. Raises `ValueError` for an unknown precision."""
     if precision == "exact":
         return Exact()
     if precision == "bf16":

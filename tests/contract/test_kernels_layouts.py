@@ -112,6 +112,11 @@ def test_wrong_arguments_name_themselves() -> None:
         (lambda: kernels.linear(packed, scale.copy()), "scale: a packed weight brings its own scale"),
         (lambda: kernels.linear(codes, np.full((1, 1), np.nan, np.float32)), r"weight scale: nan at \[0, 0\]"),
         (lambda: kernels.moe_layer([packed], [packed], [codes.T.copy()], down_scale=[scale.astype("f8")]), "down"),
+        (lambda: kernels.pack(codes, scale, out=np.zeros(4096, np.uint8)[1:]), "out: expected uint8"),
+        (lambda: kernels.Packed(packed.data[:64], (20, 30), packed.dtype, scale), "data: expected 4096 bytes"),
+        (lambda: kernels.Packed(packed.data, (20, 30), packed.dtype, None), "scale: FP8 codes need one"),
+        (lambda: kernels.multiply_rate(1, float("nan")), "seconds: expected a number above 0"),
+        (lambda: kernels.multiply_rate(1, -1), "seconds: expected a number above 0"),
         (lambda: kernels.read_bandwidth_bytes(np.zeros(8, np.uint8), 1, loop=3), "loop: expected 0 to 2"),
     ):
         with pytest.raises(ValueError, match=message):
