@@ -185,7 +185,9 @@ TARGET static void piece(const hl_piece *p) {
     for (int64_t first = 0; first < p->cached.count; first += HL_KEY_BLOCK) score_block(p, first, packed, copy, &w);
     for (int64_t r = 0; r < p->groups * p->rows; r++) {
         const int64_t n = seen(p, r % p->rows);
-        softmax(p->scores + r * HL_PIECE, n, at_most(n + ROWS, p->cached.count), p->scale, p->largest + r, p->sum + r);
+        /* Rows that are multiplied together go on to what the last of them sees. */
+        const int64_t limit = at_most(n + (CACHED_ROWS > ROWS ? CACHED_ROWS : ROWS), p->cached.count);
+        softmax(p->scores + r * HL_PIECE, n, limit, p->scale, p->largest + r, p->sum + r);
     }
     if (p->rows <= 2 * CACHED_ROWS && p->d % (2 * LANES) == 0)
         for (int64_t first = 0; first < p->cached.count; first += HL_KEY_BLOCK)

@@ -81,6 +81,16 @@ def test_many_queries_of_all_shapes_of_heads(tier, heads, groups, size):
         check(tier, attend(q, keys, values, cached, threads=2), q, keys, values, cached)
 
 
+@pytest.mark.parametrize(("heads", "size"), [(2, 64), (1, 40)])
+def test_short_prompts_of_single_heads_after_any_context(tier, heads, size):
+    """As many key/value heads as query heads: each row of a product sees a token more than the one before."""
+    keys, values = entries(1, heads, size, 64)
+    for start in range(41):
+        for queries in range(1, 25):
+            q, cached = normal(start, queries, heads, size), slice(0, start + queries)
+            check(tier, attend(q, keys, values, cached), q, keys, values, cached)
+
+
 def test_a_long_prompt(tier):
     if not kernels.uses_compiled():
         pytest.skip("the twin takes the queries one by one")
