@@ -4,7 +4,10 @@
    Legend: T tokens, H width, N heads, D head size, E experts. */
 #include "glue.h"
 
+#include "forward.h"
+
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__x86_64__)
@@ -73,5 +76,17 @@ void hl_route(const float *logits, int64_t tokens, int64_t experts, int64_t k, i
         if (normalise)
             for (int64_t i = 0; i < k; i++) weight[i] /= chosen;
     }
+}
+
+int hl_router_step(const hl_router *r, const float *x, int64_t tokens, float *normed, int32_t *ids, float *weights,
+                   int threads) {
+    const int64_t experts = r->gate.n;
+    float *logits = hl_scratch((size_t)(tokens * experts) * sizeof(float));
+    if (!logits) return -1;
+    hl_rms_norm(x, r->norm, r->eps, tokens, r->gate.k, normed);
+    const int failed = hl_linear(r->tier, &r->gate, normed, tokens, logits, threads);
+    if (!failed) hl_route(logits, tokens, experts, r->k, r->normalise, ids, weights);
+    free(logits);
+    return failed;
 }
 #endif

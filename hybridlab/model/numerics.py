@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hybridlab import kernels, kernels_attention
+from hybridlab import kernels, kernels_attention, kernels_router
 from hybridlab.checkpoint.reader import LinearWeights
 from hybridlab.kernels_numpy import dequantize
 from hybridlab.model.base import MicroBatch
@@ -21,6 +21,7 @@ from hybridlab.model.weight_layout import Rows, WeightLayout, WeightSource, weig
 from hybridlab.spec import ModelSpec
 
 LinearFn = Callable[[torch.Tensor], torch.Tensor]
+RouterFn = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 ExpertsFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 StepFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, MicroBatch], torch.Tensor]
 
@@ -75,8 +76,8 @@ class Numerics(Protocol):
         """RMS norm of each head, then rotation of (first half, second half) pairs, F = D / 2."""
         ...
 
-    def route(self, logits_TE: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids int32 and weights of the `top_k` largest of softmax(logits), [T, top_k]."""
+    def router(self, gate: LinearWeights, norm: torch.Tensor, eps: float, top_k: int, normalise: bool) -> RouterFn:
+        """x [T, H] -> its RMS norm; ids int32 and weights of the `top_k` largest of softmax(gate x), [T, top_k]."""
         ...
 
     def attend(
@@ -157,9 +158,15 @@ class Exact:
         c, s = cos_TF.unsqueeze(1), sin_TF.unsqueeze(1)
         return torch.cat((a * c - b * s, b * c + a * s), dim=-1).float()
 
-    def route(self, logits_TE: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, ids = logits_TE.double().softmax(-1).float().topk(top_k, dim=-1)
-        return ids.int(), weights / weights.sum(-1, keepdim=True) if normalise else weights
+    def router(self, gate: LinearWeights, norm: torch.Tensor, eps: float, top_k: int, normalise: bool) -> RouterFn:
+        logits = self.linear(gate)
+
+        def apply(x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            normed = self.rms_norm(x_TH, norm, eps)
+            weights, ids = logits(normed).double().softmax(-1).float().topk(top_k, dim=-1)
+            return normed, ids.int(), weights / weights.sum(-1, keepdim=True) if normalise else weights
+
+        return apply
 
     def attend(
         self, q_TND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: MicroBatch
@@ -244,9 +251,15 @@ class Bf16:
         arrays = (x_TND.numpy(), weight_D.numpy(), eps, cos_TF.numpy(), sin_TF.numpy())
         return torch.from_numpy(kernels_attention.norm_rope(*arrays))
 
-    def route(self, logits_TE: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, weights = kernels.route(logits_TE.numpy(), top_k, normalise)
-        return torch.from_numpy(ids), torch.from_numpy(weights)
+    def router(self, gate: LinearWeights, norm: torch.Tensor, eps: float, top_k: int, normalise: bool) -> RouterFn:
+        step = kernels_router.RouterStep(kernels.linear(*self._weights(gate)), norm.numpy(), eps, top_k, normalise)
+        threads = self.threads
+
+        def apply(x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            normed, ids, weights = step(x_TH.numpy(), threads=threads)
+            return torch.from_numpy(normed), torch.from_numpy(ids), torch.from_numpy(weights)
+
+        return apply
 
     def attend(
         self, q_TND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: MicroBatch

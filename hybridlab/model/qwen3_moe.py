@@ -10,7 +10,7 @@ import torch
 from hybridlab.checkpoint.reader import Checkpoint
 from hybridlab.model.attention import Attention
 from hybridlab.model.base import KVStore, MicroBatch, Routed
-from hybridlab.model.numerics import ExpertsFn, LinearFn, Numerics, StepFn
+from hybridlab.model.numerics import ExpertsFn, LinearFn, Numerics, RouterFn, StepFn
 from hybridlab.model.rope import Rope
 from hybridlab.number_formats import bf16_to_float32
 
@@ -57,10 +57,7 @@ class Qwen3Moe:
         return x_TH + weights.experts(normed, first, torch.ones(len(normed), 1))
 
     def router(self, layer: int, x_TH: torch.Tensor) -> Routed:
-        weights = self._layers[layer]
-        normed = self._numerics.rms_norm(x_TH, weights.mlp_norm, self.spec.rms_norm_eps)
-        ids, chosen = self._numerics.route(weights.gate(normed), self.spec.top_k, self.spec.norm_topk_prob)
-        return Routed(normed, ids, chosen)
+        return Routed(*self._layers[layer].router(x_TH))
 
     def experts(self, layer: int, routed: Routed, experts: tuple[int, ...]) -> torch.Tensor:
         ids = routed.expert_ids
@@ -77,7 +74,7 @@ class Qwen3Moe:
 class _Layer:
     """One decoder layer's norms and linear layers; a dense MLP is a MoE of one expert."""
 
-    gate: LinearFn
+    router: RouterFn
     experts: ExpertsFn
 
     def __init__(self, checkpoint: Checkpoint, numerics: Numerics, index: int) -> None:
@@ -98,7 +95,8 @@ class _Layer:
         if index in spec.dense_layers:
             groups = [[checkpoint.linear(f"{prefix}.mlp.{name}_proj")] for name in ("gate", "up", "down")]
         else:
-            self.gate = numerics.linear(checkpoint.linear(f"{prefix}.mlp.gate"))
+            gate = checkpoint.linear(f"{prefix}.mlp.gate")
+            self.router = numerics.router(gate, self.mlp_norm, spec.rms_norm_eps, spec.top_k, spec.norm_topk_prob)
             groups = [
                 [checkpoint.linear(f"{prefix}.mlp.experts.{e}.{name}_proj") for e in range(spec.num_experts)]
                 for name in ("gate", "up", "down")

@@ -17,7 +17,7 @@ FLOORS = {
     1: {"admission", "batch", "kv_blocks", "lowering", "prefix_cache", "strategies"},
     2: {
         "checkpoint", "engine", "hardware", "kernel_checks", "kernel_layouts", "kernels", "kernels_attention",
-        "kernels_numpy", "model", "number_formats", "simulator", "text",
+        "kernels_numpy", "kernels_router", "model", "number_formats", "simulator", "text",
     },
     3: {
         "arrivals", "axes", "axes_random", "backends", "bench", "bench_contenders", "bench_ggml", "bench_kernels",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridlab import kernels, kernels_attention, kernels_numpy
+from hybridlab import kernels, kernels_attention, kernels_numpy, kernels_router
 
 TIERS = kernels.supported_tiers()
 
@@ -146,3 +146,36 @@ def _norm_rope(x, weight, cosines, sines):
 def _attend(cached, dtype="uint16"):
     keys = np.zeros((9, 2, 8), dtype)
     return kernels_attention.attend_one(normal(0, 4, 8), keys, keys, cached, threads=1)
+
+
+@pytest.mark.parametrize("tier", kernels.supported_tiers())
+@pytest.mark.parametrize("tokens", [0, 1, 3, 20])
+def test_router_step_is_the_norm_the_logits_and_the_choice(
+    monkeypatch: pytest.MonkeyPatch, tier: str, tokens: int
+) -> None:
+    monkeypatch.setenv("HYBRIDLAB_ISA", tier)
+    rng = np.random.default_rng(7)
+    gate = kernels.linear((rng.standard_normal((24, 200)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16))
+    norm, x = rng.standard_normal(200).astype(np.float32), rng.standard_normal((tokens, 200)).astype(np.float32)
+    normed, ids, weights = kernels_router.RouterStep(gate, norm, 1e-6, 5, True)(x, threads=2)
+    expected = kernels.rms_norm(x, norm, 1e-6)
+    expected_ids, expected_weights = kernels.route(gate(expected, threads=1), 5, True)
+    np.testing.assert_array_equal(normed, expected)
+    if tier == "numpy":  # its BLAS may order the logits' sums differently
+        np.testing.assert_allclose(weights, expected_weights, rtol=1e-4)
+    else:
+        np.testing.assert_array_equal(ids, expected_ids)
+        np.testing.assert_array_equal(weights, expected_weights)
+
+
+def test_router_step_refuses_misfits_by_name() -> None:
+    gate = kernels.linear(np.zeros((8, 16), np.uint16))
+    norm = np.ones(16, np.float32)
+    for call, message in (
+        (lambda: kernels_router.RouterStep(gate, norm[:8], 1e-6, 2, True), "norm: expected float32"),
+        (lambda: kernels_router.RouterStep(gate, norm, 1e-6, 9, True), "top_k: expected 1 to 8, got 9"),
+        (lambda: kernels_router.RouterStep(gate, norm, 1e-6, 2, True)(np.ones((1, 8), np.float32), threads=1), "x: "),
+        (lambda: kernels_router.RouterStep(gate, norm, 1e-6, 2, True)(np.ones((1, 16), np.float32), threads=0), "thre"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
