@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain, islice, repeat
-from typing import Any, Protocol
+from itertools import cycle, islice
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from hybridlab.bench_shapes import LayerShape, MatrixShape
 from hybridlab.bench_weights import WeightPool
 
 Calls = list[Callable[[], object]]
+T = TypeVar("T")
 
 
 class Contender(Protocol):
@@ -84,8 +85,7 @@ class OurLayer:
         distinct = min(experts, pool.count(layer.expert_bytes(element)))
         make = partial(_fp8, pool) if weights == "fp8" else partial(_bf16, pool)
         sides = [[prepared(*make(*shape), layout) for _ in range(distinct)] for shape in ((i, h), (i, h), (h, i))]
-        # More experts than the pool has room for begin with the first ones again: it is far larger than L3.
-        gate, up, down = (list(islice(chain.from_iterable(repeat(side)), experts)) for side in sides)
+        gate, up, down = (repeated(side, experts) for side in sides)
         scales = [[entry[1] for entry in side] for side in (gate, up, down)]
         data = [[entry[0] for entry in side] for side in (gate, up, down)]
         self.module = kernels.moe_layer(*data, *scales, tier=tier)
@@ -101,6 +101,11 @@ class OurLayer:
         out = np.empty_like(x)
         routes = routings(len(x), self._experts, self._top_k)
         return [partial(self.module, x, ids, slots, out, threads=threads) for ids, slots in routes]
+
+
+def repeated(distinct: Sequence[T], count: int) -> list[T]:
+    """`count` experts. More than the pool has room for begin with the first ones again: it is far larger than L3."""
+    return list(islice(cycle(distinct), count))
 
 
 def prepared(weight: NDArray[Any], scale: NDArray[np.float32] | None, layout: str) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hybridlab.bench_contenders import Calls, Contender, routings
+from hybridlab.bench_contenders import Calls, Contender, repeated, routings
 from hybridlab.bench_shapes import LayerShape, MatrixShape
 from hybridlab.bench_weights import WeightPool
 from hybridlab.errors import ConfigError
@@ -63,11 +63,16 @@ def matrix_peers(names: Sequence[str], shape: MatrixShape, pool: WeightPool) -> 
     return [made[name]() for name in names if name in made]
 
 
-def layer_peers(names: Sequence[str], layer: LayerShape, pool: WeightPool, threads: int) -> list[Contender]:
-    """Those of `names` that compute a whole layer; kt-kernel's pool of threads is made for one count."""
+def layer_peers(
+    names: Sequence[str], layer: LayerShape, pool: WeightPool, experts: int, threads: int
+) -> list[Contender]:
+    """Those of `names` that compute a whole layer; kt-kernel's pool of threads is made for one count.
+
+    torch computes with `experts` experts; kt-kernel, which copies them, with as many as the pool has room for.
+    """
     made: dict[str, Callable[[], Contender]] = {
-        "torch_bf16": partial(TorchLayer, layer, pool, "bf16"),
-        "torch_fp8": partial(TorchLayer, layer, pool, "fp8"),
+        "torch_bf16": partial(TorchLayer, layer, pool, experts, "bf16"),
+        "torch_fp8": partial(TorchLayer, layer, pool, experts, "fp8"),
     }
     if "kt_kernel" in names:
         from hybridlab.bench_kt_kernel import KtLayer
@@ -124,15 +129,16 @@ class TorchMatrices(_Torch):
 
 
 class TorchLayer(_Torch):
-    """A layer's routed experts one after the other: gate, up, SiLU, down, weighted sum."""
+    """`experts` routed experts, as of `OurLayer`, one after the other: gate, up, SiLU, down, weighted sum."""
 
-    def __init__(self, layer: LayerShape, pool: WeightPool, weights: str) -> None:
+    def __init__(self, layer: LayerShape, pool: WeightPool, experts: int, weights: str) -> None:
         super().__init__(weights)
-        self._layer = layer
+        self._top_k = layer.top_k
         self.weight_bytes = layer.expert_bytes(1 if weights == "fp8" else 2)
-        self._count = max(layer.top_k, pool.count(self.weight_bytes))
+        distinct = min(experts, pool.count(self.weight_bytes))
         shapes = ((layer.intermediate, layer.hidden),) * 2 + ((layer.hidden, layer.intermediate),)
-        self._experts = [[_tensors(pool, *shape, weights) for shape in shapes] for _ in range(self._count)]
+        made = [[_tensors(pool, *shape, weights) for shape in shapes] for _ in range(distinct)]
+        self._experts = repeated(made, experts)
 
     def takes(self, rows: int) -> bool:
         return rows == 1 or (self.weights == "bf16" and rows <= 2048)
@@ -140,8 +146,7 @@ class TorchLayer(_Torch):
     def calls(self, x: np.ndarray, threads: int) -> Calls:
         import torch
 
-        count = self._count if len(x) == 1 else min(self._count, 64)
-        routes = routings(len(x), max(count, self._layer.top_k), self._layer.top_k)
+        routes = routings(len(x), len(self._experts), self._top_k)
         x_TH = torch.from_numpy(x).to(torch.bfloat16)
         return [partial(self._step, x_TH, torch.from_numpy(ids), torch.from_numpy(w)) for ids, w in routes]
 

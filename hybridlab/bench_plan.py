@@ -127,7 +127,7 @@ def _layer_contenders(
     ours = [make(weights=weights, layout=layout) for weights in ("fp8", "bf16") for layout in LAYOUTS]
     if point.rows > 1:  # kt-kernel would copy all weights and start its threads for nothing
         peers = [name for name in peers if name != "kt_kernel"]
-    return [*ours, *(one for one in layer_peers(peers, layer, pool, point.threads) if one.takes(point.rows))]
+    return [*ours, *(one for one in layer_peers(peers, layer, pool, experts, point.threads) if one.takes(point.rows))]
 
 
 def _matrix_works(shape: MatrixShape, point: Point, contenders: Sequence[Contender]) -> list[Work]:

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 
 from hybridlab import bench_kernels, bench_peers, kernels
-from hybridlab.bench_contenders import experts_used, routings
-from hybridlab.bench_plan import Settings, sections
-from hybridlab.bench_shapes import LAYERS, distinct_layers, layers_of, matrices_of
+from hybridlab.bench_contenders import OurLayer, experts_used, routings
+from hybridlab.bench_peers import layer_peers
+from hybridlab.bench_plan import PREFILL_EXPERTS, Settings, sections
+from hybridlab.bench_shapes import LAYERS, LayerShape, distinct_layers, layers_of, matrices_of
 from hybridlab.bench_targets import shown, targets_table
 from hybridlab.bench_timing import LEAST_TRIALS, Reading, Work, row_of, time_together
 from hybridlab.bench_weights import WeightPool
@@ -137,6 +138,23 @@ def test_steps_take_all_experts_before_one_comes_again() -> None:
     ((ids, weights),) = routings(100, 16, 4)
     assert ids.shape == weights.shape == (100, 4)
     assert all(len(set(row)) == 4 for row in ids.tolist())
+
+
+@compiled
+def test_layer_peers_do_the_work_that_ours_does() -> None:
+    layer = LayerShape("wide", 256, 128, 128, 4)
+    pool = WeightPool(1 << 20)
+    assert pool.count(layer.expert_bytes(2)) < PREFILL_EXPERTS  # so that experts are repeated
+    x = np.ones((32, layer.hidden), np.float32)
+    ours = OurLayer(layer, pool, PREFILL_EXPERTS, weights="bf16", layout="rows", tier=kernels.tier())
+    (peer,) = layer_peers(["torch_bf16"], layer, pool, PREFILL_EXPERTS, 1)
+    (call,), (peers_call,) = ours.calls(x, 1), peer.calls(x, 1)
+    _, ids, slots, _ = call.args  # type: ignore[attr-defined]
+    _, peers_ids, peers_slots = peers_call.args  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(peers_ids.numpy(), ids)
+    np.testing.assert_array_equal(peers_slots.numpy(), slots)
+    assert peer.weight_bytes == ours.weight_bytes
+    assert peers_call().shape == x.shape  # type: ignore[attr-defined]
 
 
 def test_weights_are_spread_and_never_nan() -> None:
