@@ -139,7 +139,8 @@ def check_entries(keys: Any, values: Any, heads: int) -> None:
     for name, array in (("keys", keys), ("values", values)):
         if not isinstance(array, np.ndarray) or array.dtype != np.uint16 or array.ndim != 3:
             raise ValueError(f"{name}: expected uint16 (BF16 bits) [slots, G, D], got {kind_of(array)}")
-        if not array.size or not array.flags.c_contiguous or array.shape != keys.shape or heads % array.shape[1]:
+        fits = array.flags.c_contiguous and array.shape == keys.shape
+        if not array.size or not fits or heads < array.shape[1] or heads % array.shape[1]:
             raise ValueError(f"{name}: expected C-contiguous [slots, G, D], G a divisor of {heads} heads")
 
 

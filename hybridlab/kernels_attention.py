@@ -10,6 +10,7 @@ Legend: T tokens, H model width, N query heads, G key/value heads, D head size. 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,11 @@ from hybridlab.kernel_checks import (
 )
 from hybridlab.kernels import Linear, address, native, tier, uses_compiled
 
-PIECE_TOKENS, TASK_ROWS = 512, 192
-"""How cython_kernels/attention*.[ch] cut the work: HL_PIECE and TASK_ROWS there."""
+PIECE_TOKENS, TASK_ROWS, FEW_ROWS, TASK_BYTES = 512, 192, 64, 72
+"""How cython_kernels/attention*.[ch] cut the work: HL_PIECE, TASK_ROWS, FEW_ROWS and sizeof(task) there."""
+
+UNCOMPILED = ("portable", "numpy")
+"""Tiers without compiled attention."""
 
 
 def norm_rope(x: Array, weight: Array, eps: float, cosines: Array, sines: Array) -> NDArray[np.float32]:
@@ -57,7 +61,7 @@ class CachedRuns:
     """
 
     def __init__(self, cached: Sequence[slice | Array], slots: Array, queries: Sequence[int] | None = None) -> None:
-        self._keep = cached
+        self._keep = cached = tuple(cached)  # the arrays: their addresses are in the table
         if not cached:
             raise ValueError("cached: expected at least one request")
         queries = [1] * len(cached) if queries is None else queries
@@ -71,7 +75,7 @@ class CachedRuns:
             table, first = (0, own.start) if isinstance(own, slice) else (address(own), 0)
             rows.append((table, first, row, number, count - number))
             row, highest = row + number, max(highest, last)
-        if slots.dtype != np.int64 or slots.shape != (row,) or not slots.flags.c_contiguous or slots.min() < 0:
+        if not _are_slots(slots, row) or slots.min() < 0:
             raise ValueError(f"slots: expected {row} contiguous int64 slots >= 0, got {kind_of(slots)}")
         self.table = np.array(rows, np.int64)
         self.tokens, self.last_slot = row, max(highest, int(slots.max()))
@@ -87,6 +91,11 @@ class CachedRuns:
             for i in range(number):
                 seen = start + i + 1
                 yield row + i, slice(first, first + seen) if isinstance(own, slice) else own[:seen]
+
+
+def _are_slots(slots: Any, tokens: int) -> bool:
+    good = isinstance(slots, np.ndarray) and slots.dtype == np.int64 and slots.shape == (tokens,)
+    return good and slots.flags.c_contiguous
 
 
 def _extent(cached: slice | Array) -> tuple[int, int]:
@@ -107,12 +116,20 @@ def is_compiled(head_dim: int) -> bool:
     return uses_compiled() and head_dim % 8 == 0
 
 
-def workspace_bytes(heads: int, groups: int, head_dim: int, threads: int, tokens: int) -> int:
-    """Memory that `attend` takes at most while requests with `tokens` cached tokens in all are computed."""
-    rows = max(TASK_ROWS, heads // groups)  # scores, queries and two results of a task; keys or values laid out
+def workspace_bytes(
+    heads: int, groups: int, head_dim: int, threads: int, tokens: int, queries: int | None = None
+) -> int:
+    """Upper bound of the memory of an `attend` whose requests see `tokens` cached tokens in all.
+
+    A token that two requests share counts twice. `queries` is the most that it computes at once; None: any number.
+    """
+    per, queries = heads // groups, min(queries or tokens, tokens)
+    rows = max(TASK_ROWS, per)  # scores, queries and two results of a task; keys or values laid out
     task = rows * (PIECE_TOKENS + 3 * (head_dim + 16)) + 320 * (head_dim + 64)
-    partial = (tokens // PIECE_TOKENS + 1) * heads * (head_dim + 16)
-    return 4 * (threads * task + partial)
+    # A request of few queries has a result for each of them and each piece, the last of which may be short.
+    results = min(tokens, FEW_ROWS // per * (tokens // PIECE_TOKENS) + queries)
+    tasks = groups * (tokens // PIECE_TOKENS + 2 * queries)
+    return 4 * (threads * (task + 32) + results * heads * (head_dim + 18)) + TASK_BYTES * tasks + 64
 
 
 def attend(q: Array, keys: Array, values: Array, runs: CachedRuns, *, threads: int) -> NDArray[np.float32]:
@@ -121,7 +138,9 @@ def attend(q: Array, keys: Array, values: Array, runs: CachedRuns, *, threads: i
     keys and values are BF16 bits (uint16) [slots, G, D]; N / G query heads share a key/value head. Compiled if D is a
     multiple of 8. Raises ValueError for a wrong argument.
     """
-    heads = q.shape[1] if isinstance(q, np.ndarray) and q.ndim == 3 else 0
+    if not isinstance(q, np.ndarray) or q.ndim != 3:
+        raise ValueError(f"q: expected float32 [T, N, D], got {kind_of(q)}")
+    heads = q.shape[1]
     check_entries(keys, values, heads)
     check_float32("q", q, (runs.tokens, heads, keys.shape[2]))
     if runs.last_slot >= len(keys):
@@ -140,7 +159,9 @@ def attend(q: Array, keys: Array, values: Array, runs: CachedRuns, *, threads: i
 
 def attend_one(q: Array, keys: Array, values: Array, cached: slice | Array, *, threads: int) -> NDArray[np.float32]:
     """One query's attention: q float32 [N, D] over the slots `cached` (a slice or int64 array) of keys and values."""
-    check_cached(keys, values, cached, len(q) if isinstance(q, np.ndarray) and q.ndim == 2 else 0)
+    if not isinstance(q, np.ndarray) or q.ndim != 2:
+        raise ValueError(f"q: expected float32 [N, D], got {kind_of(q)}")
+    check_cached(keys, values, cached, len(q))
     check_float32("q", q, (len(q), keys.shape[2]))
     return attend(q[None], keys, values, CachedRuns([cached], np.zeros(1, np.int64)), threads=threads)[0]
 
@@ -150,13 +171,10 @@ class AttentionStep:
 
     def __init__(self, q: Linear, k: Linear, v: Linear, o: Linear, norms: Sequence[Array], eps: float) -> None:
         self._keep = (q, k, v, o, *norms)
-        self._hidden, self._head_dim = q.shape[1], norms[1].shape[0]
+        self._hidden, self._head_dim = q.shape[1], _head_dim(q, k, v, o, norms)
         self._heads, self._groups = q.shape[0] // self._head_dim, k.shape[0] // self._head_dim
-        check_float32("input norm", norms[0], (self._hidden,))
-        check_float32("k norm", norms[2], (self._head_dim,))
-        if k.shape != v.shape or o.shape != q.shape[::-1] or self._head_dim % 8:
-            raise ValueError(f"q, k, v, o: {q.shape}, {k.shape}, {v.shape}, {o.shape} do not fit together")
-        assert native is not None
+        if native is None or q.tier in UNCOMPILED or self._head_dim % 8:
+            raise ValueError(f"q: no compiled attention of heads of {self._head_dim} in tier {q.tier}")
         matrices = (q.native_parts, k.native_parts, v.native_parts, o.native_parts)
         addresses = (address(norms[0]), address(norms[1]), address(norms[2]))
         self._native = native.AttentionStep(q.tier, matrices, addresses, eps, self._heads, self._groups, self._head_dim)
@@ -183,10 +201,14 @@ class AttentionStep:
         check_entries(keys, values, self._heads)
         if keys.shape[1:] != (self._groups, self._head_dim):
             raise ValueError(f"keys: expected [slots, {self._groups}, {self._head_dim}], got {list(keys.shape)}")
-        if slots.shape != (tokens,) or slots.dtype != np.int64 or not slots.flags.c_contiguous:
+        if not keys.flags.writeable or not values.flags.writeable:
+            raise ValueError(f"{'values' if keys.flags.writeable else 'keys'}: expected a writeable array")
+        if not _are_slots(slots, tokens):
             raise ValueError(f"slots: expected contiguous int64 [{tokens}], got {kind_of(slots)}")
         if runs.tokens != tokens or not runs.decoding or runs.last_slot >= len(keys):
             raise ValueError(f"runs: expected {tokens} requests of one token and slots below {len(keys)}")
+        if slots.view(np.uint64).max() >= len(keys):  # negative ones too: one pass
+            raise ValueError(f"slots: expected slots from 0 to {len(keys) - 1}, got {slots.min()} to {slots.max()}")
         out = np.empty_like(x)
         self._native.run(
             address(x), address(cosines), address(sines), tokens, address(keys), address(values), address(slots),
@@ -195,13 +217,33 @@ class AttentionStep:
         return out
 
 
+def _head_dim(q: Linear, k: Linear, v: Linear, o: Linear, norms: Sequence[Array]) -> int:
+    """D, after checking that the layers and norms of an attention layer fit together."""
+    if len(norms) != 3 or not isinstance(norms[1], np.ndarray) or norms[1].ndim != 1 or not norms[1].size:
+        raise ValueError("norms: expected arrays for the input [H], q [D] and k [D]")
+    (rows, hidden), groups, size = q.shape, k.shape[0], norms[1].size
+    for name, norm, length in zip(("input norm", "q norm", "k norm"), norms, (hidden, size, size), strict=True):
+        check_float32(name, norm, (length,))
+    if groups % size:
+        raise ValueError(f"k: expected rows in heads of {size}, got {groups}")
+    if rows % groups:
+        raise ValueError(f"q: expected rows in a multiple of the {groups} of k, got {rows}")
+    for name, layer, shape in (("k", k, (groups, hidden)), ("v", v, (groups, hidden)), ("o", o, (hidden, rows))):
+        if layer.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(layer.shape)}")
+        if layer.tier != q.tier:
+            raise ValueError(f"{name}: expected the tier {q.tier} of q, got {layer.tier}")
+    return size
+
+
 def attention_step(
     q: Linear, k: Linear, v: Linear, o: Linear, norms: Sequence[Array], eps: float
 ) -> AttentionStep | None:
     """Join the linear layers and norms (input [H], q [D], k [D]) of an attention layer; None without the kernels.
 
     Then the caller composes the layer of `rms_norm`, `Linear`, `norm_rope` and `attend`, its twin.
+    Raises ValueError for a layer or norm that does not fit.
     """
-    if native is None or q.tier in ("portable", "numpy") or norms[1].shape[0] % 8:
+    if _head_dim(q, k, v, o, norms) % 8 or native is None or q.tier in UNCOMPILED:
         return None
     return AttentionStep(q, k, v, o, norms, eps)

@@ -198,6 +198,7 @@ BAD_RUNS = [
     (([slice(0, 3)], np.zeros(2, np.int64)), "slots: expected 1 contiguous int64"),
     (([slice(0, 3)], np.zeros(1, np.int32)), "slots: expected 1 contiguous int64"),
     (([slice(0, 3)], -np.ones(1, np.int64)), "slots: expected 1 contiguous int64 slots >= 0"),
+    (([slice(0, 3)], [0]), "slots: expected 1 contiguous int64 slots >= 0, got list"),
 ]
 
 
@@ -205,6 +206,14 @@ BAD_RUNS = [
 def test_wrong_runs_are_named(arguments, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         CachedRuns(*arguments)
+
+
+def test_runs_keep_their_arrays_not_the_list_of_them():
+    cached, table = [np.arange(4)], np.arange(4)
+    runs = CachedRuns(cached, np.array([3]))
+    cached.clear()
+    (row, seen), *others = runs.pieces()
+    assert row == 0 and (seen == table).all() and not others
 
 
 GOOD = CachedRuns([slice(0, 3)], np.array([2]))
@@ -219,6 +228,7 @@ ZEROS = np.zeros((9, 2, 8), np.uint16)
         ((normal(0, 2, 4, 8), ZEROS, ZEROS, GOOD), "q: expected float32 [1, 4, 8]"),
         ((normal(0, 1, 4, 16)[:, :, ::2], ZEROS, ZEROS, GOOD), "q: expected a C-contiguous"),
         ((normal(0, 1, 5, 8), ZEROS, ZEROS, GOOD), "G a divisor of 5 heads"),
+        ((normal(0, 1, 0, 8), ZEROS, ZEROS, GOOD), "G a divisor of 0 heads"),
         ((normal(0, 1, 4, 8), ZEROS.astype(np.float32), ZEROS, GOOD), "keys: expected uint16"),
         ((normal(0, 1, 4, 8), ZEROS, ZEROS[:8], GOOD), "values: expected C-contiguous"),
         ((normal(0, 1, 4, 8), ZEROS[:, :0], ZEROS[:, :0], GOOD), "keys: expected C-contiguous"),
