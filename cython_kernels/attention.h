@@ -25,8 +25,8 @@ typedef struct {
     float *out;
 } hl_attend;
 
-/* Causal attention of all requests. The bits of a row depend on its own context only, not on how a prompt was cut into
-   steps, nor on threads or the other requests. The tiers with VDPBF16PS round q and the probabilities to BF16 and take
+/* Causal attention of all requests. The bits of a row depend on its own context only, not on later tokens (infinite or
+   NaN as they may be), nor on how a prompt was cut into steps, threads or the other requests. The tiers with VDPBF16PS round q and the probabilities to BF16 and take
    BF16 subnormals as zero; the others compute in float32. Returns -1 if memory is short, -2 if the tier has no
    attention. */
 int hl_attend_all(const hl_tier *tier, const hl_attend *a, int threads);

@@ -178,6 +178,46 @@ TARGET static void mix_cached_block(const hl_piece *p, int64_t first, uint32_t *
     }
 }
 
+TARGET static void mix(const hl_piece *p, ahead *w) {
+    uint16_t *copy = (uint16_t *)p->packed;
+    uint32_t *packed = p->packed + p->d * HL_CACHE_TILE / 2;
+    if (p->rows <= 2 * CACHED_ROWS && p->d % (2 * LANES) == 0)
+        for (int64_t first = 0; first < p->cached.count; first += HL_KEY_BLOCK)
+            mix_cached_block(p, first, p->packed, w);
+    else
+        for (int64_t first = 0; first < p->cached.count; first += p->value_block)
+            mix_block(p, first, packed, copy, w);
+}
+
+/* Whether a value that some row does not see is infinite or NaN: times a weight of zero it would be NaN. */
+TARGET static int spoilt(const hl_piece *p) {
+    uint16_t largest = 0;
+    for (int64_t t = seen(p, 0); t < p->cached.count; t++) {
+        const uint16_t *v = entry(p, &p->cached, p->cached.values, t);
+        for (int64_t i = 0; i < p->groups * p->d; i++) {
+            const uint16_t size = v[i] & 0x7FFF;
+            largest = size > largest ? size : largest;
+        }
+    }
+    return largest >= 0x7F80;
+}
+
+/* The same results, query by query, from no more tokens than it sees. */
+TARGET static void mix_each(const hl_piece *p, ahead *w) {
+    for (int64_t r = 0; r < p->groups * p->rows; r += p->per) {
+        hl_piece one = *p;
+        one.groups = 1;
+        one.rows = p->per;
+        one.visible = one.cached.count = seen(p, r % p->rows);
+        one.cached.keys += r / p->rows * p->d;
+        one.cached.values += r / p->rows * p->d;
+        one.scores += r * HL_PIECE;
+        one.mixed += r * hl_mixed_stride(p->d);
+        memset(one.mixed, 0, (size_t)(one.rows * hl_mixed_stride(p->d)) * sizeof *one.mixed);
+        mix(&one, w);
+    }
+}
+
 TARGET static void piece(const hl_piece *p) {
     uint16_t *copy = (uint16_t *)p->packed;
     uint32_t *packed = p->packed + p->d * HL_CACHE_TILE / 2;
@@ -189,10 +229,8 @@ TARGET static void piece(const hl_piece *p) {
         const int64_t limit = at_most(n + (CACHED_ROWS > ROWS ? CACHED_ROWS : ROWS), p->cached.count);
         softmax(p->scores + r * HL_PIECE, n, limit, p->scale, p->largest + r, p->sum + r);
     }
-    if (p->rows <= 2 * CACHED_ROWS && p->d % (2 * LANES) == 0)
-        for (int64_t first = 0; first < p->cached.count; first += HL_KEY_BLOCK)
-            mix_cached_block(p, first, p->packed, &w);
+    if (spoilt(p))
+        mix_each(p, &w);
     else
-        for (int64_t first = 0; first < p->cached.count; first += p->value_block)
-            mix_block(p, first, packed, copy, &w);
+        mix(p, &w);
 }

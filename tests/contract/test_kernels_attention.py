@@ -176,6 +176,24 @@ def test_nan_in_the_cache_spoils_its_own_request_only(tier, spoilt, queries):
     np.testing.assert_array_equal(got[queries:], clean[queries:])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("bits", [0x7F80, 0xFFC0])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(8, 1, 64), (2, 2, 64), (6, 2, 40), (70, 1, 32)])
+def test_what_a_later_token_holds_is_not_seen(tier, heads, groups, size, bits):
+    """Infinite or NaN as it may be: in a short prompt, in one of many blocks, and at the seam of two pieces."""
+    for start, queries, spoilt in ((0, 20, 19), (0, 20, 0), (37, 60, 64), (500, 30, 511), (500, 30, 512)):
+        q, (keys, values) = normal(0, queries, heads, size), entries(1, groups, size)
+        for cached in (slice(5, 5 + start + queries), scattered(2, start + queries)):
+            clean = attend(q, keys, values, cached)
+            slot = cached.start + spoilt if isinstance(cached, slice) else cached[spoilt]
+            kept = keys[slot].copy(), values[slot].copy()
+            keys[slot] = values[slot] = bits
+            got, before = attend(q, keys, values, cached), max(spoilt - start, 0)
+            np.testing.assert_array_equal(got[:before], clean[:before])
+            assert not np.isfinite(got[before:]).any()
+            keys[slot], values[slot] = kept
+
+
 def test_slots_after_the_context_are_not_read(tier):
     q, (keys, values) = normal(0, 3, 8, 16), entries(1, 2, 16)
     clean = attend(q, keys, values, slice(0, 77))
