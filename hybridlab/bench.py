@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -100,6 +100,7 @@ def decode(
     for name, value, least in (("depth", depth, 0), ("batch", batch, 1), ("steps", steps, 1)):
         if value < least:
             raise ConfigError(f"{name} is {value}, expected at least {least}")
+    check_weight_layout(weight_layout)
     with TemporaryDirectory(prefix="hybridlab-bench-") as scratch:
         if checkpoint is None:
             from hybridlab.checkpoint.writer import make_checkpoint
@@ -119,6 +120,13 @@ def decode(
         ):
             name = Path(checkpoint).name
             return _time_decode(engine, name, weight_layout, depth, batch, steps, seed, progress)
+
+
+def check_weight_layout(layout: str) -> None:
+    """Raise ConfigError for an unknown one, before a checkpoint is written; `load` checks the rest."""
+    if layout not in get_args(WeightLayout):
+        expected = " or ".join(map(repr, get_args(WeightLayout)))
+        raise ConfigError(f"weight_layout is {layout!r:.40}, expected {expected}")
 
 
 def step_bytes(engine: Engine, experts_used: list[set[int]], batch: int, context_tokens: int) -> int:

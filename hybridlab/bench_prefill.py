@@ -13,6 +13,7 @@ import numpy as np
 
 from hybridlab import kernels
 from hybridlab.batch import Entry, StepBatch
+from hybridlab.bench import check_weight_layout
 from hybridlab.device_lock import alone
 from hybridlab.engine.worker import WORKER
 from hybridlab.errors import ConfigError
@@ -91,6 +92,7 @@ def prefill(
     for name, value in (("tokens", tokens), ("steps", steps)):
         if value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1")
+    check_weight_layout(weight_layout)
     with TemporaryDirectory(prefix="hybridlab-bench-") as scratch:
         if checkpoint is None:
             from hybridlab.checkpoint.writer import make_checkpoint

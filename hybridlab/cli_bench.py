@@ -13,6 +13,10 @@ from hybridlab.errors import ConfigError
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure against a yardstick.")
 
 _DEFAULT_PRESET = "qwen3-7b-a1b"
+# As in bench_shapes.LAYERS and bench_peers.PEERS, whose import would slow every command.
+SHAPES = ("deepseek-v3", "qwen3-235b-a22b", "qwen3-30b-a3b", "qwen3-7b-a1b", "tiny")
+PEERS = ("torch_bf16", "torch_fp8", "ggml_q8_0", "ggml_bf16", "kt_kernel")
+_MOST_DIGITS = 9  # int() refuses thousands of them with an error of its own
 
 
 @bench.callback()
@@ -49,7 +53,7 @@ def decode(
             depth=depth,
             batch=batch,
             threads=threads,
-            weight_layout=weight_layout,  # type: ignore[arg-type]  # load checks it
+            weight_layout=weight_layout,  # type: ignore[arg-type]  # checked there
             steps=steps,
         )
     emit(result.as_dict() if json else str(result), json)
@@ -81,7 +85,7 @@ def prefill(
             layers=layers,
             tokens=tokens,
             threads=threads,
-            weight_layout=weight_layout,  # type: ignore[arg-type]  # load checks it
+            weight_layout=weight_layout,  # type: ignore[arg-type]  # checked there
             steps=steps,
         )
     emit(result.as_dict() if json else str(result), json)
@@ -90,12 +94,17 @@ def prefill(
 @bench.command("kernels")
 def bench_kernels(
     shape: Annotated[
-        list[str] | None, typer.Option(metavar="MODEL", help="Shapes of this model; may be repeated. [default: all]")
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL", help=f"Shapes of this model; may be repeated: {', '.join(SHAPES)}. [default: all]"
+        ),
     ] = None,
     rows: Annotated[str | None, typer.Option(help="Tokens multiplied at once, M. [default: 1,2,4,...,4096]")] = None,
     threads: Annotated[str | None, typer.Option(help="Thread counts. [default: 1 and every usable core]")] = None,
     seconds: Annotated[float | None, typer.Option(help="For each point. [default: 0.25]")] = None,
-    peers: Annotated[str | None, typer.Option(help="Names with commas, or none. [default: all that run here]")] = None,
+    peers: Annotated[
+        str | None, typer.Option(help=f"With commas, or none: {', '.join(PEERS)}. [default: all that run here]")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One shape, few M, torch alone: seconds.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write tables and figures into this folder.")] = None,
     json: Json = False,
@@ -103,19 +112,24 @@ def bench_kernels(
     """Our CPU kernels and their peers against the read and multiply ceilings measured in between."""
     from hybridlab.bench_kernels import run
 
+    row_counts, thread_counts = _numbers(rows, "--rows"), _numbers(threads, "--threads")
+    if out is not None:
+        import matplotlib
+
+        matplotlib.use("Agg")  # a terminal has no window to draw into
+        from hybridlab.figures.kernel_bench import check_folder
+
+        check_folder(out)
     with human_output():
         result = run(
             shape or None,
-            rows=_numbers(rows, "--rows"),
-            threads=_numbers(threads, "--threads"),
+            rows=row_counts,
+            threads=thread_counts,
             seconds=seconds,
             peers=None if peers is None else () if peers == "none" else peers.split(","),
             quick=quick,
         )
         if out is not None:
-            import matplotlib
-
-            matplotlib.use("Agg")  # a terminal has no window to draw into
             from hybridlab.figures.kernel_bench import save_kernel_bench
 
             given = {"--rows": rows, "--threads": threads, "--seconds": seconds, "--peers": peers}
@@ -141,6 +155,6 @@ def _numbers(text: str | None, option: str) -> list[int] | None:
         return None
     words = [word.strip() for word in text.split(",")]
     for word in words:
-        if not (word.isascii() and word.isdigit()):
-            raise ConfigError(f"{option}: expected numbers such as 1,2,4, got {word!r}")
+        if not (word.isascii() and word.isdigit() and len(word) <= _MOST_DIGITS):
+            raise ConfigError(f"{option}: expected numbers such as 1,2,4, got {word!r:.40}")
     return [int(word) for word in words]

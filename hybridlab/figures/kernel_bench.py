@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from hybridlab.bench_targets import targets_table
@@ -44,6 +46,27 @@ def save_kernel_bench(bench: KernelBench, folder: str | Path, command: str) -> l
     }
     write_whole(files, "table")
     return [*files, *rebuild_kernel_bench(folder)]
+
+
+def check_folder(folder: str | Path) -> None:
+    """Make `folder` and a file in it, and remove again what was not there: minutes of measuring are to come.
+
+    Raises ConfigError if that fails.
+    """
+    folder = file_path(folder, "save_kernel_bench")
+    missing: list[Path] = []
+    try:
+        missing = [one for one in (folder, *folder.parents) if not one.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{folder}: expected a folder that can be written to ({reason})") from None
+    finally:
+        for one in missing:
+            with suppress(OSError):
+                one.rmdir()
 
 
 def is_kernel_bench(folder: Path) -> bool:

@@ -10,11 +10,18 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import hybridlab as hl
+from hybridlab import bench_kernels, bench_peers, cli_bench
+from hybridlab.bench_shapes import LAYERS
+from hybridlab.checkpoint import writer
 from hybridlab.cli import app
 
 
 def invoke(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def _not_reached(*_: object, **__: object) -> None:
+    raise AssertionError("only after the mistake was told")
 
 
 def error_line(done: Result) -> str:
@@ -94,6 +101,45 @@ def test_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
 )
 def test_bench_choices(words: list[str], shown: str) -> None:
     assert shown in error_line(invoke("bench", "decode", *words))
+
+
+@pytest.mark.parametrize("command", ["decode", "prefill"])
+def test_an_unknown_weight_layout_writes_no_checkpoint(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setattr(writer, "make_checkpoint", _not_reached)
+    done = invoke("bench", command, "--preset", "tiny", "--weight-layout", "foo")
+    assert "weight_layout is 'foo', expected 'rows' or 'tiles'" in error_line(done)
+
+
+@pytest.mark.parametrize("inside", ["", "more"])
+def test_bench_kernels_wants_a_folder_before_it_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    monkeypatch.setattr(bench_kernels, "run", _not_reached)
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    out = tmp_path / "file" / inside
+    assert f"{out}: expected a folder" in error_line(invoke("bench", "kernels", "--quick", "--out", out))
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_mistake_leaves_no_folder_of_bench_kernels(tmp_path: Path) -> None:
+    done = invoke("bench", "kernels", "--shape", "nonsense", "--out", tmp_path / "new" / "out")
+    assert "unknown model 'nonsense'" in error_line(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--rows", "--threads"])
+@pytest.mark.parametrize("text", ["1,x", "9" * 5000])
+def test_bench_kernels_counts(option: str, text: str) -> None:
+    line = error_line(invoke("bench", "kernels", option, text))
+    assert f"{option}: expected numbers" in line
+    assert len(line) < 160
+
+
+def test_bench_kernels_names_what_can_be_given() -> None:
+    assert tuple(LAYERS) == cli_bench.SHAPES
+    assert tuple(bench_peers.PEERS) == cli_bench.PEERS
+    shown = invoke("bench", "kernels", "--help").stdout
+    assert all(name in shown for name in (*LAYERS, *bench_peers.PEERS))
 
 
 @pytest.mark.parametrize(
