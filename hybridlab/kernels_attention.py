@@ -1,8 +1,8 @@
 """Compiled attention over the paged cache: a step's requests together, and a decoding layer in one call.
 
 Within one tier the bits of a query's result depend on its own context only: not on later tokens, nor on how its prompt
-was cut into steps, threads or the other requests. Tiers with VDPBF16PS (AVX-512 BF16) round queries and probabilities to BF16;
-sums are float32.
+was cut into steps, threads or the other requests. Tiers with VDPBF16PS (AVX-512 BF16) round queries and probabilities
+to BF16; sums are float32.
 
 Legend: T tokens, H model width, N query heads, G key/value heads, D head size. BF16 arrays hold bits (uint16).
 """
