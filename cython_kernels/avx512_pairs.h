@@ -13,11 +13,17 @@ TARGET static void prepare(const float *x, int64_t k, int is_fp8, hl_word *out, 
     (void)is_fp8;
     post[0] = post[1] = 1.0f;
     for (int64_t b = 0; b < hl_blocks(k); b++) {
-        uint16_t block[HL_BLOCK];
-        const int64_t left = k - b * HL_BLOCK;
-        if (left < HL_BLOCK) memset(block, 0, sizeof block);
-        for (int64_t i = 0; i < (left < HL_BLOCK ? left : HL_BLOCK); i++) block[i] = hl_bf16_bits(x[b * HL_BLOCK + i]);
-        memcpy(out + b * stride, block, sizeof block);
+        float padded[HL_BLOCK];
+        const float *block = x + b * HL_BLOCK;
+        if (k - b * HL_BLOCK < HL_BLOCK) {
+            memset(padded, 0, sizeof padded);
+            memcpy(padded, block, sizeof(float) * (size_t)(k - b * HL_BLOCK));
+            block = padded;
+        }
+        for (int i = 0; i < HL_BLOCK; i += 32) { /* rounds to nearest even; what VDPBF16PS would flush is flushed here */
+            const __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(block + i + 16), _mm512_loadu_ps(block + i));
+            _mm512_storeu_si512(out + b * stride + i / 2, (__m512i)pair);
+        }
     }
 }
 

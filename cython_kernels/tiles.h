@@ -85,15 +85,16 @@ TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _block)(
     END_BLOCK()
 }
 
-/* All tiles of a panel's block, for m tokens. */
+/* All tiles of a panel's block, for m tokens. Pass `only` over tiles prefetches (-1: all), so that the passes of several
+   groups of tokens share the fetching of the next block. */
 TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _tiles)(
     const uint8_t *w, int tiles, const int m, const hl_word *x, float *sum, FLAG *flags, float scale,
-    int64_t ahead) {
-    int t = 0;
+    int64_t ahead, int only) {
+    int t = 0, pass = 0;
 #define RUN(count)                                                                                                   \
     for (; t + count <= tiles; t += count)                                                                           \
         JOIN(NAME, _block)(w + 64 * t, 64 * tiles, count * TILE_STRIPS, m, x, sum + HL_TILE * t, flags + TILE_STRIPS * t, \
-                           scale, ahead)
+                           scale, only < 0 || pass == only ? ahead : 0), pass++
     if (TILES(m) >= 4) RUN(4);
     if (TILES(m) >= 2) RUN(2);
     RUN(1);
@@ -174,10 +175,11 @@ TARGET static void JOIN(NAME, _write)(const float *sum, const FLAG *flags, int r
 }
 
 TARGET __attribute__((noinline)) static void JOIN(NAME, _group)(
-    const uint8_t *w, int tiles, int m, const hl_word *x, float *sum, FLAG *flags, float scale, int64_t ahead) {
+    const uint8_t *w, int tiles, int m, const hl_word *x, float *sum, FLAG *flags, float scale, int64_t ahead,
+    int only) {
     switch (m) {
 #define CASE(count) \
-    case count: if (count <= MAX_M) JOIN(NAME, _tiles)(w, tiles, count <= MAX_M ? count : 1, x, sum, flags, scale, ahead); break;
+    case count: if (count <= MAX_M) JOIN(NAME, _tiles)(w, tiles, count <= MAX_M ? count : 1, x, sum, flags, scale, ahead, only); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
     }
@@ -260,7 +262,7 @@ TARGET static void NAME(const hl_matrix *w, int64_t r0, int64_t r1, const hl_inp
         for (int64_t b = 0; b < blocks; b++, ahead += STAGE * LINE) {
             const float scale = JOIN(NAME, _scale)(w, r, b);
             const uint8_t *block = tile_buffer;
-            int64_t distance = 0; /* of the prefetch: the next block, during the first pass over this one */
+            int64_t distance = 0; /* of the prefetch: the next block */
             if (packed) {
                 distance = tiles * HL_TILE * LINE;
                 block = data + b * distance;
@@ -271,7 +273,8 @@ TARGET static void NAME(const hl_matrix *w, int64_t r0, int64_t r1, const hl_inp
             for (int g = 0; g < groups; g++) {
                 const int first = g * MAX_M, size = m - first < MAX_M ? m - first : MAX_M;
                 const hl_word *words = x->words + (first * blocks + b * size) * WORDS;
-                JOIN(NAME, _group)(block, tiles, size, words, sum + first * HL_PANEL, flags, scale, g ? 0 : distance);
+                JOIN(NAME, _group)(block, tiles, size, words, sum + first * HL_PANEL, flags, scale, distance,
+                                    groups == 1 ? -1 : g);
             }
         }
         JOIN(NAME, _write)(sum, flags, rows, x, m, out->y + r - out->first, out->stride);

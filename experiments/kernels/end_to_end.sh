@@ -16,13 +16,13 @@ partial=$out/end_to_end.partial
 : > "$partial"
 one() { hybridlab bench "$@" --checkpoint "$made" --json | python -c 'import json, sys; print(json.dumps(json.load(sys.stdin)))' >> "$partial"; }
 for layout in tiles rows; do
-    for repeat in 1 2 3; do
+    for repeat in 1 2; do
         one decode --weight-layout $layout
         one decode --weight-layout $layout --depth 4096
         one decode --weight-layout $layout --batch 8
     done
-    one prefill --weight-layout $layout --tokens 512
-    one prefill --weight-layout $layout --tokens 2048 --steps 3
+    one prefill --weight-layout $layout --tokens 512 --steps 2
+    one prefill --weight-layout $layout --tokens 2048 --steps 1
 done
 hybridlab doctor --json > "$out/machine.json"
 mv "$partial" "$out/end_to_end.jsonl"
