@@ -19,11 +19,11 @@ COMPILED = [name for name in kernels.supported_tiers() if name not in kernels_at
 
 
 def step_of(norms=NORMS, tiers=None, **shapes):
-    layers = [
+    q, k, v, o = (
         kernels.linear(np.zeros(shape, np.uint16), tier=(tiers or {}).get(name))
         for name, shape in (SHAPES | shapes).items()
-    ]
-    return kernels_attention.attention_step(*layers, norms, 1e-6)
+    )
+    return kernels_attention.attention_step(q, k, v, o, norms, 1e-6)
 
 
 @pytest.mark.parametrize(

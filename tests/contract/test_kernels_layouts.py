@@ -102,6 +102,7 @@ def test_sizes_beyond_32_bits() -> None:
 
 def test_wrong_arguments_name_themselves() -> None:
     codes, scale = weight(np.random.default_rng(3), 20, 30, "fp8")
+    assert scale is not None
     packed = kernels.pack(codes, scale)
     assert repr(packed) == "Packed(FP8 [20, 30], 4096 bytes)"
     for call, message in (
