@@ -113,9 +113,7 @@ class Executor:
         return MicroBatch(torch.tensor(ids), torch.tensor(positions), torch.cat(slots), tuple(contexts))
 
 
-def _replaced(
-    routed: Routed, on_route: OnRoute, layer: int, entries: Sequence[Entry], num_experts: int
-) -> Routed:
+def _replaced(routed: Routed, on_route: OnRoute, layer: int, entries: Sequence[Entry], num_experts: int) -> Routed:
     """What the hook makes of the router's choice; raises `StrategyError` for ids that cannot be."""
     own = routed.expert_ids.numpy().view()
     own.flags.writeable = False
