@@ -1,19 +1,11 @@
 /* A whole attention layer for tokens that decode, in one call. */
 #include <stdlib.h>
-#include <string.h>
 
 #include "attention.h"
 #include "forward.h"
 #include "glue.h"
 
 #if defined(__x86_64__)
-
-static uint16_t round_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if ((bits & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
 
 int hl_attention_step(const hl_attention *a, const hl_attention_call *c) {
     const int64_t tokens = c->tokens, h = a->q.k, heads = a->n * a->d, groups = a->g * a->d;
@@ -29,8 +21,8 @@ int hl_attention_step(const hl_attention *a, const hl_attention_call *c) {
     hl_norm_rope(k, a->k_norm, a->eps, c->cosines, c->sines, tokens, a->g, a->d, k);
     for (int64_t t = 0; t < tokens; t++) {
         uint16_t *key = c->keys + c->slots[t] * groups, *value = c->values + c->slots[t] * groups;
-        for (int64_t i = 0; i < groups; i++) key[i] = round_bf16(k[t * groups + i]);
-        for (int64_t i = 0; i < groups; i++) value[i] = round_bf16(v[t * groups + i]);
+        for (int64_t i = 0; i < groups; i++) key[i] = hl_bf16_bits(k[t * groups + i]);
+        for (int64_t i = 0; i < groups; i++) value[i] = hl_bf16_bits(v[t * groups + i]);
     }
     const hl_attend all = {q, c->keys, c->values, a->n, a->g, a->d, c->contexts, tokens, mixed};
     failed |= hl_attend_all(a->tier, &all, c->threads);

@@ -48,27 +48,19 @@ INLINE __m256i lanes_of(const uint8_t *p, int64_t stride) {
 }
 
 /* 8 rows x 16 bytes: rows i and i + 4 share a vector, transposed 4 x 4 inside its lanes. */
-INLINE void quad_fp8(const uint8_t *p, int64_t stride, __m256i *out) {
-    const __m256i a = lanes_of(p, stride), b = lanes_of(p + stride, stride);
-    const __m256i c = lanes_of(p + 2 * stride, stride), d = lanes_of(p + 3 * stride, stride);
-    const __m256i ab0 = _mm256_unpacklo_epi16(a, b), ab1 = _mm256_unpackhi_epi16(a, b);
-    const __m256i cd0 = _mm256_unpacklo_epi16(c, d), cd1 = _mm256_unpackhi_epi16(c, d);
-    out[0] = _mm256_unpacklo_epi32(ab0, cd0);
-    out[1] = _mm256_unpackhi_epi32(ab0, cd0);
-    out[2] = _mm256_unpacklo_epi32(ab1, cd1);
-    out[3] = _mm256_unpackhi_epi32(ab1, cd1);
-}
-
-INLINE void quad_bf16(const uint8_t *p, int64_t stride, __m256i *out) {
-    const __m256i a = lanes_of(p, stride), b = lanes_of(p + stride, stride);
-    const __m256i c = lanes_of(p + 2 * stride, stride), d = lanes_of(p + 3 * stride, stride);
-    const __m256i ab0 = _mm256_unpacklo_epi32(a, b), ab1 = _mm256_unpackhi_epi32(a, b);
-    const __m256i cd0 = _mm256_unpacklo_epi32(c, d), cd1 = _mm256_unpackhi_epi32(c, d);
-    out[0] = _mm256_unpacklo_epi64(ab0, cd0);
-    out[1] = _mm256_unpackhi_epi64(ab0, cd0);
-    out[2] = _mm256_unpacklo_epi64(ab1, cd1);
-    out[3] = _mm256_unpackhi_epi64(ab1, cd1);
-}
+#define QUAD_OF(name, narrow, wide)                                                                  \
+    INLINE void name(const uint8_t *p, int64_t stride, __m256i *out) {                               \
+        const __m256i a = lanes_of(p, stride), b = lanes_of(p + stride, stride);                     \
+        const __m256i c = lanes_of(p + 2 * stride, stride), d = lanes_of(p + 3 * stride, stride);    \
+        const __m256i ab0 = _mm256_unpacklo_##narrow(a, b), ab1 = _mm256_unpackhi_##narrow(a, b);    \
+        const __m256i cd0 = _mm256_unpacklo_##narrow(c, d), cd1 = _mm256_unpackhi_##narrow(c, d);    \
+        out[0] = _mm256_unpacklo_##wide(ab0, cd0);                                                   \
+        out[1] = _mm256_unpackhi_##wide(ab0, cd0);                                                   \
+        out[2] = _mm256_unpacklo_##wide(ab1, cd1);                                                   \
+        out[3] = _mm256_unpackhi_##wide(ab1, cd1);                                                   \
+    }
+QUAD_OF(quad_fp8, epi16, epi32)  /* pairs of codes */
+QUAD_OF(quad_bf16, epi32, epi64) /* pairs of values */
 #define QUAD(p, stride, out) (ELEMENT == 1 ? quad_fp8 : quad_bf16)(p, stride, out)
 
 INLINE void decode_fp8(__m256i v, __m256 *piece) {

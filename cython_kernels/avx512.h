@@ -39,27 +39,19 @@ INLINE __m512i lanes_of(const uint8_t *p, int64_t stride) {
 
 /* 16 rows x 16 bytes: loads put rows i, i + 4, i + 8, i + 12 into the lanes of one vector, which costs no shuffle; a
    4 x 4 transposition inside the lanes does the rest. */
-INLINE void quad_fp8(const uint8_t *p, int64_t stride, __m512i *out) {
-    const __m512i a = lanes_of(p, 4 * stride), b = lanes_of(p + stride, 4 * stride);
-    const __m512i c = lanes_of(p + 2 * stride, 4 * stride), d = lanes_of(p + 3 * stride, 4 * stride);
-    const __m512i ab0 = _mm512_unpacklo_epi16(a, b), ab1 = _mm512_unpackhi_epi16(a, b);
-    const __m512i cd0 = _mm512_unpacklo_epi16(c, d), cd1 = _mm512_unpackhi_epi16(c, d);
-    out[0] = _mm512_unpacklo_epi32(ab0, cd0);
-    out[1] = _mm512_unpackhi_epi32(ab0, cd0);
-    out[2] = _mm512_unpacklo_epi32(ab1, cd1);
-    out[3] = _mm512_unpackhi_epi32(ab1, cd1);
-}
-
-INLINE void quad_bf16(const uint8_t *p, int64_t stride, __m512i *out) {
-    const __m512i a = lanes_of(p, 4 * stride), b = lanes_of(p + stride, 4 * stride);
-    const __m512i c = lanes_of(p + 2 * stride, 4 * stride), d = lanes_of(p + 3 * stride, 4 * stride);
-    const __m512i ab0 = _mm512_unpacklo_epi32(a, b), ab1 = _mm512_unpackhi_epi32(a, b);
-    const __m512i cd0 = _mm512_unpacklo_epi32(c, d), cd1 = _mm512_unpackhi_epi32(c, d);
-    out[0] = _mm512_unpacklo_epi64(ab0, cd0);
-    out[1] = _mm512_unpackhi_epi64(ab0, cd0);
-    out[2] = _mm512_unpacklo_epi64(ab1, cd1);
-    out[3] = _mm512_unpackhi_epi64(ab1, cd1);
-}
+#define QUAD_OF(name, narrow, wide)                                                                  \
+    INLINE void name(const uint8_t *p, int64_t stride, __m512i *out) {                               \
+        const __m512i a = lanes_of(p, 4 * stride), b = lanes_of(p + stride, 4 * stride);             \
+        const __m512i c = lanes_of(p + 2 * stride, 4 * stride), d = lanes_of(p + 3 * stride, 4 * stride); \
+        const __m512i ab0 = _mm512_unpacklo_##narrow(a, b), ab1 = _mm512_unpackhi_##narrow(a, b);    \
+        const __m512i cd0 = _mm512_unpacklo_##narrow(c, d), cd1 = _mm512_unpackhi_##narrow(c, d);    \
+        out[0] = _mm512_unpacklo_##wide(ab0, cd0);                                                   \
+        out[1] = _mm512_unpackhi_##wide(ab0, cd0);                                                   \
+        out[2] = _mm512_unpacklo_##wide(ab1, cd1);                                                   \
+        out[3] = _mm512_unpackhi_##wide(ab1, cd1);                                                   \
+    }
+QUAD_OF(quad_fp8, epi16, epi32)  /* pairs of codes */
+QUAD_OF(quad_bf16, epi32, epi64) /* pairs of values */
 #define QUAD(p, stride, out) (ELEMENT == 1 ? quad_fp8 : quad_bf16)(p, stride, out)
 
 /* Four or eight independent sums, or four with a prefetch 4 KiB ahead: which is fastest depends on the machine. */

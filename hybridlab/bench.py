@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from hybridlab.batch import Entry, StepBatch
 from hybridlab.device_lock import alone
 from hybridlab.engine.worker import WORKER
 from hybridlab.errors import ConfigError
-from hybridlab.model.weight_layout import WeightLayout
+from hybridlab.model.weight_layout import WeightLayout, check_weight_layout
 from hybridlab.plans import StepPlan
 from hybridlab.request import Sampling
 from hybridlab.session import Engine, load
@@ -100,33 +101,38 @@ def decode(
     for name, value, least in (("depth", depth, 0), ("batch", batch, 1), ("steps", steps, 1)):
         if value < least:
             raise ConfigError(f"{name} is {value}, expected at least {least}")
+    room = {"kv_tokens": batch * (depth + steps + 32), "token_budget": max(batch, 64)}
+    made = {"layers": layers, "dtype": dtype, "seed": seed}
+    with opened(preset, checkpoint, made, progress, threads=threads, weight_layout=weight_layout, **room) as engine:
+        return _time_decode(engine, weight_layout, depth, batch, steps, seed, progress)
+
+
+@contextmanager
+def opened(
+    preset: str,
+    checkpoint: str | Path | None,
+    made: Mapping[str, Any],
+    progress: bool,
+    *,
+    weight_layout: WeightLayout,
+    **options: Any,
+) -> Iterator[Engine]:
+    """An engine alone on the CPU: of `checkpoint`, or of `preset` written with the options `made` for the while.
+
+    `options` go to `hl.load`. Raises `ConfigError` for an unknown layout before anything is written.
+    """
     check_weight_layout(weight_layout)
     with TemporaryDirectory(prefix="hybridlab-bench-") as scratch:
         if checkpoint is None:
             from hybridlab.checkpoint.writer import make_checkpoint
 
             checkpoint = Path(scratch) / preset
-            make_checkpoint(checkpoint, preset, dtype=dtype, seed=seed, layers=layers, progress=progress)
-        kv_tokens = batch * (depth + steps + 32)
+            make_checkpoint(checkpoint, preset, progress=progress, **made)
         with (
             alone("cpu"),  # as every measured run: beside another one it would time both
-            load(
-                checkpoint,
-                threads=threads,
-                weight_layout=weight_layout,
-                kv_tokens=kv_tokens,
-                token_budget=max(batch, 64),
-            ) as engine,
+            load(checkpoint, weight_layout=weight_layout, **options) as engine,
         ):
-            name = Path(checkpoint).name
-            return _time_decode(engine, name, weight_layout, depth, batch, steps, seed, progress)
-
-
-def check_weight_layout(layout: str) -> None:
-    """Raise ConfigError for an unknown one, before a checkpoint is written; `load` checks the rest."""
-    if layout not in get_args(WeightLayout):
-        expected = " or ".join(map(repr, get_args(WeightLayout)))
-        raise ConfigError(f"weight_layout is {layout!r:.40}, expected {expected}")
+            yield engine
 
 
 def step_bytes(engine: Engine, experts_used: list[set[int]], batch: int, context_tokens: int) -> int:
@@ -141,7 +147,7 @@ def step_bytes(engine: Engine, experts_used: list[set[int]], batch: int, context
 
 
 def _time_decode(
-    engine: Engine, name: str, weight_layout: str, depth: int, batch: int, steps: int, seed: int, progress: bool
+    engine: Engine, weight_layout: str, depth: int, batch: int, steps: int, seed: int, progress: bool
 ) -> DecodeBench:
     from tqdm.auto import trange
 
@@ -166,7 +172,7 @@ def _time_decode(
         fractions.append(size / elapsed / ((before + after) / 2))
     step_s = median(times)
     return DecodeBench(
-        model=name,
+        model=engine.checkpoint.folder.name,
         batch=batch,
         depth=depth,
         steps=steps,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -13,14 +12,13 @@ import numpy as np
 
 from hybridlab import kernels
 from hybridlab.batch import Entry, StepBatch
-from hybridlab.bench import check_weight_layout
-from hybridlab.device_lock import alone
+from hybridlab.bench import opened
 from hybridlab.engine.worker import WORKER
 from hybridlab.errors import ConfigError
 from hybridlab.model.weight_layout import WeightLayout
 from hybridlab.plans import StepPlan
 from hybridlab.request import Sampling
-from hybridlab.session import Engine, load
+from hybridlab.session import Engine
 from hybridlab.spec import ModelSpec
 
 
@@ -92,20 +90,10 @@ def prefill(
     for name, value in (("tokens", tokens), ("steps", steps)):
         if value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1")
-    check_weight_layout(weight_layout)
-    with TemporaryDirectory(prefix="hybridlab-bench-") as scratch:
-        if checkpoint is None:
-            from hybridlab.checkpoint.writer import make_checkpoint
-
-            checkpoint = Path(scratch) / preset
-            make_checkpoint(checkpoint, preset, dtype=dtype, seed=seed, layers=layers, progress=progress)
-        with (
-            alone("cpu"),
-            load(
-                checkpoint, threads=threads, weight_layout=weight_layout, kv_tokens=tokens + 16, token_budget=tokens
-            ) as engine,
-        ):
-            return _time_prefill(engine, Path(checkpoint).name, weight_layout, tokens, steps, seed, progress)
+    room = {"kv_tokens": tokens + 16, "token_budget": tokens}
+    made = {"layers": layers, "dtype": dtype, "seed": seed}
+    with opened(preset, checkpoint, made, progress, threads=threads, weight_layout=weight_layout, **room) as engine:
+        return _time_prefill(engine, weight_layout, tokens, steps, seed, progress)
 
 
 def step_flop(spec: ModelSpec, tokens: int) -> float:
@@ -120,7 +108,7 @@ def step_flop(spec: ModelSpec, tokens: int) -> float:
 
 
 def _time_prefill(
-    engine: Engine, name: str, weight_layout: str, tokens: int, steps: int, seed: int, progress: bool
+    engine: Engine, weight_layout: str, tokens: int, steps: int, seed: int, progress: bool
 ) -> PrefillBench:
     from tqdm.auto import trange
 
@@ -144,7 +132,7 @@ def _time_prefill(
         fractions.append(flop / elapsed / ((before + after) / 2))
     step_s = median(times)
     return PrefillBench(
-        model=name,
+        model=engine.checkpoint.folder.name,
         tokens=tokens,
         steps=steps,
         threads=engine.threads,

@@ -11,6 +11,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from hybridlab import kernel_layouts
 from hybridlab.checkpoint import randomness
 from hybridlab.hardware.cores import detect_cores
 from hybridlab.hardware.host_memory import detect_host_memory
@@ -93,7 +94,4 @@ class WeightPool:
 
 def aligned(num_bytes: int) -> NDArray[np.uint8]:
     """uint8 [num_bytes] (rounded down to whole cache lines) that begins at a cache line, not filled."""
-    num_bytes = num_bytes // ALIGN_BYTES * ALIGN_BYTES
-    whole = np.empty(num_bytes + ALIGN_BYTES, np.uint8)
-    start = -whole.__array_interface__["data"][0] % ALIGN_BYTES
-    return whole[start : start + num_bytes]
+    return kernel_layouts.aligned(num_bytes // ALIGN_BYTES * ALIGN_BYTES)

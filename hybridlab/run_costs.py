@@ -172,6 +172,7 @@ def _memory_plan(draft: Draft, model: ModelCost, budget_bytes: int, kv_tokens: i
         kv_block_tokens=defaults["kv_block_tokens"].default,
         kv_element_bytes=numerics.kv_dtype.itemsize,
         precision_bytes=numerics.workspace_bytes(model.spec, threads),
+        weight_layout=engine.weight_layout or defaults["weight_layout"].default,
     )
 
 

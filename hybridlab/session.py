@@ -18,7 +18,7 @@ from hybridlab.errors import ConfigError, HybridlabError, RequestError
 from hybridlab.hardware import detect
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.lowering import Planner
-from hybridlab.model.weight_layout import WeightLayout
+from hybridlab.model.weight_layout import WeightLayout, check_weight_layout
 from hybridlab.plans import StepPlan
 from hybridlab.prefix_cache import NoPrefixes, PrefixCache, Prefixes
 from hybridlab.request import Request, RequestRecord, Sampling, Status
@@ -62,8 +62,7 @@ def load(
         raise ConfigError(f"path is {path!r:.60}, expected the folder of a checkpoint")
     if precision not in ("bf16", "exact"):
         raise ConfigError(f"precision is {precision!r}, expected 'bf16' or 'exact'")
-    if weight_layout not in ("rows", "tiles"):
-        raise ConfigError(f"weight_layout is {weight_layout!r}, expected 'rows' or 'tiles'")
+    check_weight_layout(weight_layout)
     if weight_layout == "tiles" and precision == "exact":
         raise ConfigError("weight_layout is 'tiles', but precision 'exact' reads rows")
     for name, value in (

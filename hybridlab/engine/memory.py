@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hybridlab.errors import MemoryBudgetError
+from hybridlab.model.weight_layout import ARENA_BYTES
 from hybridlab.spec import ModelSpec
 
 GIB = 2**30
@@ -62,6 +63,8 @@ def plan_memory(
     """
     per_token = model.kv_elements_per_token * kv_element_bytes
     workspace = _workspace_bytes(model, token_budget) + precision_bytes
+    if weight_layout == "tiles":
+        weight_bytes += ARENA_BYTES  # the last arena may be nearly empty
     fixed = weight_bytes + workspace + _RESERVE_BYTES
     if kv_tokens is None:
         most = (budget_bytes - fixed) // per_token

@@ -18,7 +18,7 @@ from hybridlab.engine.worker import EngineBackend, WorkerThread
 from hybridlab.errors import ConfigError, StrategyError
 from hybridlab.model import build_model
 from hybridlab.model.numerics import make_numerics
-from hybridlab.model.weight_layout import ARENA_BYTES, WeightLayout
+from hybridlab.model.weight_layout import WeightLayout
 from hybridlab.plans import PlacementPlan, Program, RequestId, Tier
 from hybridlab.spec import HardwareSpec
 
@@ -44,7 +44,7 @@ class Runtime:
         budget_bytes = hardware.host_memory_bytes if memory_gb is None else int(memory_gb * GIB)
         self.memory: MemoryPlan = plan_memory(
             checkpoint.spec,
-            weight_bytes=checkpoint.num_bytes + (ARENA_BYTES if weight_layout == "tiles" else 0),
+            weight_bytes=checkpoint.num_bytes,
             budget_bytes=budget_bytes,
             token_budget=token_budget,
             kv_tokens=kv_tokens,

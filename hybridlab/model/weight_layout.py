@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
 from hybridlab import kernel_layouts, kernels
 from hybridlab.checkpoint.reader import LinearWeights
+from hybridlab.errors import ConfigError
 from hybridlab.kernel_checks import Weight
 
 WeightLayout = Literal["rows", "tiles"]
 
 ARENA_BYTES = 2**28
 """NumPy asks for huge pages for arrays of this size: a page walk every 4 KiB costs a random expert some 10% of DRAM."""
+
+
+def check_weight_layout(layout: str) -> None:
+    """Raises `ConfigError` for an unknown one."""
+    if layout not in get_args(WeightLayout):
+        expected = " or ".join(map(repr, get_args(WeightLayout)))
+        raise ConfigError(f"weight_layout is {layout!r:.40}, expected {expected}")
 
 
 class WeightSource(Protocol):

@@ -92,8 +92,6 @@ def test_short_prompts_of_single_heads_after_any_context(tier, heads, size):
 
 
 def test_a_long_prompt(tier):
-    if not kernels.uses_compiled():
-        pytest.skip("the twin takes the queries one by one")
     q, (keys, values) = normal(0, 1100, 8, 64), entries(1, 2, 64)
     cached = scattered(3, 1100)
     check(tier, attend(q, keys, values, cached, threads=2), q, keys, values, cached)

@@ -47,7 +47,7 @@ def step_of(norms=NORMS, tiers=None, **shapes):
 )
 def test_a_layer_that_does_not_fit_is_named(changes, words):
     if "tiers" in changes and not COMPILED:
-        pytest.skip("one tier only")
+        pytest.skip("without the compiled kernels there is no second tier to mix in")
     with pytest.raises(ValueError, match=re.escape(words)):
         step_of(**changes)
 
@@ -58,7 +58,7 @@ def read_only(array):
     return copy
 
 
-@pytest.mark.skipif(not COMPILED, reason="no compiled attention")
+@pytest.mark.skipif(not COMPILED, reason="this CPU or build has no compiled attention: nothing writes to the cache")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -87,7 +87,7 @@ def test_views_are_read_only_and_not_copied(tmp_path: Path) -> None:
 def _anonymous_kb() -> int:
     status = Path("/proc/self/status")
     if not status.exists():
-        pytest.skip("needs /proc")
+        pytest.skip("anonymous memory is read from /proc, which only Linux has")
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssAnon"))
 
 

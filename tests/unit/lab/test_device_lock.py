@@ -121,7 +121,7 @@ def test_without_a_place_for_locks_it_warns_and_goes_on(folder: Path, monkeypatc
         pass
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the two sweeps are forked processes; Windows has no fork")
 def test_runs_of_two_processes_never_overlap(
     bench: list[str], config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

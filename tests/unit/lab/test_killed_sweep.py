@@ -33,7 +33,7 @@ def stored_keys(folder: Path) -> set[str]:
     return {f"{row['scheduler']} {row['num_requests']}" for row in table.to_dict("records")}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="ends a forked process at a chosen moment; Windows has no fork")
 def test_killed_twenty_times_and_resumed_equals_uninterrupted(
     bench: list[str], config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,7 +136,7 @@ def killed(write: Write, folder: Path, number: int) -> bool:
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="ends a forked process at a chosen moment; Windows has no fork")
 @pytest.mark.parametrize("before", ["nothing", "a run", "a failed run"])
 def test_kill_9_at_any_call_leaves_a_clean_store(stored: Path, config: dict[str, Any], before: str) -> None:
     parent, folder = stored.parent, stored
