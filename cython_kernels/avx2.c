@@ -28,6 +28,7 @@
 /* 16 accumulators less what decoding needs */
 #define MAX_M 4
 #define TILES(m) ((m) == 1 ? 4 : (m) == 2 ? 2 : 1)
+#define SHARE(m) 1
 #define FEW 2
 #define FEW_ROWS(m) 32
 
@@ -77,10 +78,8 @@ INLINE void decode_bf16(__m256i v, __m256 *piece) {
     piece[1] = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32((int)0xFFFF0000)));
 }
 
-INLINE __m256 multiply_one(__m256 acc, __m256 piece, const hl_word *word, const int m) {
-    (void)m;
-    return _mm256_fmadd_ps(piece, _mm256_broadcast_ss((const float *)word), acc);
-}
+#define SPREAD(word) _mm256_broadcast_ss((const float *)(word))
+#define MUL(acc, piece, spread) _mm256_fmadd_ps(piece, spread, acc)
 
 TARGET static double multiply(int64_t rounds, float *sink) {
     __m256 acc[12], x = _mm256_set1_ps(1.0f);
@@ -111,7 +110,6 @@ INLINE int flagged_lanes(__m256i seen, float *nan) {
 #define ELEMENT 1
 #define PIECES 4
 #define DECODE(v, piece) decode_fp8(v, piece)
-#define MUL(acc, piece, word, m) multiply_one(acc, piece, word, m)
 #define FLAG __m256i
 #define FLAG_ZERO() _mm256_setzero_si256()
 #define FLAG_SEE(flag, v) flag = _mm256_max_epu8(flag, _mm256_add_epi8(v, v))
@@ -122,7 +120,6 @@ INLINE int flagged_lanes(__m256i seen, float *nan) {
 #define ELEMENT 2
 #define PIECES 2
 #define DECODE(v, piece) decode_bf16(v, piece)
-#define MUL(acc, piece, word, m) multiply_one(acc, piece, word, m)
 #define FLAG int
 #define FLAG_ZERO() 0
 #define FLAG_SEE(flag, v) ((void)0)

@@ -23,9 +23,10 @@
 
 /* 32 accumulators less what decoding needs */
 #define MAX_M 8
-#define TILES(m) ((m) <= 4 ? 4 : 2)
+#define TILES(m) ((m) <= 2 ? 8 : (m) <= 6 ? 4 : 2)
+#define SHARE(m) ((m) == 3 || (m) == 4 ? 4 : 2)
 #define FEW 8
-#define FEW_ROWS(m) ((m) <= 2 ? 32 : 16)
+#define FEW_ROWS(m) ((m) <= 5 ? 32 : 16)
 
 #define NO_FLAG_SEE(flag, v) ((void)0)
 #define NO_FLAG_LANES(flag, nan) ((void)(flag), (void)(nan), 0)

@@ -43,7 +43,6 @@ INLINE void decode_fp8(__m512i v, __m512i *piece) {
 #define ELEMENT 1
 #define PIECES 2
 #define DECODE(v, piece) decode_fp8(v, piece)
-#define MUL(acc, piece, word, m) multiply_pairs(acc, piece, word, m)
 #define FLAG __m512i
 #define FLAG_ZERO() _mm512_setzero_si512()
 #define FLAG_SEE(flag, v) flag = see_codes(flag, v)

@@ -30,11 +30,8 @@ INLINE void decode_bf16(__m512i v, __m512 *piece) {
     piece[1] = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32((int)0xFFFF0000)));
 }
 
-INLINE __m512 multiply_one(__m512 acc, __m512 piece, const hl_word *word, const int m) {
-    if (m <= 2) return _mm512_fmadd_ps(piece, _mm512_castsi512_ps(_mm512_set1_epi32((int)*word)), acc);
-    __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(piece), "m"(*word)); /* see avx512_pairs.h */
-    return acc;
-}
+#define SPREAD(word) _mm512_set1_ps(*(const float *)(word))
+#define MUL(acc, piece, spread) _mm512_fmadd_ps(piece, spread, acc)
 
 TARGET static double multiply(int64_t rounds, float *sink) {
     __m512 acc[12], x = _mm512_set1_ps(1.0f);
@@ -53,7 +50,6 @@ TARGET static double multiply(int64_t rounds, float *sink) {
 #define ELEMENT 1
 #define PIECES 4
 #define DECODE(v, piece) decode_fp8(v, piece)
-#define MUL(acc, piece, word, m) multiply_one(acc, piece, word, m)
 #define FLAG __m512i
 #define FLAG_ZERO() _mm512_setzero_si512()
 #define FLAG_SEE(flag, v) flag = see_codes(flag, v)
@@ -64,7 +60,6 @@ TARGET static double multiply(int64_t rounds, float *sink) {
 #define ELEMENT 2
 #define PIECES 2
 #define DECODE(v, piece) decode_bf16(v, piece)
-#define MUL(acc, piece, word, m) multiply_one(acc, piece, word, m)
 #define FLAG int
 #define FLAG_ZERO() 0
 #define FLAG_SEE(flag, v) NO_FLAG_SEE(flag, v)

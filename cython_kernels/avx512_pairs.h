@@ -1,13 +1,8 @@
 /* VDPBF16PS, for the two tiers that have it: a word of x is two neighbouring BF16 values. */
 #define PIECE __m512i
 
-/* For many tokens in assembly, since gcc would keep their broadcasts in registers and spill accumulators for them; a
-   few tokens share a broadcast among their tiles. */
-INLINE __m512 multiply_pairs(__m512 acc, __m512i pairs, const hl_word *word, const int m) {
-    if (m <= 2) return _mm512_dpbf16_ps(acc, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32((int)*word));
-    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(pairs), "m"(*word));
-    return acc;
-}
+#define SPREAD(word) _mm512_set1_epi32((int)*(word))
+#define MUL(acc, piece, spread) _mm512_dpbf16_ps(acc, (__m512bh)(piece), (__m512bh)(spread))
 
 TARGET static void prepare(const float *x, int64_t k, int is_fp8, hl_word *out, int64_t stride, float *post) {
     (void)is_fp8;

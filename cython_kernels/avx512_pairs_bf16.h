@@ -3,7 +3,6 @@
 #define ELEMENT 2
 #define PIECES 1
 #define DECODE(v, piece) ((piece)[0] = (v))
-#define MUL(acc, piece, word, m) multiply_pairs(acc, piece, word, m)
 #define FLAG int
 #define FLAG_ZERO() 0
 #define FLAG_SEE(flag, v) NO_FLAG_SEE(flag, v)

@@ -9,9 +9,9 @@
 
 #define HL_BLOCK 128       /* FP8 scales cover 128 x 128 blocks; every K loop advances by one block */
 #define HL_TILE 16         /* rows of a tile: 64 bytes hold 16 rows x 4 FP8 codes (or 2 BF16) of neighbouring k */
-#define HL_PANEL 64        /* rows that are computed together; tasks begin at multiples of it */
+#define HL_PANEL 128       /* rows that are computed together; tasks begin at multiples of it */
 #define HL_MAX_GROUP 8     /* tokens of a tier's group: 8, 4, 2 or 1 */
-#define HL_MAX_TOKENS 256  /* tokens of one dot(): bounds its sums on the stack to 64 KiB */
+#define HL_MAX_TOKENS 128  /* tokens of one dot(): bounds its sums on the stack to 64 KiB */
 
 enum hl_layout {
     HL_ROWS,  /* as in the checkpoint: row-major [N, K], any alignment */

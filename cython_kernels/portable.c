@@ -25,6 +25,7 @@ typedef uint32_t words __attribute__((vector_size(16), may_alias));
 #define LOAD_ONCE(v) ((void)0)
 #define MAX_M 4
 #define TILES(m) 1
+#define SHARE(m) 1
 #define FEW 2
 #define FEW_ROWS(m) 32
 #define QUAD(p, stride, out) quad(p, stride, ELEMENT, out)
@@ -66,12 +67,13 @@ static inline void decode_bf16(words v, floats *piece) {
     piece[1] = (floats)(v & 0xFFFF0000u);
 }
 
-static inline floats multiply_one(floats acc, floats piece, const hl_word *word, const int m) {
-    (void)m;
+static inline floats spread_word(const hl_word *word) {
     float x;
     memcpy(&x, word, 4);
-    return acc + piece * SET1(x);
+    return SET1(x);
 }
+#define SPREAD(word) spread_word(word)
+#define MUL(acc, piece, spread) ((acc) + (piece) * (spread))
 
 static void prepare(const float *x, int64_t k, int is_fp8, hl_word *out, int64_t stride, float *post) {
     (void)is_fp8; /* the table holds true values: no scaling */
@@ -103,7 +105,6 @@ static double multiply(int64_t rounds, float *sink) {
 #define ELEMENT 1
 #define PIECES 4
 #define DECODE(v, piece) decode_fp8(v, piece)
-#define MUL(acc, piece, word, m) multiply_one(acc, piece, word, m)
 #define FLAG int
 #define FLAG_ZERO() 0
 #define FLAG_SEE(flag, v) ((void)0)
@@ -114,7 +115,6 @@ static double multiply(int64_t rounds, float *sink) {
 #define ELEMENT 2
 #define PIECES 2
 #define DECODE(v, piece) decode_bf16(v, piece)
-#define MUL(acc, piece, word, m) multiply_one(acc, piece, word, m)
 #define FLAG int
 #define FLAG_ZERO() 0
 #define FLAG_SEE(flag, v) ((void)0)

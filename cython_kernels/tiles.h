@@ -9,12 +9,14 @@
      COPY64(to, from)                   `to` aligned, `from` not
      VEC, ZERO(), LOADF(p), STOREF(p, v), FMA(a, b, c), SET1(f)
      PIECE, PIECES, DECODE(v, piece)    a WVEC widened: PIECES vectors, each times one 32-bit word of x
-     MUL(acc, piece, word, m)           acc + piece * broadcast(*word), elementwise
+     SPREAD(word), MUL(acc, piece, spread)   a word of x in all lanes (a PIECE); acc + piece * spread, elementwise
      FLAG, FLAG_ZERO(), FLAG_SEE(flag, v), FLAG_LANES(flag, nan)   finds NaN codes where they do not decode to NaN:
                                         FLAG_LANES sets nan[0 .. LANES) of rows that had one and returns if any
-     MAX_M, TILES(m)                    tokens and tiles of 16 rows whose accumulators fit the registers
+     MAX_M, TILES(m)                    tokens and tiles of 16 rows whose accumulators fit the registers: enough of them
+                                        (latency times rate of MUL, about 12), since an accumulator is a chain
+     SHARE(m)                           vectors that use a broadcast word of x one after the other
      FEW, FEW_ROWS(m)                   tokens up to which row-major weights are transposed in registers, and the rows
-                                        (16 or 32) at a time
+                                        (16, 32 or 64) at a time
 
    The order of operations of an element, the same for both layouts and any number of tokens: for each block of 128 k,
    an accumulator takes the products in order of k and is then added to the sum, times the block's scale. A vector lane
@@ -27,27 +29,25 @@
 #define STEPS (LINE / 4)              /* 64-byte steps of a tile in a block */
 #define STAGE 32                      /* rows of a row-major matrix that are transposed together */
 #define WORDS (STEPS * PIECES)        /* 32-bit words of x in a block */
+#define HL_NEAR 4096                  /* bytes to prefetch ahead in one stream */
 
-#define PREFETCH(p, far_off)             \
-    do {                                 \
-        if (far_off)                     \
-            __builtin_prefetch(p, 0, 2); \
-        else                             \
-            __builtin_prefetch(p, 0, 3); \
-    } while (0)
-
-/* One step of `strips` vectors of weights times m tokens, whose words of the block stand one token after another: one
+/* `share` vectors of weights from vector(i) times m tokens, whose words of the block stand one token after another: one
    pointer serves them all. */
-#define STEP(strip, vector, word)                                                        \
-    do {                                                                                 \
-        WVEC w_ = (vector);                                                              \
-        PIECE piece_[PIECES];                                                            \
-        LOAD_ONCE(w_);                                                                   \
-        FLAG_SEE(flag[strip], w_);                                                       \
-        DECODE(w_, piece_);                                                              \
-        _Pragma("GCC unroll 4") for (int p_ = 0; p_ < PIECES; p_++)                      \
-            _Pragma("GCC unroll 8") for (int j = 0; j < m; j++)                          \
-                acc[strip][j] = MUL(acc[strip][j], piece_[p_], x + j * WORDS + (word) + p_, m);      \
+#define STEP(first, share, vector, word)                                                        \
+    do {                                                                                        \
+        PIECE piece_[4][PIECES];                                                                \
+        _Pragma("GCC unroll 4") for (int i_ = 0; i_ < (share); i_++) {                          \
+            WVEC w_ = vector(i_);                                                               \
+            LOAD_ONCE(w_);                                                                      \
+            FLAG_SEE(flag[(first) + i_], w_);                                                   \
+            DECODE(w_, piece_[i_]);                                                             \
+        }                                                                                       \
+        _Pragma("GCC unroll 4") for (int p_ = 0; p_ < PIECES; p_++)                             \
+            _Pragma("GCC unroll 8") for (int j = 0; j < m; j++) {                               \
+                const PIECE spread_ = SPREAD(x + j * WORDS + (word) + p_);                      \
+                _Pragma("GCC unroll 4") for (int i_ = 0; i_ < (share); i_++)                    \
+                    acc[(first) + i_][j] = MUL(acc[(first) + i_][j], piece_[i_][p_], spread_);  \
+            }                                                                                   \
     } while (0)
 
 #define BEGIN_BLOCK()                                                   \
@@ -67,41 +67,48 @@
         }                                                               \
     }
 
-/* Adds one block of packed weights; `ahead` bytes further on is what to prefetch. */
+/* Adds one block of packed weights; fetches as many bytes from `ahead` on, in order of address, into L1 if they are near. */
 TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _block)(
     const uint8_t *w, int64_t step_bytes, const int strips, const int m, const hl_word *x, float *sum,
-    FLAG *flags, float scale, int64_t ahead) {
+    FLAG *flags, float scale, const uint8_t *ahead, const int near) {
+    const int share = strips < SHARE(m) ? strips : SHARE(m);
     BEGIN_BLOCK()
 #pragma GCC unroll 1
     for (int step = 0; step < STEPS; step++) {
 #pragma GCC unroll 16
-        for (int s = 0; s < strips; s++) {
-            const uint8_t *p = w + s * STRIP;
-            if (s % TILE_STRIPS == 0) PREFETCH(p + ahead, strips < 4 * TILE_STRIPS);
-            STEP(s, LOADW(p), step * PIECES);
+        for (int s = 0; s < strips; s += share) {
+            for (int at = -(s * STRIP) & 63; at < share * STRIP; at += 64) {
+                if (near)
+                    __builtin_prefetch(ahead + s * STRIP + at, 0, 3);
+                else
+                    __builtin_prefetch(ahead + s * STRIP + at, 0, 2);
+            }
+#define PACKED(i) LOADW(w + (s + (i)) * STRIP)
+            STEP(s, share, PACKED, step * PIECES);
         }
         w += step_bytes;
+        ahead += strips * STRIP;
     }
     END_BLOCK()
 }
 
-/* All tiles of a panel's block, for m tokens. Pass `only` over tiles prefetches (-1: all), so that the passes of several
-   groups of tokens share the fetching of the next block. */
+/* All tiles of a panel's block, for m tokens. Each group of tokens fetches the next block once more, since processors drop
+   prefetches; that costs nothing where it is there. */
 TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _tiles)(
-    const uint8_t *w, int tiles, const int m, const hl_word *x, float *sum, FLAG *flags, float scale,
-    int64_t ahead, int only) {
-    int t = 0, pass = 0;
+    const uint8_t *w, int tiles, const int m, const hl_word *x, float *sum, FLAG *flags, float scale, const uint8_t *ahead) {
+    int t = 0;
 #define RUN(count)                                                                                                   \
     for (; t + count <= tiles; t += count)                                                                           \
         JOIN(NAME, _block)(w + 64 * t, 64 * tiles, count * TILE_STRIPS, m, x, sum + HL_TILE * t, flags + TILE_STRIPS * t, \
-                           scale, only < 0 || pass == only ? ahead : 0), pass++
+                           scale, count == 8 ? w + HL_NEAR : ahead + t * HL_TILE * LINE, count == 8)
+    if (TILES(m) >= 8) RUN(8);
     if (TILES(m) >= 4) RUN(4);
     if (TILES(m) >= 2) RUN(2);
     RUN(1);
 #undef RUN
 }
 
-/* The same for 16 or 32 rows of row-major weights that stand as lines in L1, while the next block's lines are copied from
+/* One block of 16 to 64 rows of row-major weights that stand as lines in L1, while the next block's lines are copied from
    `src` (if `copy`) and those of the panel after this one are fetched into L2 in order of address, so that DRAM sees a
    single stream. */
 TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _lines)(
@@ -111,23 +118,24 @@ TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _lines)(
     BEGIN_BLOCK()
 #pragma GCC unroll 1
     for (int q = 0; q < LINE / 16; q++) {
-        if (copy) {
-#pragma GCC unroll 8
-            for (int c = 0; c < rows / 4; c++) {
-                COPY64(next_lines + 64 * c, src + c / (LINE / 64) * row_bytes + 64 * (c % (LINE / 64)));
-                __builtin_prefetch(ahead + 64 * c, 0, 2);
-            }
-            next_lines += 16 * rows; /* rows / 4 lines of 64 bytes */
-            ahead += 16 * rows;
-            src += 16 * rows / LINE * row_bytes;
-        }
 #pragma GCC unroll 16
         for (int s = 0; s < strips; s++) {
             WVEC part[4];
             QUAD(lines + s * LANES * LINE + 16 * q, LINE, part);
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) STEP(s, part[i], (4 * q + i) * PIECES);
+            for (int i = 0; i < 4; i++) {
+                const int at = (s * 4 + i) * STRIP, line = at / 64;
+                if (copy && at % 64 == 0) { /* one at a time: the processor drops prefetches that come in bursts */
+                    __builtin_prefetch(ahead + at, 0, 3);
+                    COPY64(next_lines + at, src + line / (LINE / 64) * row_bytes + 64 * (line % (LINE / 64)));
+                }
+#define PART(unused) part[i]
+                STEP(s, 1, PART, (4 * q + i) * PIECES);
+            }
         }
+        next_lines += 16 * rows; /* rows / 4 lines of 64 bytes */
+        ahead += 16 * rows;
+        src += 16 * rows / LINE * row_bytes;
     }
     END_BLOCK()
 }
@@ -149,7 +157,7 @@ TARGET static void JOIN(NAME, _copy)(const hl_matrix *w, int64_t r, int count, i
     }
 }
 
-/* Lines into tiles: out[step][tile][64 bytes], two tiles of `tiles` a step. */
+/* `keep` tiles of lines: out[step][tile][64 bytes], of `tiles` a step. */
 TARGET static void JOIN(NAME, _transpose)(const uint8_t *lines, int tiles, int keep, uint8_t *out) {
     for (int q = 0; q < LINE / 16; q++)
         for (int s = 0; s < keep * TILE_STRIPS; s++) {
@@ -175,11 +183,13 @@ TARGET static void JOIN(NAME, _write)(const float *sum, const FLAG *flags, int r
 }
 
 TARGET __attribute__((noinline)) static void JOIN(NAME, _group)(
-    const uint8_t *w, int tiles, int m, const hl_word *x, float *sum, FLAG *flags, float scale, int64_t ahead,
-    int only) {
+    const uint8_t *w, int tiles, int m, const hl_word *x, float *sum, FLAG *flags, float scale,
+    const uint8_t *ahead) {
+    /* The next block's words: another core may have prepared them. */
+    for (int i = 0; i < m * WORDS / 16; i++) __builtin_prefetch(x + m * WORDS + 16 * i, 0, 3);
     switch (m) {
 #define CASE(count) \
-    case count: if (count <= MAX_M) JOIN(NAME, _tiles)(w, tiles, count <= MAX_M ? count : 1, x, sum, flags, scale, ahead, only); break;
+    case count: if (count <= MAX_M) JOIN(NAME, _tiles)(w, tiles, count <= MAX_M ? count : 1, x, sum, flags, scale, ahead); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
     }
@@ -221,32 +231,16 @@ TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _few)(
     }
 }
 
-/* One group of tokens, or two after each other while a panel is in L2. */
-TARGET static void JOIN(NAME, _groups)(const hl_matrix *w, int64_t r0, int64_t r1, const hl_inputs *x, int m,
-                                       const hl_outputs *out, const uint8_t *next) {
-    const int64_t step = m <= FEW ? r1 - r0 : HL_PANEL, words = hl_blocks(w->k) * WORDS;
-    for (int64_t r = r0; r < r1; r += step) {
-        const int64_t end = r + step < r1 ? r + step : r1;
-        for (int first = 0; first < m; first += FEW) {
-            const int size = m - first < FEW ? m - first : FEW;
-            const hl_inputs part = {x->words + first * words, x->post + 2 * first};
-            const hl_outputs to = {out->y + first * out->stride, out->stride, out->first};
-            const uint8_t *then = first + size < m ? hl_rows_at(w, r) : end < r1 ? hl_rows_at(w, end) : next;
-            switch (size) {
-#define CASE(count) \
-    case count: if (count <= FEW) JOIN(NAME, _few)(w, r, end, &part, count <= FEW ? count : 1, &to, then); break;
-                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-#undef CASE
-            }
-        }
-    }
-}
-
 TARGET static void NAME(const hl_matrix *w, int64_t r0, int64_t r1, const hl_inputs *x, int m, const hl_outputs *out,
                         const uint8_t *next) {
-    const int packed = w->layout == HL_TILES, groups = (m + MAX_M - 1) / MAX_M;
-    if (!packed && (m <= FEW || (FEW == MAX_M && groups <= 2))) {
-        JOIN(NAME, _groups)(w, r0, r1, x, m, out, next);
+    const int packed = w->layout == HL_TILES;
+    if (!packed && m <= FEW) {
+        switch (m) {
+#define CASE(count) \
+    case count: if (count <= FEW) JOIN(NAME, _few)(w, r0, r1, x, count <= FEW ? count : 1, out, next); break;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+        }
         return;
     }
     const int64_t blocks = (w->k + HL_BLOCK - 1) / HL_BLOCK, panel = packed ? HL_PANEL : STAGE;
@@ -262,19 +256,17 @@ TARGET static void NAME(const hl_matrix *w, int64_t r0, int64_t r1, const hl_inp
         for (int64_t b = 0; b < blocks; b++, ahead += STAGE * LINE) {
             const float scale = JOIN(NAME, _scale)(w, r, b);
             const uint8_t *block = tile_buffer;
-            int64_t distance = 0; /* of the prefetch: the next block */
             if (packed) {
-                distance = tiles * HL_TILE * LINE;
-                block = data + b * distance;
+                block = data + b * tiles * HL_TILE * LINE;
             } else {
                 JOIN(NAME, _copy)(w, r, STAGE, b, ahead, lines);
                 JOIN(NAME, _transpose)(lines, tiles, tiles, tile_buffer);
             }
-            for (int g = 0; g < groups; g++) {
-                const int first = g * MAX_M, size = m - first < MAX_M ? m - first : MAX_M;
+            for (int first = 0; first < m; first += MAX_M) {
+                const int size = m - first < MAX_M ? m - first : MAX_M;
                 const hl_word *words = x->words + (first * blocks + b * size) * WORDS;
-                JOIN(NAME, _group)(block, tiles, size, words, sum + first * HL_PANEL, flags, scale, distance,
-                                    groups == 1 ? -1 : g);
+                JOIN(NAME, _group)(block, tiles, size, words, sum + first * HL_PANEL, flags, scale,
+                                   packed ? block + tiles * HL_TILE * LINE : block);
             }
         }
         JOIN(NAME, _write)(sum, flags, rows, x, m, out->y + r - out->first, out->stride);
@@ -296,6 +288,7 @@ TARGET static void JOIN(NAME, _pack)(const hl_matrix *w, int64_t panel, uint8_t 
 }
 
 #undef WORDS
+#undef HL_NEAR
 #undef STAGE
 #undef STEPS
 #undef LINE
@@ -310,7 +303,8 @@ TARGET static void JOIN(NAME, _pack)(const hl_matrix *w, int64_t panel, uint8_t 
 #undef ELEMENT
 #undef PIECES
 #undef DECODE
-#undef MUL
+#undef PACKED
+#undef PART
 #undef FLAG
 #undef FLAG_ZERO
 #undef FLAG_SEE

@@ -1,6 +1,6 @@
 """The packed layout of a weight matrix: tiles of 16 rows, so that the kernels read one sequential stream.
 
-A panel of 64 rows (the last one: as many tiles as it needs) holds, for each step of 4 bytes of a row (4 FP8 codes or
+A panel of 128 rows (the last one: as many tiles as it needs) holds, for each step of 4 bytes of a row (4 FP8 codes or
 2 BF16 values), its tiles of 16 rows x 4 bytes one after another: BF16 row by row, FP8 as [4 rows][2 columns] twice for
 each 4 rows, the order in which vector instructions unpack bytes. Rows are padded to a multiple of 16 and columns to a
 multiple of 128 with zeros, which multiply to nothing.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-TILE_ROWS, PANEL_ROWS, BLOCK, STEP_BYTES = 16, 64, 128, 4
+TILE_ROWS, PANEL_ROWS, BLOCK, STEP_BYTES = 16, 128, 128, 4
 
 
 @dataclass(frozen=True, eq=False)
