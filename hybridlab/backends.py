@@ -68,7 +68,7 @@ class EngineBench:
 
     def check(self) -> None:
         from hybridlab.checkpoint import open_checkpoint
-        from hybridlab.engine.runtime import check_device, check_threads
+        from hybridlab.engine.options import check_device, check_threads
         from hybridlab.hardware import detect
 
         check_device(self._given.get("device", "auto"))

@@ -60,6 +60,12 @@ class EngineConfig(Section):
     """rows: mapped from the checkpoint (the default); tiles: packed into huge pages at load."""
     device: Literal["cpu", "emulated", "cuda"] | None = None
     threads: int | None = Field(default=None, gt=0)
+    accelerator_threads: int | None = Field(default=None, gt=0)
+    """Of device "emulated": cores in the place of a GPU."""
+    link_gb_s: float | None = Field(default=None, gt=0, le=1e6)
+    """Of device "emulated": most GB/s (1e9 bytes) of the copies to it; None: as fast as memory."""
+    vram_gb: float | None = Field(default=None, gt=0, le=1e6)
+    """Of device "emulated": what placements may plan with, 1e9 bytes."""
     token_budget: int | None = Field(default=None, gt=0)
     """Most tokens of one step."""
     kv_tokens: int | None = Field(default=None, gt=0)

@@ -202,7 +202,7 @@ class _Builder:
         placed, prefetch = self.shape.placement, self.shape.path.prefetch
         found = {}
         for part, experts in enumerate(parts_of(placed, self.model, layer, rank, Tier.STREAMED)):
-            wanted = experts if prefetch is None else tuple(e for e in experts if e in prefetch[layer])
+            wanted = experts if prefetch is None else tuple(e for e in experts if prefetch and e in prefetch[layer])
             if wanted:
                 found[part] = self.add(
                     "load",

@@ -173,7 +173,7 @@ class PlacementPlan:
 class ExpertPath:
     """Which streamed experts cross the link in this step, fixed before the router has run.
 
-    `prefetch` gives a set of experts per layer, None means every streamed expert. After the router, experts
+    `prefetch` gives a set of experts per layer, None means every streamed expert, () none. After the router, experts
     that arrived and have at least `min_tokens` tokens run on the GPU, the rest on the CPU.
     """
 
@@ -260,6 +260,15 @@ class Program:
     shape: Shape
     ops: tuple[Op, ...]
     order: tuple[Op, ...]
+
+    @cached_property
+    def streamed(self) -> Mapping[int, frozenset[int]]:
+        """Layer -> experts that its loads bring."""
+        found: dict[int, frozenset[int]] = {}
+        for op in self.ops:
+            if op.kind == "load":
+                found[op.layer] = found.get(op.layer, frozenset()) | frozenset(op.experts)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,22 @@ import numpy as np
 from hybridlab.admission import Limits, why_refused
 from hybridlab.batch import Entry, OnRoute
 from hybridlab.checkpoint import Checkpoint, open_checkpoint
-from hybridlab.engine.runtime import Runtime, check_device, check_placed, check_threads
+from hybridlab.engine.options import (
+    check_accelerator_threads,
+    check_device,
+    check_format,
+    check_numbers,
+    check_placed,
+    check_threads,
+    check_unused,
+    is_count,
+)
+from hybridlab.engine.runtime import Runtime
 from hybridlab.errors import ConfigError, HybridlabError, RequestError
 from hybridlab.hardware import detect
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.lowering import Planner
-from hybridlab.model.weight_layout import WeightLayout, check_weight_layout
+from hybridlab.model.weight_layout import WeightLayout
 from hybridlab.plans import StepPlan
 from hybridlab.prefix_cache import NoPrefixes, PrefixCache, Prefixes
 from hybridlab.request import Request, RequestRecord, Sampling, Status
@@ -37,6 +48,9 @@ def load(
     precision: str = "bf16",
     weight_layout: WeightLayout = "rows",
     device: str = "auto",
+    accelerator_threads: int | None = None,
+    link_gb_s: float | None = None,
+    vram_gb: float | None = None,
     placement: Any = "all_host",
     overlap: Any = "sequential",
     threads: int | None = None,
@@ -55,37 +69,37 @@ def load(
     process; a step computes at most `token_budget` tokens; the KV cache holds `kv_tokens` (default: planned).
     With `prefix_cache`, requests of one run that begin with the same tokens share their KV blocks. `routing` is what
     the placement knows of the experts' popularity (see `hl.record_routing`).
+    `device="emulated"` gives `accelerator_threads` cores (default: half) the place of a GPU of `vram_gb` (1e9 bytes)
+    and copies to it at most at `link_gb_s`; the other cores are the CPU.
     Raises `CheckpointError`, `ConfigError`, `StrategyError` or `MemoryBudgetError`, each in one line.
     """
     device = check_device(device)
     if not isinstance(path, str | Path):
         raise ConfigError(f"path is {path!r:.60}, expected the folder of a checkpoint")
-    if precision not in ("bf16", "exact"):
-        raise ConfigError(f"precision is {precision!r}, expected 'bf16' or 'exact'")
-    check_weight_layout(weight_layout)
-    if weight_layout == "tiles" and precision == "exact":
-        raise ConfigError("weight_layout is 'tiles', but precision 'exact' reads rows")
-    for name, value in (
-        ("token_budget", token_budget),
-        ("kv_block_tokens", kv_block_tokens),
-        ("kv_tokens", kv_tokens),
-    ):
-        if value is not None and not _is_count(value):
-            raise ConfigError(f"{name} is {value!r}, expected an int >= 1")
-    if memory_gb is not None and not (isinstance(memory_gb, int | float) and 0 < memory_gb < float("inf")):
-        raise ConfigError(f"memory_gb is {memory_gb!r}, expected a finite number > 0")
+    sizes = {"memory_gb": memory_gb, "link_gb_s": link_gb_s, "vram_gb": vram_gb}
+    counts = {"token_budget": token_budget, "kv_block_tokens": kv_block_tokens, "kv_tokens": kv_tokens}
+    check_format(precision, weight_layout)
+    check_numbers(counts, sizes)
+    if device != "emulated":
+        check_unused({"accelerator_threads": accelerator_threads, "link_gb_s": link_gb_s, "vram_gb": vram_gb}, device)
     placement, overlap = resolve("placement", placement), resolve("overlap", overlap)
     hardware = detect()
     num_threads = check_threads(threads, hardware)
+    if device == "emulated":
+        accelerator_threads = check_accelerator_threads(accelerator_threads, num_threads)
+        vram_bytes = hardware.host_memory_bytes if vram_gb is None else int(vram_gb * 1e9)
+        hardware = replace(hardware, device=device, gpu_memory_bytes=vram_bytes, link_gb_s=link_gb_s)
     checkpoint = open_checkpoint(path)
     placed = placement.place(checkpoint.spec, hardware, routing or RoutingStats())
-    check_placed(placed, type(placement).__name__)
+    check_placed(placed, type(placement).__name__, device)
     runtime = Runtime(
         checkpoint,
         hardware,
+        placed,
         precision=precision,
         weight_layout=weight_layout,
         threads=num_threads,
+        accelerator_threads=accelerator_threads or 0,
         token_budget=token_budget,
         kv_tokens=kv_tokens,
         kv_block_tokens=kv_block_tokens,
@@ -266,7 +280,7 @@ class Engine:
         prefixes: Callable[[BlockPool], Prefixes] | None = None,
     ) -> Iterator[tuple[Runtime, RequestQueue]]:
         runtime = self.runtime
-        if token_budget is not None and not _is_count(token_budget):
+        if token_budget is not None and not is_count(token_budget):
             raise ConfigError(f"token_budget is {token_budget!r}, expected an int >= 1")
         budget = min(self.token_budget, token_budget or self.token_budget)
         # Not blocking: the holder may be a half-read stream of this very thread.
@@ -298,7 +312,3 @@ class Engine:
     def _without_stop(self, tokens: list[int], stop_token_ids: Sequence[int]) -> list[int]:
         stops = {*self.spec.eos_token_ids, *stop_token_ids}
         return tokens[:-1] if tokens and tokens[-1] in stops else tokens
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

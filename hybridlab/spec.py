@@ -92,4 +92,6 @@ class HardwareSpec:
     gpu_memory_bytes: int = 0
     host_read_gb_s: float | None = None
     link_gb_s: float | None = None
+    stream_from_tokens: int | None = None
+    """Tokens of a step from which streaming its experts is faster than computing them on the CPU, where measured."""
     evidence: str = "measured"

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from hybridlab.batch import Entry, OnRoute, StepBatch
+from hybridlab.engine.devices import Device
 from hybridlab.engine.kv_cache import KVCache
-from hybridlab.engine.lanes import Lanes
 from hybridlab.engine.sampling import draw
 from hybridlab.errors import PlanError, StrategyError
-from hybridlab.model.base import MicroBatch, Model, Routed
-from hybridlab.plans import Op, Program, RequestId, Span
+from hybridlab.model.base import MicroBatch, Routed
+from hybridlab.plans import Op, Program, RequestId, Span, Tier
 
 
 @dataclass
@@ -25,16 +25,17 @@ class _Running:
     batch: MicroBatch
     x_TH: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     routed: Routed | None = None
-    parts: list[torch.Tensor] = field(default_factory=list)
+    parts: dict[int, torch.Tensor] = field(default_factory=dict)
+    """What each "experts" op, by its id, adds: lanes finish in any order, sums are made in one."""
     logits: torch.Tensor | None = None
 
 
 class Executor:
     """Runs one step at a time on one model, cache and set of lanes."""
 
-    def __init__(self, model: Model, cache: KVCache, lanes: Lanes) -> None:
-        self._model, self._cache, self._lanes = model, cache, lanes
-        model.cache = cache
+    def __init__(self, device: Device, cache: KVCache) -> None:
+        self._device, self._model, self._cache = device, device.model, cache
+        device.model.cache = cache
 
     def run(
         self, program: Program, batch: StepBatch, clock_start_s: float, on_route: OnRoute | None = None
@@ -80,11 +81,15 @@ class Executor:
                     micro.routed = routed
                 case "experts":
                     assert micro.routed is not None
-                    micro.parts.append(model.experts(op.layer, micro.routed, op.experts))
+                    assert op.tier is not None
+                    wanted = _wanted(op, micro.routed, program, model.spec.num_experts)
+                    micro.parts[op.id] = self._device.experts[op.tier](op, micro.routed, wanted)
                 case "combine":
-                    for part in micro.parts:
+                    for _, part in sorted(micro.parts.items()):
                         micro.x_TH = micro.x_TH + part
                     micro.parts.clear()
+                case "load":
+                    self._device.load(op)
                 case "mlp":
                     micro.x_TH = model.mlp(op.layer, micro.x_TH)
                 case "embed":
@@ -94,10 +99,10 @@ class Executor:
                     if rows:
                         micro.logits = model.head(micro.x_TH if all_rows else micro.x_TH[rows])
                 case _:
-                    raise PlanError(f"device 'cpu' cannot run op {op.id} ({op.kind} on {op.lane}) yet")
+                    raise PlanError(f"this device cannot run op {op.id} ({op.kind} on {op.lane}) yet")
 
         with torch.inference_mode():
-            return micros, self._lanes.run(program, execute, clock_start_s)
+            return micros, self._device.lanes.run(program, execute, clock_start_s)
 
     def _micro_batch(self, entries: Sequence[Entry]) -> MicroBatch:
         ids: list[int] = []
@@ -111,6 +116,20 @@ class Executor:
             ids.extend(entry.token_ids)
             positions.extend(range(entry.start, entry.start + count))
         return MicroBatch(torch.tensor(ids), torch.tensor(positions), torch.cat(slots), tuple(contexts))
+
+
+def _wanted(op: Op, routed: Routed, program: Program, num_experts: int) -> Sequence[int]:
+    """Which of the experts that an "experts" op names it computes: those that arrived in the ring stay with it if they
+    have `min_tokens` tokens, else the CPU's op takes them."""
+    least = program.shape.path.min_tokens
+    if least <= 1 or op.tier is Tier.RESIDENT:
+        return op.experts
+    ids = routed.expert_ids.flatten().long()
+    counts = torch.bincount(ids[ids >= 0], minlength=num_experts).tolist()
+    if op.tier is Tier.STREAMED:
+        return tuple(e for e in op.experts if counts[e] >= least)
+    arrived = program.streamed.get(op.layer, frozenset())
+    return tuple(e for e in op.experts if e not in arrived or counts[e] < least)
 
 
 def _replaced(routed: Routed, on_route: OnRoute, layer: int, entries: Sequence[Entry], num_experts: int) -> Routed:

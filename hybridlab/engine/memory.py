@@ -53,11 +53,13 @@ def plan_memory(
     kv_element_bytes: int,
     precision_bytes: int,
     weight_layout: str = "rows",
+    ring_bytes: int = 0,
 ) -> MemoryPlan:
     """Size the KV cache and check that all fits.
 
     `kv_tokens` None takes `DEFAULT_KV_TOKENS`, or what the budget leaves if that is less, but never less than
-    one step's tokens. `precision_bytes` is what the precision needs beside the activations. Weights in "tiles" are a
+    one step's tokens. `precision_bytes` is what the precision needs beside the activations, `ring_bytes` the slots that
+    experts are streamed through. Weights in "tiles" are a
     copy: the mapped pages they were made from count as page cache.
     Raises `MemoryBudgetError` with needed, free and what to lower.
     """
@@ -65,7 +67,7 @@ def plan_memory(
     workspace = _workspace_bytes(model, token_budget) + precision_bytes
     if weight_layout == "tiles":
         weight_bytes += ARENA_BYTES  # the last arena may be nearly empty
-    fixed = weight_bytes + workspace + _RESERVE_BYTES
+    fixed = weight_bytes + workspace + ring_bytes + _RESERVE_BYTES
     if kv_tokens is None:
         most = (budget_bytes - fixed) // per_token
         kv_tokens = max(token_budget, min(DEFAULT_KV_TOKENS, model.max_positions * 4, most))
@@ -74,6 +76,7 @@ def plan_memory(
         "weights (packed)" if weight_layout == "tiles" else "weights (mapped)": weight_bytes,
         "KV cache": kv_tokens * per_token,
         "workspace": workspace,
+        **({"ring": ring_bytes} if ring_bytes else {}),
         "reserve": _RESERVE_BYTES,
     }
     plan = MemoryPlan(parts, budget_bytes, kv_tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 
@@ -10,16 +9,16 @@ import torch
 
 from hybridlab.batch import Entry, OnRoute, StepBatch
 from hybridlab.checkpoint import Checkpoint
+from hybridlab.engine.devices import Device, cpu_device, emulated_device, ring_bytes
 from hybridlab.engine.executor import Executor
 from hybridlab.engine.kv_cache import KVCache
-from hybridlab.engine.lanes import TurnTakingLanes
+from hybridlab.engine.link import CopyLink
 from hybridlab.engine.memory import GIB, MemoryPlan, plan_memory
-from hybridlab.engine.worker import EngineBackend, WorkerThread
-from hybridlab.errors import ConfigError, StrategyError
-from hybridlab.model import build_model
+from hybridlab.engine.worker import EngineBackend
+from hybridlab.engine.worker_thread import WorkerThread
 from hybridlab.model.numerics import make_numerics
-from hybridlab.model.weight_layout import WeightLayout
-from hybridlab.plans import PlacementPlan, Program, RequestId, Tier
+from hybridlab.model.weight_layout import WeightLayout, weight_source
+from hybridlab.plans import PlacementPlan, Program, RequestId
 from hybridlab.spec import HardwareSpec
 
 
@@ -30,17 +29,20 @@ class Runtime:
         self,
         checkpoint: Checkpoint,
         hardware: HardwareSpec,
+        placed: PlacementPlan,
         *,
         precision: str,
         weight_layout: WeightLayout,
         threads: int,
+        accelerator_threads: int,
         token_budget: int,
         kv_tokens: int | None,
         kv_block_tokens: int,
         memory_gb: float | None,
         quiet: bool,
     ) -> None:
-        numerics = make_numerics(precision, threads, weight_layout)
+        source = weight_source(weight_layout, threads)
+        numerics = make_numerics(precision, threads, source)
         budget_bytes = hardware.host_memory_bytes if memory_gb is None else int(memory_gb * GIB)
         self.memory: MemoryPlan = plan_memory(
             checkpoint.spec,
@@ -52,14 +54,21 @@ class Runtime:
             kv_element_bytes=numerics.kv_dtype.itemsize,
             precision_bytes=numerics.workspace_bytes(checkpoint.spec, threads),
             weight_layout=weight_layout,
+            ring_bytes=ring_bytes(checkpoint, placed),
         )
         if not quiet:
             print(f"hybridlab: {self.memory}", file=sys.stderr)
         self.num_kv_blocks = self.memory.kv_tokens // kv_block_tokens
         self.kv_block_tokens = kv_block_tokens
-        model = build_model(checkpoint, numerics, threads)
+        if hardware.device == "cpu":
+            self._device: Device = cpu_device(checkpoint, numerics, threads)
+        else:
+            accelerator = make_numerics(precision, accelerator_threads, source)
+            host = make_numerics(precision, threads - accelerator_threads, source)
+            link = CopyLink(hardware.link_gb_s)
+            self._device = emulated_device(checkpoint, accelerator, host, placed, accelerator_threads, link)
         self._cache = KVCache(checkpoint.spec, self.num_kv_blocks, kv_block_tokens, numerics.kv_dtype)
-        self._executor = Executor(model, self._cache, TurnTakingLanes())
+        self._executor = Executor(self._device, self._cache)
         self._worker = WorkerThread()
         # Beside the first prompts: an unmapped page costs a fault in the middle of a kernel.
         self._mapping = threading.Thread(target=checkpoint.populate, name="hybridlab-map", daemon=True)
@@ -91,34 +100,4 @@ class Runtime:
 
     def close(self) -> None:
         self._worker.close()
-
-
-def check_device(device: str) -> str:
-    """The device that "auto" stands for; raises `ConfigError` for one that this version cannot drive."""
-    if device in ("auto", "cpu"):
-        return "cpu"
-    raise ConfigError(f"device {device!r} is not available, expected 'cpu' (or 'auto')")
-
-
-def check_threads(threads: int | None, hardware: HardwareSpec) -> int:
-    """All cores that this process may use by default; raises `ConfigError` for an impossible number."""
-    if threads is None:
-        return hardware.num_cores
-    most = 4 * (os.cpu_count() or 1)
-    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= most:
-        raise ConfigError(f"threads is {threads!r}, expected an int from 1 to {most}")
-    return threads
-
-
-def check_placed(placed: PlacementPlan, placement_name: str) -> None:
-    """Refuse tiers that device "cpu" cannot hold; raises `StrategyError` naming the first expert."""
-    if not isinstance(placed, PlacementPlan):
-        raise StrategyError(
-            f"placement {placement_name}: place() returned {type(placed).__name__}, expected PlacementPlan"
-        )
-    named = [(f"expert {e} of layer {layer}", tier) for (layer, e), tier in placed.tier_of.items()]
-    for what, tier in (("default_tier", placed.default_tier), *named):
-        if tier is Tier.STREAMED:
-            raise StrategyError(
-                f"placement {placement_name}: {what} is streamed, device 'cpu' has no link to stream over"
-            )
+        self._device.close()

@@ -5,12 +5,14 @@ Shape suffixes: T tokens of a microbatch, H hidden, K experts per token, V vocab
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import torch
 
+from hybridlab.checkpoint.reader import LinearWeights
 from hybridlab.kernels_attention import CachedRuns
 from hybridlab.spec import ModelSpec
 
@@ -58,6 +60,14 @@ class Routed:
     expert_ids: torch.Tensor
     weights: torch.Tensor
 
+    def only(self, experts: Sequence[int], num_experts: int) -> torch.Tensor:
+        """`expert_ids` with -1 in place of those that are not in `experts`, distinct ids below `num_experts`."""
+        if len(experts) == num_experts:
+            return self.expert_ids
+        mine = torch.zeros(num_experts, dtype=torch.bool)
+        mine[list(experts)] = True
+        return torch.where(mine[self.expert_ids.long()], self.expert_ids, -1)
+
 
 class KVStore(Protocol):
     """What a model needs of the KV cache; entries are in the order of `ModelSpec.kv_entries`."""
@@ -85,8 +95,12 @@ class Model(Protocol):
 
     def router(self, layer: int, x_TH: torch.Tensor) -> Routed: ...
 
-    def experts(self, layer: int, routed: Routed, experts: tuple[int, ...]) -> torch.Tensor:
+    def experts(self, layer: int, routed: Routed, experts: Sequence[int]) -> torch.Tensor:
         """Weighted sum over those of each token's experts that are in `experts`, [T, H]."""
+        ...
+
+    def expert_weights(self, layer: int) -> tuple[Sequence[LinearWeights], ...]:
+        """All gates, all ups and all downs of a MoE layer, as stored."""
         ...
 
     def head(self, x_RH: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from hybridlab import kernels, kernels_attention, kernels_router
 from hybridlab.checkpoint.reader import LinearWeights
 from hybridlab.kernels_numpy import dequantize
 from hybridlab.model.base import MicroBatch
-from hybridlab.model.weight_layout import Rows, WeightLayout, WeightSource, weight_source
+from hybridlab.model.weight_layout import Rows, WeightSource
 from hybridlab.spec import ModelSpec
 
 LinearFn = Callable[[torch.Tensor], torch.Tensor]
@@ -107,9 +107,9 @@ class Exact:
 
     def weights(self, weights: LinearWeights) -> torch.Tensor:
         """float64 [N, K]; kept for small models, made anew each time for large ones."""
-        if (wide := self._wide.get(weights.name)) is None:
+        if not weights.name or (wide := self._wide.get(weights.name)) is None:
             wide = torch.from_numpy(dequantize((weights.weight, weights.scale))).double()
-            if wide.nbytes <= self._room_bytes:
+            if weights.name and wide.nbytes <= self._room_bytes:  # without a name: a slot of the ring, which changes
                 self._wide[weights.name] = wide
                 self._room_bytes -= wide.nbytes
         return wide
@@ -277,12 +277,12 @@ class Bf16:
         return torch.from_numpy(out)
 
 
-def make_numerics(precision: str, threads: int, weight_layout: WeightLayout = "rows") -> Numerics:
-    """`Exact` reads the mapped rows. Raises `ValueError` for an unknown precision."""
+def make_numerics(precision: str, threads: int, weights: WeightSource | None = None) -> Numerics:
+    """`Exact` reads the mapped rows, `Bf16` what `weights` gives. Raises `ValueError` for an unknown precision."""
     if precision == "exact":
         return Exact()
     if precision == "bf16":
-        return Bf16(threads, weight_source(weight_layout, threads))
+        return Bf16(threads, weights)
     raise ValueError(f"precision {precision!r} is unknown, expected 'exact' or 'bf16'")
 
 

@@ -5,9 +5,11 @@ Follows `transformers` models/qwen3_moe. Shape suffixes: T tokens, H hidden, N h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from hybridlab.checkpoint.reader import Checkpoint
+from hybridlab.checkpoint.reader import Checkpoint, LinearWeights
 from hybridlab.model.attention import Attention
 from hybridlab.model.base import KVStore, MicroBatch, Routed
 from hybridlab.model.numerics import ExpertsFn, LinearFn, Numerics, RouterFn, StepFn
@@ -59,13 +61,12 @@ class Qwen3Moe:
     def router(self, layer: int, x_TH: torch.Tensor) -> Routed:
         return Routed(*self._layers[layer].router(x_TH))
 
-    def experts(self, layer: int, routed: Routed, experts: tuple[int, ...]) -> torch.Tensor:
-        ids = routed.expert_ids
-        if len(experts) < self.spec.num_experts:
-            mine = torch.zeros(self.spec.num_experts, dtype=torch.bool)
-            mine[list(experts)] = True
-            ids = torch.where(mine[ids.long()], ids, -1)
+    def experts(self, layer: int, routed: Routed, experts: Sequence[int]) -> torch.Tensor:
+        ids = routed.only(experts, self.spec.num_experts)
         return self._layers[layer].experts(routed.x_TH, ids, routed.weights)
+
+    def expert_weights(self, layer: int) -> tuple[Sequence[LinearWeights], ...]:
+        return self._layers[layer].expert_weights
 
     def head(self, x_RH: torch.Tensor) -> torch.Tensor:
         return self._head(self._numerics.rms_norm(x_RH, self._final_norm, self.spec.rms_norm_eps))
@@ -101,6 +102,7 @@ class _Layer:
                 [checkpoint.linear(f"{prefix}.mlp.experts.{e}.{name}_proj") for e in range(spec.num_experts)]
                 for name in ("gate", "up", "down")
             ]
+        self.expert_weights = tuple(groups)
         self.experts = numerics.experts(*groups)
 
 

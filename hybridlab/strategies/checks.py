@@ -199,7 +199,7 @@ def _try_placement(placement: Any, hardware: HardwareSpec, routing: RoutingStats
         path = placement.expert_path(num_tokens, placed, hardware)
         if not isinstance(path, ExpertPath):
             raise StrategyError(f"expert_path({num_tokens}) returned {type(path).__name__}, expected ExpertPath")
-        if path.prefetch is not None and len(path.prefetch) != TOY_MODEL.num_layers:
+        if path.prefetch and len(path.prefetch) != TOY_MODEL.num_layers:
             raise StrategyError(
                 f"expert_path() prefetches for {len(path.prefetch)} layers, the model has {TOY_MODEL.num_layers}"
             )

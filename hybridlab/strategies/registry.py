@@ -18,8 +18,18 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "fcfs": "hybridlab.strategies.scheduler.fcfs:FCFS",
         "chunked_prefill": "hybridlab.strategies.scheduler.chunked_prefill:ChunkedPrefill",
     },
-    "placement": {"all_host": "hybridlab.strategies.placement.all_host:AllHost"},
-    "overlap": {"sequential": "hybridlab.strategies.overlap.sequential:Sequential"},
+    "placement": {
+        "all_host": "hybridlab.strategies.placement.all_host:AllHost",
+        "all_resident": "hybridlab.strategies.placement.all_resident:AllResident",
+        "hot_resident": "hybridlab.strategies.placement.hot_resident:HotResident",
+        "layer_split": "hybridlab.strategies.placement.layer_split:LayerSplit",
+        "streamed": "hybridlab.strategies.placement.streamed:Streamed",
+    },
+    "overlap": {
+        "sequential": "hybridlab.strategies.overlap.sequential:Sequential",
+        "prefetch": "hybridlab.strategies.overlap.prefetch:Prefetch",
+        "dual_batch": "hybridlab.strategies.overlap.dual_batch:DualBatch",
+    },
 }
 _PROTOCOLS = {"scheduler": Scheduler, "placement": Placement, "overlap": Overlap}
 

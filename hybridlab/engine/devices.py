@@ -1,0 +1,102 @@
+"""What an executor runs on: a model, lanes, and for each tier who computes its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hybridlab.checkpoint import Checkpoint
+from hybridlab.engine.expert_block import experts_of
+from hybridlab.engine.lane_threads import LaneThreads
+from hybridlab.engine.lanes import Lanes, TurnTakingLanes
+from hybridlab.engine.link import CopyLink
+from hybridlab.engine.ring import Ring, slot_experts
+from hybridlab.errors import PlanError
+from hybridlab.model import build_model
+from hybridlab.model.base import Model, Routed
+from hybridlab.model.numerics import ExpertsFn, Numerics
+from hybridlab.plans import Op, PlacementPlan, Tier
+from hybridlab.spec import ModelSpec
+
+TierExperts = Callable[[Op, Routed, Sequence[int]], torch.Tensor]
+"""(an "experts" op, the router's choice, those of its experts to compute) -> their part of the results, [T, H]."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """`load` fills a ring slot; `close` ends the lanes' threads."""
+
+    model: Model
+    lanes: Lanes
+    experts: Mapping[Tier, TierExperts]
+    load: Callable[[Op], None]
+    close: Callable[[], None]
+
+
+def cpu_device(checkpoint: Checkpoint, numerics: Numerics, threads: int) -> Device:
+    """One pool of all cores: lanes take turns, and every expert is where the others are."""
+    model = build_model(checkpoint, numerics, threads)
+
+    def compute(op: Op, routed: Routed, wanted: Sequence[int]) -> torch.Tensor:
+        return model.experts(op.layer, routed, wanted)
+
+    return Device(model, TurnTakingLanes(), {Tier.HOST: compute, Tier.RESIDENT: compute}, _no_link, lambda: None)
+
+
+def emulated_device(
+    checkpoint: Checkpoint,
+    accelerator: Numerics,
+    host: Numerics,
+    placed: PlacementPlan,
+    accelerator_threads: int,
+    link: CopyLink,
+    *,
+    poison: bool = False,
+) -> Device:
+    """Two sets of cores that work at the same time, one in the accelerator's place; copies are the link between them.
+
+    Resident experts stay where the checkpoint is mapped: that memory is the accelerator's too. For studying overlap.
+    """
+    model = build_model(checkpoint, accelerator, accelerator_threads)
+    on_host = _HostExperts(model, host)
+
+    def resident(op: Op, routed: Routed, wanted: Sequence[int]) -> torch.Tensor:
+        return model.experts(op.layer, routed, wanted)
+
+    lanes = LaneThreads()
+    experts: dict[Tier, TierExperts] = {Tier.HOST: on_host, Tier.RESIDENT: resident}
+    if not (size := slot_experts(placed, model.spec)):
+        return Device(model, lanes, experts, _no_link, lanes.close)
+    weights = {layer: experts_of(model.expert_weights(layer)) for layer in model.spec.moe_layers}
+    ring = Ring(placed.ring_slots, size, weights, accelerator, link, num_experts=model.spec.num_experts, poison=poison)
+    return Device(model, lanes, {**experts, Tier.STREAMED: ring.experts}, ring.load, lanes.close)
+
+
+def ring_bytes(checkpoint: Checkpoint, placed: PlacementPlan) -> int:
+    """Bytes of the slots that `placed` asks for, before any of them is allocated."""
+    spec = checkpoint.spec
+    size = slot_experts(placed, spec)
+    return placed.ring_slots * size * _block_bytes(spec) if size else 0
+
+
+def _block_bytes(spec: ModelSpec) -> int:
+    return spec.expert_bytes + 6 * 64  # each of an expert's arrays begins at a multiple of 64
+
+
+class _HostExperts:
+    """The host's cores on the checkpoint's own weights; a layer is bound when it is first asked for."""
+
+    def __init__(self, model: Model, numerics: Numerics) -> None:
+        self._model, self._numerics = model, numerics
+        self._layers: dict[int, ExpertsFn] = {}
+
+    def __call__(self, op: Op, routed: Routed, wanted: Sequence[int]) -> torch.Tensor:
+        if (experts := self._layers.get(op.layer)) is None:
+            experts = self._layers[op.layer] = self._numerics.experts(*self._model.expert_weights(op.layer))
+        return experts(routed.x_TH, routed.only(wanted, self._model.spec.num_experts), routed.weights)
+
+
+def _no_link(op: Op) -> None:
+    raise PlanError(f"op {op.id} loads experts, but the placement streams none")

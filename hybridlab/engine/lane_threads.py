@@ -1,0 +1,87 @@
+"""Lanes that work at the same time: a thread for each kind of hardware."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+
+from hybridlab.engine.worker_thread import WorkerThread
+from hybridlab.plans import LaneKind, Op, Program, Span
+
+
+class LaneThreads:
+    """device="emulated": a lane's ops run on its thread in the order of the program, each once its needs are done."""
+
+    def __init__(self) -> None:
+        self._threads: dict[LaneKind, WorkerThread] = {}
+
+    def run(self, program: Program, execute: Callable[[Op], None], clock_start_s: float) -> tuple[Span, ...]:
+        lanes: dict[LaneKind, list[Op]] = defaultdict(list)
+        for op in program.ops:
+            lanes[op.lane.kind].append(op)
+        step = _Step(program, execute, clock_start_s)
+        futures = [self._thread(kind).call(lambda ops=ops: step.run(ops)) for kind, ops in lanes.items()]
+        wait(futures)
+        if step.error is not None:
+            raise step.error
+        return tuple(sorted((span for future in futures for span in future.result()), key=lambda span: span.start_s))
+
+    def close(self) -> None:
+        for thread in self._threads.values():
+            thread.close()
+
+    def _thread(self, kind: LaneKind) -> WorkerThread:
+        if kind not in self._threads:
+            self._threads[kind] = WorkerThread(f"hybridlab-{kind}")
+        return self._threads[kind]
+
+
+@dataclass
+class _Step:
+    """One step of a program; `gates` are closed locks of the ops that another lane waits for."""
+
+    program: Program
+    execute: Callable[[Op], None]
+    clock_start_s: float
+    gates: dict[int, threading.Lock] = field(default_factory=dict)
+    error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        lane_of = {op.id: op.lane for op in self.program.ops}
+        for op in self.program.ops:
+            for need in op.needs:
+                if lane_of[need] != op.lane and need not in self.gates:
+                    self.gates[need] = gate = threading.Lock()
+                    gate.acquire()
+
+    def run(self, ops: Sequence[Op]) -> list[Span]:
+        """All ops of one lane; the first error on any lane ends all of them."""
+        spans = []
+        try:
+            with torch.inference_mode():
+                for op in ops:
+                    for need in op.needs:
+                        if (gate := self.gates.get(need)) is not None:
+                            with gate:
+                                pass
+                    if self.error is not None:
+                        break
+                    start_s = perf_counter() - self.clock_start_s
+                    self.execute(op)
+                    spans.append(Span(op, start_s, perf_counter() - self.clock_start_s))
+                    self._open(op)
+        except BaseException as error:  # raised by run() on the thread that waits for the step
+            self.error = self.error or error
+        for op in ops[len(spans) :]:
+            self._open(op)
+        return spans
+
+    def _open(self, op: Op) -> None:
+        if (gate := self.gates.get(op.id)) is not None:
+            gate.release()

@@ -1,0 +1,92 @@
+"""The ring of slots on the accelerator, through which streamed experts pass; allocated once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from hybridlab.engine.expert_block import Expert, ExpertBlock
+from hybridlab.engine.link import CopyLink
+from hybridlab.errors import PlanError
+from hybridlab.kernel_layouts import aligned
+from hybridlab.lowering import parts_of
+from hybridlab.model.base import Routed
+from hybridlab.model.numerics import ExpertsFn, Numerics
+from hybridlab.plans import Op, PlacementPlan, Tier
+from hybridlab.spec import ModelSpec
+
+NAN_CODE = 0x7F
+"""In every byte: NaN as FP8, and as BF16."""
+
+
+def slot_experts(placed: PlacementPlan, model: ModelSpec) -> int:
+    """Experts of the largest part that `placed` streams: what a slot must hold."""
+    parts = (part for layer in model.moe_layers for part in parts_of(placed, model, layer, 0, Tier.STREAMED))
+    return max(map(len, parts), default=0)
+
+
+class Ring:
+    """`load` fills a slot with a part's experts, `experts` computes on them.
+
+    Slots are named by the program's ops; a slot that does not hold what an op expects ends the step with `PlanError`.
+    With `poison`, a slot is filled with NaN before it is loaded anew, so that a late reader is seen in the output.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        experts_per_slot: int,
+        weights: Mapping[int, Sequence[Expert]],
+        numerics: Numerics,
+        link: CopyLink,
+        *,
+        num_experts: int,
+        poison: bool = False,
+    ) -> None:
+        self._weights, self._link, self._poison = weights, link, poison
+        self._num_experts = num_experts
+        self._block = block = ExpertBlock.of(next(iter(weights.values()))[0])
+        self._slots = [aligned(experts_per_slot * block.num_bytes) for _ in range(num_slots)]
+        self._holds: list[tuple | None] = [None] * num_slots
+        # A slot stays where it is: one set of kernels each serves all that pass through it.
+        self._experts = [self._bind(numerics, slot, experts_per_slot) for slot in self._slots]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(slot) for slot in self._slots)
+
+    def load(self, op: Op) -> None:
+        """Copy the experts of a "load" op over the link into its slot."""
+        assert op.slot is not None
+        slot, size = self._slots[op.slot.slot], self._block.num_bytes
+        self._holds[op.slot.slot] = None
+        if self._poison:
+            slot.fill(NAN_CODE)
+        experts = self._weights[op.layer]
+        for place, expert in enumerate(op.experts):
+            for offset, source in self._block.pieces(experts[expert]):
+                at = place * size + offset
+                self._link.copy(slot[at : at + len(source)], source)
+        self._holds[op.slot.slot] = (op.layer, op.part, op.slot.generation, op.experts)
+
+    def experts(self, op: Op, routed: Routed, wanted: Sequence[int]) -> torch.Tensor:
+        """The part that `wanted` experts of an "experts" op have in its tokens' results, [T, H]."""
+        assert op.slot is not None
+        expected = (op.layer, op.part, op.slot.generation, op.experts)
+        if self._holds[op.slot.slot] != expected:
+            raise PlanError(
+                f"op {op.id}: slot {op.slot.slot} of the ring does not hold part {op.part} of layer {op.layer}"
+            )
+        place_of = torch.full((self._num_experts + 1,), -1, dtype=torch.int32)  # the last one: a skipped route, -1
+        where = {expert: place for place, expert in enumerate(op.experts)}
+        for expert in wanted:
+            place_of[expert] = where[expert]
+        ids = place_of[routed.expert_ids.long()]
+        return self._experts[op.slot.slot](routed.x_TH, ids, routed.weights)
+
+    def _bind(self, numerics: Numerics, slot: np.ndarray, experts_per_slot: int) -> ExpertsFn:
+        size = self._block.num_bytes
+        experts = [self._block.views(slot[e * size : (e + 1) * size]) for e in range(experts_per_slot)]
+        return numerics.experts(*zip(*experts, strict=True))
