@@ -21,7 +21,8 @@ from hybridlab.plans import (
 )
 from hybridlab.spec import HardwareSpec, ModelSpec
 from hybridlab.strategies.base import Overlap, Placement
-from hybridlab.validation import validate
+from hybridlab.strategies.fields import MOST_PARTS
+from hybridlab.validation import execution_order, validate
 
 
 @dataclass
@@ -59,22 +60,43 @@ class Planner:
         if program is None:
             lowered = lower(shape, self.model)
             arranged = check_arranged(lowered, self.overlap.arrange(lowered), type(self.overlap).__name__)
-            ops = bind_slots(arranged, shape.placement.ring_slots)
-            order = validate(ops, ring_slots=shape.placement.ring_slots, ranks=shape.ranks)
+            slots = shape.placement.ring_slots
+            ops = bind_slots(arranged, slots)
+            try:
+                order = validate(ops, ring_slots=slots, ranks=shape.ranks)
+            except PlanError as error:
+                if ops is arranged or not _can_run(arranged):
+                    raise
+                raise PlanError(
+                    f"{error}; overlap {type(self.overlap).__name__} runs this program with a larger ring alone: raise "
+                    f"ring_slots ({slots}) or lower parts_per_layer ({shape.placement.parts_per_layer})"
+                ) from None
             program = self._programs[shape] = Program(shape, ops, order)
         return program
+
+
+def _can_run(ops: Sequence[Op]) -> bool:
+    try:
+        execution_order(ops)
+    except PlanError:
+        return False
+    return True
 
 
 def lower(shape: Shape, model: ModelSpec) -> tuple[Op, ...]:
     """Every op of a step in the plain order: layer by layer, microbatch by microbatch, loads just in time."""
     check_placed(shape.placement, model, shape.ranks)
+    if shape.path.prefetch and len(shape.path.prefetch) != model.num_layers:
+        raise StrategyError(
+            f"expert_path() prefetches for {len(shape.path.prefetch)} layers, the model has {model.num_layers}"
+        )
     builder = _Builder(shape, model)
     for rank in shape.ranks:
         for microbatch in range(shape.num_microbatches):
             builder.add("embed", builder.compute, rank, microbatch=microbatch, needs=())
     for layer in range(model.num_layers):
         for rank in shape.ranks:
-            loads = {} if layer in model.dense_layers else builder.loads(layer, rank)
+            loads: dict[int, int] = {}  # part -> op id: one load for all microbatches
             for microbatch in range(shape.num_microbatches):
                 builder.layer(layer, rank, microbatch, loads)
     for rank in shape.ranks:
@@ -94,8 +116,8 @@ def check_placed(placed: PlacementPlan, model: ModelSpec, ranks: Sequence[int]) 
             raise StrategyError(
                 f"the placement puts expert {expert} of layer {layer} on rank {rank}, the step runs on {tuple(ranks)}"
             )
-    if not 1 <= placed.parts_per_layer <= 8:
-        raise StrategyError(f"parts_per_layer is {placed.parts_per_layer}, expected 1 to 8")
+    if not 1 <= placed.parts_per_layer <= MOST_PARTS:
+        raise StrategyError(f"parts_per_layer is {placed.parts_per_layer}, expected 1 to {MOST_PARTS}")
     if placed.ring_slots < 0:
         raise StrategyError(f"ring_slots is {placed.ring_slots}, expected at least 0")
 
@@ -197,26 +219,8 @@ class _Builder:
             self.last[rank, microbatch] = op.id
         return op.id
 
-    def loads(self, layer: int, rank: int) -> dict[int, int]:
-        """Load ops of this layer's streamed parts, shared by all microbatches: part -> op id."""
-        placed, prefetch = self.shape.placement, self.shape.path.prefetch
-        found = {}
-        for part, experts in enumerate(parts_of(placed, self.model, layer, rank, Tier.STREAMED)):
-            wanted = experts if prefetch is None else tuple(e for e in experts if prefetch and e in prefetch[layer])
-            if wanted:
-                found[part] = self.add(
-                    "load",
-                    LaneKind.H2D,
-                    rank,
-                    layer=layer,
-                    part=part,
-                    needs=(),
-                    tier=Tier.STREAMED,
-                    experts=wanted,
-                )
-        return found
-
     def layer(self, layer: int, rank: int, microbatch: int, loads: dict[int, int]) -> None:
+        """One microbatch through a layer; what it loads is entered in `loads`, what is there already is used."""
         self.add("attention", self.compute, rank, layer=layer, microbatch=microbatch)
         if layer in self.model.dense_layers:
             self.add("mlp", self.compute, rank, layer=layer, microbatch=microbatch)
@@ -225,33 +229,28 @@ class _Builder:
             self.add("all_gather", LaneKind.NET, rank, layer=layer, microbatch=microbatch)
         self.add("router", self.compute, rank, layer=layer, microbatch=microbatch)
         routed = self.last[rank, microbatch]
-        done = [
-            self.add(
-                "experts",
-                LaneKind.CPU if tier is Tier.HOST else self.compute,
-                rank,
-                layer=layer,
-                part=part,
-                microbatch=microbatch,
-                needs=(routed, *((loads[part],) if tier is Tier.STREAMED else ())),
-                tier=tier,
-                experts=experts,
-            )
-            for tier, part, experts in self._groups(layer, rank, loads)
-        ]
+        done = []
+        for tier, part, experts in self._groups(layer, rank):
+            needs, group = (routed,), {"layer": layer, "part": part, "tier": tier, "experts": experts}
+            if tier is Tier.STREAMED:
+                if part not in loads:
+                    loads[part] = self.add("load", LaneKind.H2D, rank, needs=(), **group)
+                needs = (routed, loads[part])
+            lane = LaneKind.CPU if tier is Tier.HOST else self.compute
+            done.append(self.add("experts", lane, rank, microbatch=microbatch, needs=needs, **group))
         needs = tuple(done) or (routed,)
         if len(self.shape.ranks) > 1:
             reduced = self.add("reduce", LaneKind.NET, rank, layer=layer, microbatch=microbatch, needs=needs)
             needs = (reduced,)
         self.add("combine", self.compute, rank, layer=layer, microbatch=microbatch, needs=needs)
 
-    def _groups(self, layer: int, rank: int, loads: dict[int, int]) -> list[tuple[Tier, int, tuple[int, ...]]]:
+    def _groups(self, layer: int, rank: int) -> list[tuple[Tier, int, tuple[int, ...]]]:
         """(tier, part, experts) of every experts op; the CPU's op also takes streamed experts that may stay behind."""
-        placed = self.shape.placement
+        placed, prefetch = self.shape.placement, self.shape.path.prefetch
         groups = [(Tier.RESIDENT, 0, e) for e in parts_of(placed, self.model, layer, rank, Tier.RESIDENT)]
         host = [e for group in parts_of(placed, self.model, layer, rank, Tier.HOST) for e in group]
         for part, experts in enumerate(parts_of(placed, self.model, layer, rank, Tier.STREAMED)):
-            arrived = self.ops[loads[part]].experts if part in loads else ()
+            arrived = experts if prefetch is None else tuple(e for e in experts if prefetch and e in prefetch[layer])
             if arrived:
                 groups.append((Tier.STREAMED, part, arrived))
             stay = experts if self.shape.path.min_tokens > 1 else [e for e in experts if e not in arrived]

@@ -81,10 +81,16 @@ def load(
     check_format(precision, weight_layout)
     check_numbers(counts, sizes)
     if device != "emulated":
-        check_unused({"accelerator_threads": accelerator_threads, "link_gb_s": link_gb_s, "vram_gb": vram_gb}, device)
+        check_unused({"accelerator_threads": accelerator_threads, "link_gb_s": link_gb_s}, device)
+    if device == "cpu":
+        check_unused({"vram_gb": vram_gb}, device)
+    if device == "cuda" and precision != "bf16":
+        raise ConfigError(f"precision is {precision!r}, device 'cuda' computes in 'bf16'")
     placement, overlap = resolve("placement", placement), resolve("overlap", overlap)
-    hardware = detect()
+    hardware = detect(gpu=device == "cuda")
     num_threads = check_threads(threads, hardware)
+    if device == "cuda" and vram_gb is not None:
+        hardware = replace(hardware, gpu_memory_bytes=min(hardware.gpu_memory_bytes, int(vram_gb * 1e9)))
     if device == "emulated":
         accelerator_threads = check_accelerator_threads(accelerator_threads, num_threads)
         vram_bytes = hardware.host_memory_bytes if vram_gb is None else int(vram_gb * 1e9)

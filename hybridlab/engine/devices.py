@@ -8,17 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from hybridlab.checkpoint import Checkpoint
-from hybridlab.engine.expert_block import experts_of
 from hybridlab.engine.lane_threads import LaneThreads
 from hybridlab.engine.lanes import Lanes, TurnTakingLanes
 from hybridlab.engine.link import CopyLink
-from hybridlab.engine.ring import Ring, slot_experts
+from hybridlab.engine.ring import Ring, slot_experts, slots_bytes
 from hybridlab.errors import PlanError
 from hybridlab.model import build_model
 from hybridlab.model.base import Model, Routed
-from hybridlab.model.numerics import ExpertsFn, Numerics
+from hybridlab.model.expert_block import experts_of
+from hybridlab.model.numerics import Bf16, ExpertsFn, Numerics
 from hybridlab.plans import Op, PlacementPlan, Tier
-from hybridlab.spec import ModelSpec
 
 TierExperts = Callable[[Op, Routed, Sequence[int]], torch.Tensor]
 """(an "experts" op, the router's choice, those of its experts to compute) -> their part of the results, [T, H]."""
@@ -33,6 +32,8 @@ class Device:
     experts: Mapping[Tier, TierExperts]
     load: Callable[[Op], None]
     close: Callable[[], None]
+    torch_device: str = "cpu"
+    """Where the KV cache lies."""
 
 
 def cpu_device(checkpoint: Checkpoint, numerics: Numerics, threads: int) -> Device:
@@ -42,7 +43,7 @@ def cpu_device(checkpoint: Checkpoint, numerics: Numerics, threads: int) -> Devi
     def compute(op: Op, routed: Routed, wanted: Sequence[int]) -> torch.Tensor:
         return model.experts(op.layer, routed, wanted)
 
-    return Device(model, TurnTakingLanes(), {Tier.HOST: compute, Tier.RESIDENT: compute}, _no_link, lambda: None)
+    return Device(model, TurnTakingLanes(), {Tier.HOST: compute, Tier.RESIDENT: compute}, no_link, lambda: None)
 
 
 def emulated_device(
@@ -68,21 +69,24 @@ def emulated_device(
     lanes = LaneThreads()
     experts: dict[Tier, TierExperts] = {Tier.HOST: on_host, Tier.RESIDENT: resident}
     if not (size := slot_experts(placed, model.spec)):
-        return Device(model, lanes, experts, _no_link, lanes.close)
-    weights = {layer: experts_of(model.expert_weights(layer)) for layer in model.spec.moe_layers}
-    ring = Ring(placed.ring_slots, size, weights, accelerator, link, num_experts=model.spec.num_experts, poison=poison)
+        return Device(model, lanes, experts, no_link, lanes.close)
+    weights = {
+        layer: {
+            number: expert
+            for number, expert in enumerate(experts_of(model.expert_weights(layer)))
+            if placed.tier(layer, number) is Tier.STREAMED
+        }
+        for layer in model.spec.moe_layers
+    }
+    # What passes through a slot is never packed.
+    as_stored = Bf16(accelerator_threads) if isinstance(accelerator, Bf16) else accelerator
+    ring = Ring(placed.ring_slots, size, weights, as_stored, link, num_experts=model.spec.num_experts, poison=poison)
     return Device(model, lanes, {**experts, Tier.STREAMED: ring.experts}, ring.load, lanes.close)
 
 
 def ring_bytes(checkpoint: Checkpoint, placed: PlacementPlan) -> int:
     """Bytes of the slots that `placed` asks for, before any of them is allocated."""
-    spec = checkpoint.spec
-    size = slot_experts(placed, spec)
-    return placed.ring_slots * size * _block_bytes(spec) if size else 0
-
-
-def _block_bytes(spec: ModelSpec) -> int:
-    return spec.expert_bytes + 6 * 64  # each of an expert's arrays begins at a multiple of 64
+    return slots_bytes(placed, checkpoint.spec)
 
 
 class _HostExperts:
@@ -98,5 +102,6 @@ class _HostExperts:
         return experts(routed.x_TH, routed.only(wanted, self._model.spec.num_experts), routed.weights)
 
 
-def _no_link(op: Op) -> None:
+def no_link(op: Op) -> None:
+    """`Device.load` where nothing is streamed."""
     raise PlanError(f"op {op.id} loads experts, but the placement streams none")

@@ -47,14 +47,14 @@ class Executor:
             drawing = [entry for entry in micro.entries if entry.wants_token]
             for row, entry in enumerate(drawing):
                 assert micro.logits is not None
-                tokens[entry.id] = draw(micro.logits[row], entry.sampling, entry.context_tokens - 1)
+                tokens[entry.id] = draw(micro.logits[row].cpu(), entry.sampling, entry.context_tokens - 1)
         return tokens, spans
 
     def logits(self, program: Program, entry: Entry) -> torch.Tensor:
         """Logits of every row of one request's step, float32 [T, V]."""
         (micro,), _ = self._run(program, (entry,), 0.0, None, all_rows=True)
         assert micro.logits is not None
-        return micro.logits
+        return micro.logits.cpu()
 
     def _run(
         self,
@@ -115,7 +115,8 @@ class Executor:
             slots.append(new)
             ids.extend(entry.token_ids)
             positions.extend(range(entry.start, entry.start + count))
-        return MicroBatch(torch.tensor(ids), torch.tensor(positions), torch.cat(slots), tuple(contexts))
+        all_slots = torch.cat(slots).to(self._device.torch_device)
+        return MicroBatch(torch.tensor(ids), torch.tensor(positions), all_slots, tuple(contexts))
 
 
 def _wanted(op: Op, routed: Routed, program: Program, num_experts: int) -> Sequence[int]:
@@ -134,7 +135,7 @@ def _wanted(op: Op, routed: Routed, program: Program, num_experts: int) -> Seque
 
 def _replaced(routed: Routed, on_route: OnRoute, layer: int, entries: Sequence[Entry], num_experts: int) -> Routed:
     """What the hook makes of the router's choice; raises `StrategyError` for ids that cannot be."""
-    own = routed.expert_ids.numpy().view()
+    own = routed.expert_ids.cpu().numpy().view()
     own.flags.writeable = False
     ids = on_route(layer, entries, own)
     if ids is None:
@@ -145,7 +146,8 @@ def _replaced(routed: Routed, on_route: OnRoute, layer: int, entries: Sequence[E
     if ids.min() < 0 or ids.max() >= num_experts:
         span = f"{ids.min()} to {ids.max()}"
         raise StrategyError(f"on_route, layer {layer}: returned experts {span}, expected 0 to {num_experts - 1}")
-    return replace(routed, expert_ids=torch.from_numpy(np.ascontiguousarray(ids)))
+    chosen = torch.from_numpy(np.ascontiguousarray(ids)).to(routed.expert_ids.device)
+    return replace(routed, expert_ids=chosen)
 
 
 def _last_rows(micro: _Running) -> list[int]:

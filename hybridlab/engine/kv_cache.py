@@ -14,11 +14,13 @@ from hybridlab.spec import ModelSpec
 class KVCache:
     """One tensor per layer and KV entry, [num_blocks * block_tokens, *entry shape]; a slot is a row of it."""
 
-    def __init__(self, model: ModelSpec, num_blocks: int, block_tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: ModelSpec, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
         self.num_blocks, self.block_tokens = num_blocks, block_tokens
         rows = num_blocks * block_tokens
         self._layers = [
-            tuple(torch.empty(rows, *entry.shape, dtype=dtype) for entry in model.kv_entries)
+            tuple(torch.empty(rows, *entry.shape, dtype=dtype, device=device) for entry in model.kv_entries)
             for _ in range(model.num_layers)
         ]
 
@@ -33,7 +35,7 @@ class KVCache:
 
     def randomise(self, seed: int) -> None:
         """Fill with standard normal values."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(self._layers[0][0].device).manual_seed(seed)
         for entries in self._layers:
             for storage in entries:
                 storage.normal_(generator=generator)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hybridlab.errors import ConfigError, StrategyError
+from hybridlab.hardware.gpu import detect_gpus
 from hybridlab.model.weight_layout import check_weight_layout
 from hybridlab.plans import PlacementPlan, Tier
 from hybridlab.spec import HardwareSpec
+from hybridlab.strategies.fields import check_ring
 
 
 def check_format(precision: str, weight_layout: str) -> None:
@@ -50,7 +53,17 @@ def check_device(device: str) -> str:
         return "cpu"
     if device == "emulated":
         return device
-    raise ConfigError(f"device {device!r} is not available, expected 'cpu' (or 'auto') or 'emulated'")
+    if device == "cuda":
+        if detect_gpus():
+            return device
+        raise ConfigError("device 'cuda' is not available: torch finds no CUDA device; expected 'cpu' or 'emulated'")
+    raise ConfigError(f"device {device!r} is not available, expected 'cpu' (or 'auto'), 'emulated' or 'cuda'")
+
+
+def emulated_hardware(hardware: HardwareSpec, vram_gb: float | None, link_gb_s: float | None) -> HardwareSpec:
+    """What placements plan with: `hardware` with a GPU of `vram_gb` (1e9 bytes; None: all memory of the host)."""
+    vram_bytes = hardware.host_memory_bytes if vram_gb is None else int(vram_gb * 1e9)
+    return replace(hardware, device="emulated", gpu_memory_bytes=vram_bytes, link_gb_s=link_gb_s)
 
 
 def check_accelerator_threads(given: int | None, threads: int) -> int:
@@ -75,16 +88,18 @@ def check_threads(threads: int | None, hardware: HardwareSpec) -> int:
 
 
 def check_placed(placed: PlacementPlan, placement_name: str, device: str) -> None:
-    """Refuse tiers that the device cannot hold; raises `StrategyError` naming the first expert."""
+    """Refuse tiers that the device cannot hold, or a ring that cannot be; raises `StrategyError` naming what is off."""
     if not isinstance(placed, PlacementPlan):
         raise StrategyError(
             f"placement {placement_name}: place() returned {type(placed).__name__}, expected PlacementPlan"
         )
-    if device != "cpu":
+    streams = placed.default_tier is Tier.STREAMED or Tier.STREAMED in placed.tier_of.values()
+    try:
+        check_ring(placed.ring_slots, placed.parts_per_layer, least_slots=int(streams and device != "cpu"))
+    except StrategyError as error:
+        raise StrategyError(f"placement {placement_name}: {error}") from None
+    if device != "cpu" or not streams:
         return
     named = [(f"expert {e} of layer {layer}", tier) for (layer, e), tier in placed.tier_of.items()]
-    for what, tier in (("default_tier", placed.default_tier), *named):
-        if tier is Tier.STREAMED:
-            raise StrategyError(
-                f"placement {placement_name}: {what} is streamed, device 'cpu' has no link to stream over"
-            )
+    what = next(name for name, tier in (("default_tier", placed.default_tier), *named) if tier is Tier.STREAMED)
+    raise StrategyError(f"placement {placement_name}: {what} is streamed, device 'cpu' has no link to stream over")

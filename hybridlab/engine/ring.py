@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from hybridlab.engine.expert_block import Expert, ExpertBlock
 from hybridlab.engine.link import CopyLink
 from hybridlab.errors import PlanError
 from hybridlab.kernel_layouts import aligned
 from hybridlab.lowering import parts_of
 from hybridlab.model.base import Routed
+from hybridlab.model.expert_block import ALIGNMENT, Expert, ExpertBlock
 from hybridlab.model.numerics import ExpertsFn, Numerics
 from hybridlab.plans import Op, PlacementPlan, Tier
 from hybridlab.spec import ModelSpec
@@ -27,27 +27,39 @@ def slot_experts(placed: PlacementPlan, model: ModelSpec) -> int:
     return max(map(len, parts), default=0)
 
 
+def slots_bytes(placed: PlacementPlan, model: ModelSpec) -> int:
+    """Bytes of the slots that `placed` asks for, before any of them is allocated."""
+    block = model.expert_bytes + 6 * ALIGNMENT  # each of an expert's arrays begins at a multiple of it
+    return placed.ring_slots * slot_experts(placed, model) * block
+
+
 class Ring:
     """`load` fills a slot with a part's experts, `experts` computes on them.
 
     Slots are named by the program's ops; a slot that does not hold what an op expects ends the step with `PlanError`.
     With `poison`, a slot is filled with NaN before it is loaded anew, so that a late reader is seen in the output.
+    `weights` are all experts that may be loaded, by layer and number; raises `PlanError` unless they are alike.
+    `numerics` reads them as stored.
     """
 
     def __init__(
         self,
         num_slots: int,
         experts_per_slot: int,
-        weights: Mapping[int, Sequence[Expert]],
+        weights: Mapping[int, Mapping[int, Expert]],
         numerics: Numerics,
         link: CopyLink,
         *,
         num_experts: int,
         poison: bool = False,
     ) -> None:
-        self._weights, self._link, self._poison = weights, link, poison
+        self._link, self._poison = link, poison
         self._num_experts = num_experts
-        self._block = block = ExpertBlock.of(next(iter(weights.values()))[0])
+        self._block = block = ExpertBlock.of(next(e for experts in weights.values() for e in experts.values()))
+        self._pieces = {
+            layer: {number: block.pieces(expert) for number, expert in experts.items()}
+            for layer, experts in weights.items()
+        }
         self._slots = [aligned(experts_per_slot * block.num_bytes) for _ in range(num_slots)]
         self._holds: list[tuple | None] = [None] * num_slots
         # A slot stays where it is: one set of kernels each serves all that pass through it.
@@ -64,9 +76,9 @@ class Ring:
         self._holds[op.slot.slot] = None
         if self._poison:
             slot.fill(NAN_CODE)
-        experts = self._weights[op.layer]
+        pieces = self._pieces[op.layer]
         for place, expert in enumerate(op.experts):
-            for offset, source in self._block.pieces(experts[expert]):
+            for offset, source in pieces[expert]:
                 at = place * size + offset
                 self._link.copy(slot[at : at + len(source)], source)
         self._holds[op.slot.slot] = (op.layer, op.part, op.slot.generation, op.experts)

@@ -62,12 +62,28 @@ class Runtime:
         self.kv_block_tokens = kv_block_tokens
         if hardware.device == "cpu":
             self._device: Device = cpu_device(checkpoint, numerics, threads)
+        elif hardware.device == "cuda":
+            from hybridlab.engine.cuda_device import cuda_device
+            from hybridlab.engine.cuda_memory import plan_vram
+
+            self.vram = plan_vram(
+                checkpoint.spec,
+                placed,
+                budget_bytes=hardware.gpu_memory_bytes,
+                token_budget=token_budget,
+                kv_tokens=self.memory.kv_tokens,
+            )
+            if not quiet:
+                print(f"hybridlab: GPU {self.vram}", file=sys.stderr)
+            self._device = cuda_device(checkpoint, numerics, placed, threads, quiet=quiet)
         else:
             accelerator = make_numerics(precision, accelerator_threads, source)
             host = make_numerics(precision, threads - accelerator_threads, source)
             link = CopyLink(hardware.link_gb_s)
             self._device = emulated_device(checkpoint, accelerator, host, placed, accelerator_threads, link)
-        self._cache = KVCache(checkpoint.spec, self.num_kv_blocks, kv_block_tokens, numerics.kv_dtype)
+        self._cache = KVCache(
+            checkpoint.spec, self.num_kv_blocks, kv_block_tokens, numerics.kv_dtype, self._device.torch_device
+        )
         self._executor = Executor(self._device, self._cache)
         self._worker = WorkerThread()
         # Beside the first prompts: an unmapped page costs a fault in the middle of a kernel.

@@ -66,6 +66,7 @@ class Routed:
             return self.expert_ids
         mine = torch.zeros(num_experts, dtype=torch.bool)
         mine[list(experts)] = True
+        mine = mine.to(self.expert_ids.device)
         return torch.where(mine[self.expert_ids.long()], self.expert_ids, -1)
 
 

@@ -18,6 +18,7 @@ from hybridlab.checkpoint.reader import LinearWeights
 from hybridlab.kernels_numpy import dequantize
 from hybridlab.model.base import MicroBatch
 from hybridlab.model.weight_layout import Rows, WeightSource
+from hybridlab.number_formats import bf16_to_float32
 from hybridlab.spec import ModelSpec
 
 LinearFn = Callable[[torch.Tensor], torch.Tensor]
@@ -38,6 +39,14 @@ class Numerics(Protocol):
     """How linear layers, norms and attention are computed; all take and give float32 tensors."""
 
     kv_dtype: torch.dtype
+
+    def place(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor of the CPU where this numerics computes."""
+        ...
+
+    def embedding(self, table: np.ndarray) -> LinearFn:
+        """BF16 bits [V, H] -> (token ids int64 [T] -> float32 [T, H])."""
+        ...
 
     def workspace_bytes(self, model: ModelSpec, threads: int) -> int:
         """Memory beside the activations: attention scores, keys and values widened, weights widened."""
@@ -93,7 +102,17 @@ class Numerics(Protocol):
         ...
 
 
-class Exact:
+class _OnCpu:
+    """What both have alike."""
+
+    def place(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def embedding(self, table: np.ndarray) -> LinearFn:
+        return lambda ids_T: torch.from_numpy(bf16_to_float32(table[ids_T.numpy()]))
+
+
+class Exact(_OnCpu):
     """float64 compute, float32 between ops."""
 
     kv_dtype = torch.float32
@@ -181,7 +200,7 @@ class Exact:
         return ((q_GRD @ k_GDC).softmax(-1) @ v_GCD).view(q_ND.shape).float()
 
 
-class Bf16:
+class Bf16(_OnCpu):
     """The compiled kernels, or their NumPy twin; threads as given."""
 
     kv_dtype = torch.bfloat16

@@ -25,15 +25,15 @@ class Qwen3Moe:
     def __init__(self, checkpoint: Checkpoint, numerics: Numerics, threads: int) -> None:
         self.spec = spec = checkpoint.spec
         self._numerics = numerics
-        self._embedding = checkpoint.tensor("model.embed_tokens.weight")
+        self._embedding = numerics.embedding(checkpoint.tensor("model.embed_tokens.weight"))
         self._attention = Attention(numerics, threads)
-        self._rope = Rope(spec.rope, spec.head_dim)
-        self._final_norm = _vector(checkpoint, "model.norm.weight")
+        self._rope = Rope(spec.rope, spec.head_dim, numerics.place)
+        self._final_norm = _vector(checkpoint, numerics, "model.norm.weight")
         self._head = numerics.linear(checkpoint.linear("model.embed_tokens" if spec.tie_embeddings else "lm_head"))
         self._layers = [_Layer(checkpoint, numerics, i) for i in range(spec.num_layers)]
 
     def embed(self, batch: MicroBatch) -> torch.Tensor:
-        return torch.from_numpy(bf16_to_float32(self._embedding[batch.token_ids.numpy()]))
+        return self._embedding(batch.token_ids)
 
     def attention(self, layer: int, x_TH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         spec, weights = self.spec, self._layers[layer]
@@ -55,8 +55,8 @@ class Qwen3Moe:
     def mlp(self, layer: int, x_TH: torch.Tensor) -> torch.Tensor:
         weights = self._layers[layer]
         normed = self._numerics.rms_norm(x_TH, weights.mlp_norm, self.spec.rms_norm_eps)
-        first = torch.zeros(len(normed), 1, dtype=torch.int32)
-        return x_TH + weights.experts(normed, first, torch.ones(len(normed), 1))
+        first = torch.zeros(len(normed), 1, dtype=torch.int32, device=normed.device)
+        return x_TH + weights.experts(normed, first, torch.ones(len(normed), 1, device=normed.device))
 
     def router(self, layer: int, x_TH: torch.Tensor) -> Routed:
         return Routed(*self._layers[layer].router(x_TH))
@@ -80,10 +80,10 @@ class _Layer:
 
     def __init__(self, checkpoint: Checkpoint, numerics: Numerics, index: int) -> None:
         spec, prefix = checkpoint.spec, f"model.layers.{index}"
-        self.input_norm = _vector(checkpoint, f"{prefix}.input_layernorm.weight")
-        self.mlp_norm = _vector(checkpoint, f"{prefix}.post_attention_layernorm.weight")
-        self.q_norm = _vector(checkpoint, f"{prefix}.self_attn.q_norm.weight")
-        self.k_norm = _vector(checkpoint, f"{prefix}.self_attn.k_norm.weight")
+        self.input_norm = _vector(checkpoint, numerics, f"{prefix}.input_layernorm.weight")
+        self.mlp_norm = _vector(checkpoint, numerics, f"{prefix}.post_attention_layernorm.weight")
+        self.q_norm = _vector(checkpoint, numerics, f"{prefix}.self_attn.q_norm.weight")
+        self.k_norm = _vector(checkpoint, numerics, f"{prefix}.self_attn.k_norm.weight")
         projections = [f"{prefix}.self_attn.{name}_proj" for name in "qkvo"]
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             _projection(checkpoint, numerics, name) for name in projections
@@ -110,10 +110,10 @@ def _projection(checkpoint: Checkpoint, numerics: Numerics, prefix: str) -> Line
     linear = numerics.linear(checkpoint.linear(prefix))
     if not checkpoint.spec.attention_bias:
         return linear
-    bias = _vector(checkpoint, f"{prefix}.bias")
+    bias = _vector(checkpoint, numerics, f"{prefix}.bias")
     return lambda x: linear(x) + bias
 
 
-def _vector(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def _vector(checkpoint: Checkpoint, numerics: Numerics, name: str) -> torch.Tensor:
     """A norm weight or bias as float32; these are small, so they are converted once."""
-    return torch.from_numpy(bf16_to_float32(checkpoint.tensor(name)))
+    return numerics.place(torch.from_numpy(bf16_to_float32(checkpoint.tensor(name))))

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Callable
 
 import torch
 
 from hybridlab.spec import RopeSpec
 
+MICROBATCHES = 4
+"""Microbatches whose tables are kept: they take turns within a step."""
+
 
 class Rope:
     """cos and sin tables, float32 [positions, head_dim / 2], grown when a later position is met."""
 
-    def __init__(self, spec: RopeSpec, head_dim: int) -> None:
+    def __init__(self, spec: RopeSpec, head_dim: int, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._inv_freq, self._factor = _frequencies(spec, head_dim)
         self._cos = self._sin = torch.empty(0, head_dim // 2)
-        self._last = (self._cos, self._sin)
-        self._last_positions: torch.Tensor | None = None
+        self._place = place
+        self._recent: deque[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = deque(maxlen=MICROBATCHES)
 
     def tables(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each [T, head_dim / 2]. The last result is kept: all layers of a step ask alike."""
-        if positions_T is not self._last_positions:
-            needed = int(positions_T.max()) + 1
-            if needed > len(self._cos):
-                # Angles in float32, as the reference implementation has them.
-                size = max(needed, 2 * len(self._cos), 1024)
-                angles = torch.arange(size, dtype=torch.float32)[:, None] * self._inv_freq
-                self._cos, self._sin = angles.cos() * self._factor, angles.sin() * self._factor
-            self._last_positions = positions_T
-            self._last = self._cos[positions_T], self._sin[positions_T]
-        return self._last
+        """(cos, sin), each [T, head_dim / 2], put where `place` puts them; positions int64 [T] on the CPU.
+
+        Results of late are kept: all layers of a step ask alike.
+        """
+        for positions, tables in self._recent:
+            if positions is positions_T:
+                return tables
+        needed = int(positions_T.max()) + 1
+        if needed > len(self._cos):
+            # Angles in float32, as the reference implementation has them.
+            size = max(needed, 2 * len(self._cos), 1024)
+            angles = torch.arange(size, dtype=torch.float32)[:, None] * self._inv_freq
+            self._cos, self._sin = angles.cos() * self._factor, angles.sin() * self._factor
+        tables = self._place(self._cos[positions_T]), self._place(self._sin[positions_T])
+        self._recent.append((positions_T, tables))
+        return tables
 
 
 def _frequencies(spec: RopeSpec, dim: int) -> tuple[torch.Tensor, float]:

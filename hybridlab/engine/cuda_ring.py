@@ -1,0 +1,88 @@
+"""Experts on a CUDA device: those that live there, and the ring of slots that the others pass through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+
+from hybridlab.engine.host_store import HostStore
+from hybridlab.errors import PlanError
+from hybridlab.model.base import Routed
+from hybridlab.model.cuda_experts import GroupedExperts, Workspace
+from hybridlab.plans import Op
+
+
+class _LocalIds:
+    """From a model's expert ids to places in a group, as tables on the device; made once for each group."""
+
+    def __init__(self, num_experts: int, device: torch.device) -> None:
+        self._num_experts, self._device = num_experts, device
+        self._tables: dict[tuple, torch.Tensor] = {}
+
+    def __call__(self, ids_TS: torch.Tensor, experts: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
+        key = (tuple(experts), tuple(wanted))
+        if (table := self._tables.get(key)) is None:
+            where = {expert: place for place, expert in enumerate(experts)}
+            table = torch.full((self._num_experts + 1,), -1, dtype=torch.int64)  # the last one: a skipped route, -1
+            for expert in wanted:
+                table[expert] = where[expert]
+            table = self._tables[key] = table.to(self._device)
+        return table[ids_TS.long()]
+
+
+class CudaRing:
+    """`load` fills a slot from the host store, `experts` computes on it. As `ring.Ring`, on a device."""
+
+    def __init__(
+        self, num_slots: int, experts_per_slot: int, store: HostStore, workspace: Workspace, num_experts: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self._store = store
+        size = store.block.num_bytes
+        self._slots = [torch.empty(experts_per_slot, size, dtype=torch.uint8, device=device) for _ in range(num_slots)]
+        self._experts = [GroupedExperts(slot, store.block, workspace) for slot in self._slots]
+        self._holds: list[tuple | None] = [None] * num_slots
+        self._local = _LocalIds(num_experts, device)
+
+    def load(self, op: Op) -> None:
+        """Enqueue the copies of a "load" op on the current stream; neighbouring experts travel as one."""
+        assert op.slot is not None
+        slot, blocks = self._slots[op.slot.slot], self._store.blocks(op.layer)
+        place = 0
+        for first, end in _runs(op.experts):
+            slot[place : place + end - first].copy_(blocks[first:end], non_blocking=True)
+            place += end - first
+        self._holds[op.slot.slot] = (op.layer, op.part, op.slot.generation, op.experts)
+
+    def experts(self, op: Op, routed: Routed, wanted: Sequence[int]) -> torch.Tensor:
+        assert op.slot is not None
+        if self._holds[op.slot.slot] != (op.layer, op.part, op.slot.generation, op.experts):
+            raise PlanError(f"op {op.id}: ring slot {op.slot.slot} does not hold part {op.part} of layer {op.layer}")
+        ids = self._local(routed.expert_ids, op.experts, wanted)
+        return self._experts[op.slot.slot](routed.x_TH, ids, routed.weights, len(op.experts))
+
+
+class ResidentExperts:
+    """Experts that are copied to the device once."""
+
+    def __init__(
+        self, resident: Mapping[int, Sequence[int]], store: HostStore, workspace: Workspace, num_experts: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self._experts = {}
+        for layer, experts in resident.items():
+            blocks = torch.cat([store.blocks(layer)[first:end].to(device) for first, end in _runs(experts)])
+            self._experts[layer] = GroupedExperts(blocks, store.block, workspace)
+        self._local = _LocalIds(num_experts, device)
+
+    def __call__(self, op: Op, routed: Routed, wanted: Sequence[int]) -> torch.Tensor:
+        ids = self._local(routed.expert_ids, op.experts, wanted)
+        return self._experts[op.layer](routed.x_TH, ids, routed.weights, len(op.experts))
+
+
+def _runs(experts: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending ids as (first, end) of neighbours."""
+    cuts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(experts)) if b != a + 1), len(experts)]
+    return [(experts[a], experts[b - 1] + 1) for a, b in pairwise(cuts)]

@@ -1,0 +1,73 @@
+"""One copy of the expert weights in pinned host memory: what the link copies from and the CPU's kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybridlab.errors import MemoryBudgetError
+from hybridlab.model.expert_block import Expert, ExpertBlock
+
+
+class HostStore:
+    """A layer's experts lie one after another as blocks, so that a part of neighbouring experts is one copy.
+
+    `blocks(layer)` uint8 [E, block bytes], pinned if `pin`; `experts(layer)` the same bytes as weights.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, Sequence[Expert]],
+        block: ExpertBlock,
+        *,
+        pin: bool,
+        threads: int,
+        progress: bool = False,
+    ) -> None:
+        self.block = block
+        self._layers: dict[int, torch.Tensor] = {}
+        self._fill(layers, pin, threads, progress)
+
+    def blocks(self, layer: int) -> torch.Tensor:
+        return self._layers[layer]
+
+    def experts(self, layer: int) -> list[Expert]:
+        return [self.block.views(block) for block in self._layers[layer].numpy()]
+
+    def _fill(self, layers: Mapping[int, Sequence[Expert]], pin: bool, threads: int, progress: bool) -> None:
+        from tqdm.auto import tqdm
+
+        size = self.block.num_bytes
+        total = sum(len(experts) for experts in layers.values()) * size
+        bar = tqdm(total=total, desc="pin experts", unit="B", unit_scale=True, disable=not progress)
+        with bar, ThreadPoolExecutor(threads, "hybridlab-store") as pool:
+            for layer, experts in layers.items():
+                try:
+                    # Filled first, pinned then: pages are touched by many threads instead of by the driver.
+                    room = torch.empty(len(experts), size, dtype=torch.uint8)
+                    list(pool.map(self._write, room.numpy(), experts))
+                    self._layers[layer] = _pinned(room) if pin else room
+                except RuntimeError as error:
+                    done = len(self._layers) * len(experts) * size
+                    raise MemoryBudgetError(
+                        f"pinned {done / 1e9:.2f} of {total / 1e9:.2f} GB of experts, then the driver refused "
+                        f"({str(error).splitlines()[0]}); lower what the placement streams, or raise the memlock limit"
+                    ) from None
+                bar.update(len(experts) * size)
+
+    def _write(self, target: np.ndarray, expert: Expert) -> None:
+        for offset, source in self.block.pieces(expert):
+            target[offset : offset + len(source)] = source
+
+
+def _pinned(room: torch.Tensor) -> torch.Tensor:
+    """Registers the memory of `room` with CUDA in place; raises RuntimeError when the driver refuses."""
+    runtime: Any = torch.cuda.cudart()
+    status = runtime.cudaHostRegister(room.data_ptr(), room.nbytes, 0)
+    if int(status) != 0:
+        raise RuntimeError(f"cudaHostRegister: error {int(status)}")
+    return room
