@@ -12,11 +12,11 @@
      SPREAD(word), MUL(acc, piece, spread)   a word of x in all lanes (a PIECE); acc + piece * spread, elementwise
      FLAG, FLAG_ZERO(), FLAG_SEE(flag, v), FLAG_LANES(flag, nan)   finds NaN codes where they do not decode to NaN:
                                         FLAG_LANES sets nan[0 .. LANES) of rows that had one and returns if any
-     MAX_M, TILES(m)                    tokens and tiles of 16 rows whose accumulators fit the registers: enough of them
-                                        (latency times rate of MUL, about 12), since an accumulator is a chain
+     MAX_M, TILES(m)                    tokens and tiles of 16 rows whose accumulators fit the registers. Each is a
+                                        chain: MUL at its full rate takes latency times rate of them (about 12)
      SHARE(m)                           vectors that use a broadcast word of x one after the other
      FEW, FEW_ROWS(m)                   tokens up to which row-major weights are transposed in registers, and the rows
-                                        (16, 32 or 64) at a time
+                                        at a time: 16 or 32 (STAGE)
 
    The order of operations of an element, the same for both layouts and any number of tokens: for each block of 128 k,
    an accumulator takes the products in order of k and is then added to the sum, times the block's scale. A vector lane
@@ -67,7 +67,8 @@
         }                                                               \
     }
 
-/* Adds one block of packed weights; fetches as many bytes from `ahead` on, in order of address, into L1 if they are near. */
+/* Adds one block of packed weights; fetches as many bytes from `ahead` on, one line at a time and in order of address:
+   into L1 if they are near, else into L2. */
 TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _block)(
     const uint8_t *w, int64_t step_bytes, const int strips, const int m, const hl_word *x, float *sum,
     FLAG *flags, float scale, const uint8_t *ahead, const int near) {
@@ -108,9 +109,9 @@ TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _tiles)(
 #undef RUN
 }
 
-/* One block of 16 to 64 rows of row-major weights that stand as lines in L1, while the next block's lines are copied from
-   `src` (if `copy`) and those of the panel after this one are fetched into L2 in order of address, so that DRAM sees a
-   single stream. */
+/* One block of 16 or 32 rows of row-major weights that stand as lines in L1, while the next block's lines are copied
+   from `src` (if `copy`) and the rows after these are fetched in order of address, so that DRAM sees a single stream.
+   By the time they are copied they are found in L2. */
 TARGET __attribute__((always_inline)) static inline void JOIN(NAME, _lines)(
     const uint8_t *lines, uint8_t *next_lines, const uint8_t *src, int64_t row_bytes, const int rows, const int copy, const int m,
     const hl_word *x, float *sum, FLAG *flags, float scale, const uint8_t *ahead) {
