@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from functools import cache
 from math import nan
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from hybridlab import provenance
 from hybridlab.device_lock import alone_if_free
-from hybridlab.errors import ConfigError, MemoryBudgetError
+from hybridlab.errors import ConfigError, HybridlabError, MemoryBudgetError
+from hybridlab.execution import one_line
 from hybridlab.jobs import Draft, Job
+from hybridlab.plans import PlacementPlan
 from hybridlab.prediction import EVIDENCE, Load, ModelCost, Rates, calibrated, estimated_rates, load_of, predict
+from hybridlab.routing import RoutingStats
 from hybridlab.run_files import read_manifest, read_run
 from hybridlab.spec import ModelSpec
 from hybridlab.workload import load_rows
@@ -84,17 +88,36 @@ class Costs:
 
     def _memory_of(self, draft: Draft) -> tuple[MemoryPlan, str]:
         """The memory plan of the engine on this machine, and why it does not fit ("" if it does)."""
-        key = f"{draft.checkpoint} {draft.config.engine.model_dump_json()}"
+        # Drafts that ask for the same placement share the object.
+        key = f"{draft.checkpoint} {draft.config.engine.model_dump_json()} {id(draft.strategies['placement'])}"
         if key not in self._memory:
             engine, model = draft.config.engine, self._model(draft)
+            placed, misplaced = self._placed(draft)
             budget_bytes = self.budget_bytes if engine.memory_gb is None else int(engine.memory_gb * GIB)
             try:
-                found = _memory_plan(draft, model, budget_bytes, engine.kv_tokens), ""
+                found = _memory_plan(draft, model, placed, budget_bytes, engine.kv_tokens), misplaced
             except MemoryBudgetError as error:
                 least = engine.kv_tokens or 1
-                found = _memory_plan(draft, model, 2**62, least), str(error)
+                found = _memory_plan(draft, model, placed, 2**62, least), misplaced or str(error)
             self._memory[key] = found
         return self._memory[key]
+
+    def _placed(self, draft: Draft) -> tuple[PlacementPlan, str]:
+        """Where the placement of `draft` puts experts on this machine, and why that cannot be ("" if it can)."""
+        from hybridlab.engine.options import check_placed, emulated_hardware
+
+        engine, placement = draft.config.engine, deepcopy(draft.strategies["placement"])
+        hardware = self._hardware
+        if engine.device == "emulated":
+            hardware = emulated_hardware(hardware, engine.vram_gb, engine.link_gb_s)
+        try:
+            placed = placement.place(self._model(draft).spec, hardware, RoutingStats())
+            check_placed(placed, type(placement).__name__, hardware.device)
+        except HybridlabError as error:
+            return PlacementPlan(), str(error)
+        except Exception as error:  # a placement of the user's may raise anything
+            return PlacementPlan(), one_line(error)
+        return placed, ""
 
     def _rates_of(self, draft: Draft, job: Job | None) -> Rates:
         engine = draft.config.engine
@@ -154,8 +177,11 @@ def _shapes(draft: Draft) -> tuple[ModelSpec, int]:
     return spec, sum(tensor.num_bytes for tensor in expected_tensors(spec))
 
 
-def _memory_plan(draft: Draft, model: ModelCost, budget_bytes: int, kv_tokens: int | None) -> MemoryPlan:
+def _memory_plan(
+    draft: Draft, model: ModelCost, placed: PlacementPlan, budget_bytes: int, kv_tokens: int | None
+) -> MemoryPlan:
     from hybridlab.engine.memory import plan_memory
+    from hybridlab.engine.ring import slots_bytes
     from hybridlab.hardware import detect
     from hybridlab.model.numerics import make_numerics
     from hybridlab.session import load
@@ -173,6 +199,7 @@ def _memory_plan(draft: Draft, model: ModelCost, budget_bytes: int, kv_tokens: i
         kv_element_bytes=numerics.kv_dtype.itemsize,
         precision_bytes=numerics.workspace_bytes(model.spec, threads),
         weight_layout=engine.weight_layout or defaults["weight_layout"].default,
+        ring_bytes=slots_bytes(placed, model.spec),
     )
 
 

@@ -25,11 +25,15 @@ class LaneThreads:
         lanes: dict[LaneKind, list[Op]] = defaultdict(list)
         for op in program.ops:
             lanes[op.lane.kind].append(op)
+        threads = {kind: self._thread(kind) for kind in lanes}  # all of them, before one may wait for another
         step = _Step(program, execute, clock_start_s)
-        futures = [self._thread(kind).call(lambda ops=ops: step.run(ops)) for kind, ops in lanes.items()]
+        futures = [threads[kind].call(lambda ops=ops: step.run(ops)) for kind, ops in lanes.items()]
+        for future, ops in zip(futures, lanes.values(), strict=True):
+            if future.done() and (error := future.exception()) is not None:  # closed: this lane never starts
+                step.fail(error, ops)
         wait(futures)
-        if step.error is not None:
-            raise step.error
+        if step.errors:
+            raise step.errors[0]
         return tuple(sorted((span for future in futures for span in future.result()), key=lambda span: span.start_s))
 
     def close(self) -> None:
@@ -50,7 +54,7 @@ class _Step:
     execute: Callable[[Op], None]
     clock_start_s: float
     gates: dict[int, threading.Lock] = field(default_factory=dict)
-    error: BaseException | None = None
+    errors: list[BaseException] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         lane_of = {op.id: op.lane for op in self.program.ops}
@@ -70,17 +74,23 @@ class _Step:
                         if (gate := self.gates.get(need)) is not None:
                             with gate:
                                 pass
-                    if self.error is not None:
+                    if self.errors:
                         break
                     start_s = perf_counter() - self.clock_start_s
                     self.execute(op)
                     spans.append(Span(op, start_s, perf_counter() - self.clock_start_s))
                     self._open(op)
         except BaseException as error:  # raised by run() on the thread that waits for the step
-            self.error = self.error or error
+            self.errors.append(error)
         for op in ops[len(spans) :]:
             self._open(op)
         return spans
+
+    def fail(self, error: BaseException, ops: Sequence[Op]) -> None:
+        """`ops` will not run: those that wait for them see the error instead."""
+        self.errors.append(error)
+        for op in ops:
+            self._open(op)
 
     def _open(self, op: Op) -> None:
         if (gate := self.gates.get(op.id)) is not None:

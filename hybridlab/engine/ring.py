@@ -17,8 +17,8 @@ from hybridlab.model.numerics import ExpertsFn, Numerics
 from hybridlab.plans import Op, PlacementPlan, Tier
 from hybridlab.spec import ModelSpec
 
-NAN_CODE = 0x7F
-"""In every byte: NaN as FP8, and as BF16."""
+NAN_CODE = 0xFF
+"""In every byte: NaN as FP8, as BF16 and as float32."""
 
 
 def slot_experts(placed: PlacementPlan, model: ModelSpec) -> int:

@@ -32,6 +32,7 @@ from hybridlab.plans import (
 )
 from hybridlab.routing import RoutingStats
 from hybridlab.spec import HardwareSpec, KVEntry, ModelSpec, RopeSpec
+from hybridlab.strategies.fields import MOST_PARTS
 from hybridlab.strategies.kv_room import fit_step
 from hybridlab.strategies.placement.all_host import AllHost
 from hybridlab.strategies.registry import resolve
@@ -109,10 +110,12 @@ def check_overlap(overlap: Any) -> None:
         PlacementPlan(default_tier=Tier.STREAMED, ring_slots=2, parts_per_layer=2),
         PlacementPlan(default_tier=Tier.STREAMED, ring_slots=4, parts_per_layer=2, tier_of={(1, 0): Tier.HOST}),
     )
+    small_ring = PlacementPlan(default_tier=Tier.STREAMED, ring_slots=1, parts_per_layer=3)
     for role in ("prefill", "decode", "mixed"):
         for num_requests in (1, 4):
             step = StepPlan(role, {str(i): 1 for i in range(num_requests)})
-            for placed in placements:
+            # Several microbatches may need a larger ring than one.
+            for placed in (*placements, *((small_ring,) if num_requests == 1 else ())):
                 planner = Planner(TOY_MODEL, TOY_GPU, AllHost(), overlap, placed)
                 where = f"{role} of {num_requests}, experts {placed.default_tier}, ring of {placed.ring_slots}: "
                 _collect(problems, overlap, where, lambda p=planner, s=step: p.program(p.shape("main", s)))
@@ -190,8 +193,8 @@ def _try_placement(placement: Any, hardware: HardwareSpec, routing: RoutingStats
     for layer, expert in (*placed.tier_of, *placed.rank_of):
         if layer not in TOY_MODEL.moe_layers or not 0 <= expert < TOY_MODEL.num_experts:
             raise StrategyError(f"place() names (layer {layer}, expert {expert}), which the model does not have")
-    if not 1 <= placed.parts_per_layer <= 8:
-        raise StrategyError(f"parts_per_layer is {placed.parts_per_layer}, expected 1 to 8")
+    if not 1 <= placed.parts_per_layer <= MOST_PARTS:
+        raise StrategyError(f"parts_per_layer is {placed.parts_per_layer}, expected 1 to {MOST_PARTS}")
     tiers = {placed.tier(layer, e) for layer in TOY_MODEL.moe_layers for e in range(TOY_MODEL.num_experts)}
     if hardware.device == "cpu" and tiers != {Tier.HOST}:
         raise StrategyError(f"uses tiers {sorted(tiers)} on a machine without a GPU, expected host alone")

@@ -7,28 +7,29 @@ from dataclasses import dataclass
 from hybridlab.plans import ExpertPath, Move, PlacementPlan, Tier
 from hybridlab.routing import RoutingStats
 from hybridlab.spec import HardwareSpec, ModelSpec
-from hybridlab.strategies.fields import check_positive
+from hybridlab.strategies.fields import check_budget, check_positive, check_ring
 from hybridlab.strategies.placement.budget import experts_within
+from hybridlab.strategies.placement.streamed import path_of
 
 
 @dataclass(frozen=True)
 class HotResident:
     """The hottest experts of all layers, by their share of a layer's routes, on the GPU; the CPU computes the others.
 
-    With `ring_slots`, steps of at least `stream_from_tokens` tokens stream the others instead (as `streamed` does).
+    With `ring_slots`, steps of at least `stream_from_tokens` tokens stream the others instead (as `streamed` does, with
+    the same default).
     Nothing known of the routes: the first experts of every layer.
     """
 
     gpu_gb: float | None = None
     ring_slots: int = 0
     parts_per_layer: int = 1
-    stream_from_tokens: int = 4096
+    stream_from_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.ring_slots:
-            check_positive("ring_slots", self.ring_slots)
-        check_positive("parts_per_layer", self.parts_per_layer)
-        check_positive("stream_from_tokens", self.stream_from_tokens)
+        check_budget("gpu_gb", self.gpu_gb)
+        check_ring(self.ring_slots, self.parts_per_layer, least_slots=0)
+        check_positive("stream_from_tokens", self.stream_from_tokens, optional=True)
 
     def place(self, model: ModelSpec, hardware: HardwareSpec, routing: RoutingStats) -> PlacementPlan:
         if hardware.device == "cpu":
@@ -45,7 +46,7 @@ class HotResident:
         return PlacementPlan(rest, resident, ring_slots=self.ring_slots, parts_per_layer=self.parts_per_layer)
 
     def expert_path(self, num_tokens: int, placed: PlacementPlan, hardware: HardwareSpec) -> ExpertPath:
-        return ExpertPath() if num_tokens >= self.stream_from_tokens else ExpertPath(prefetch=())
+        return path_of(num_tokens, self.stream_from_tokens, hardware)
 
     def update(self, routing: RoutingStats) -> tuple[Move, ...]:
         return ()

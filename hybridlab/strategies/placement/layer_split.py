@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hybridlab.plans import ExpertPath, Move, PlacementPlan, Tier
 from hybridlab.routing import RoutingStats
 from hybridlab.spec import HardwareSpec, ModelSpec
+from hybridlab.strategies.fields import check_budget
 from hybridlab.strategies.placement.budget import experts_within
 
 
@@ -15,6 +16,9 @@ class LayerSplit:
     """The experts of the first layers on the GPU, as many whole layers as `gpu_gb` holds."""
 
     gpu_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        check_budget("gpu_gb", self.gpu_gb)
 
     def place(self, model: ModelSpec, hardware: HardwareSpec, routing: RoutingStats) -> PlacementPlan:
         if hardware.device == "cpu":
