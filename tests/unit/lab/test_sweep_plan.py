@@ -13,6 +13,7 @@ from hybridlab.checkpoint.presets import preset_spec
 from hybridlab.checkpoint.schema import expected_tensors
 from hybridlab.config import load_config
 from hybridlab.errors import ConfigError, MemoryBudgetError, StrategyError
+from hybridlab.strategies.placement.all_host import AllHost
 from hybridlab.sweep_plan import plan
 from hybridlab.workload import load_rows
 
@@ -154,6 +155,44 @@ def test_memory_is_the_engines_own_plan(preset: dict[str, Any], tmp_path: Path) 
     assert by_path.memory_bytes == found.memory_bytes and by_path.checkpoints == {}
     with pytest.raises(MemoryBudgetError):
         hl.load(tmp_path / "made", quiet=True, memory_gb=0.01)
+
+
+def test_memory_counts_the_ring_of_each_placement_as_the_engine_does(preset: dict[str, Any], tmp_path: Path) -> None:
+    engine = {"device": "emulated", "threads": 2, "vram_gb": 0.004, "kv_tokens": 4096}
+    placements = [
+        "all_host",
+        {"name": "streamed", "ring_slots": 2},
+        {"name": "streamed", "ring_slots": 3, "parts_per_layer": 4},
+        {"name": "hot_resident", "ring_slots": 2},
+    ]
+    config = {**preset, "model": {"preset": "tiny", "layers": 2}, "engine": engine, "repeats": 1}
+    found = plan({**config, "sweep": {"placement": placements}}).frame["memory_gib"].tolist()
+    hl.make_checkpoint(tmp_path / "made", "tiny", layers=2, progress=False)
+    for placement, planned_gib in zip(placements, found, strict=True):
+        with hl.load(tmp_path / "made", quiet=True, placement=placement, **engine) as loaded:
+            assert planned_gib == loaded.memory.total_bytes / GIB
+    assert len(set(found)) == len(placements)
+
+
+class Misplaces(AllHost):
+    def place(self, model: Any, hardware: Any, routing: Any) -> Any:
+        return {"nothing": 1}[hardware.device]
+
+
+@pytest.mark.parametrize(
+    ("placement", "engine", "words"),
+    [
+        ({"name": "streamed", "ring_slots": 10**6}, {"device": "emulated", "memory_gb": 8}, "8.00 GiB in the budget"),
+        (Misplaces(), {"device": "emulated"}, "KeyError: 'emulated'"),
+        (Misplaces(), {}, "KeyError: 'cpu'"),
+    ],
+    ids=["ring", "raises on emulated", "raises on cpu"],
+)
+def test_a_placement_that_cannot_be_is_told_and_not_raised(
+    preset: dict[str, Any], placement: Any, engine: dict[str, Any], words: str
+) -> None:
+    found = plan({**preset, "placement": placement, "engine": engine})
+    assert all(words in problem for problem in found.frame["problem"]) and "will fail    4 runs" in str(found)
 
 
 def test_repeated_warm_up_and_other_strategies_are_counted(preset: dict[str, Any]) -> None:
