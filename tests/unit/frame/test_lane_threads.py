@@ -27,7 +27,10 @@ TIMEOUT_S = 30.0
 def lanes():
     lanes = LaneThreads()
     yield lanes
-    lanes.close()
+    closing = threading.Thread(target=lanes.close, daemon=True)
+    closing.start()
+    closing.join(TIMEOUT_S)
+    assert not closing.is_alive(), "a lane's thread hangs"
 
 
 def program(*ops: Op) -> Program:

@@ -158,7 +158,7 @@ def test_memory_is_the_engines_own_plan(preset: dict[str, Any], tmp_path: Path) 
 
 
 def test_memory_counts_the_ring_of_each_placement_as_the_engine_does(preset: dict[str, Any], tmp_path: Path) -> None:
-    engine = {"device": "emulated", "threads": 2, "vram_gb": 0.004, "kv_tokens": 4096}
+    engine = {"device": "emulated", "threads": 2, "vram_gb": 0.0012, "kv_tokens": 4096}
     placements = [
         "all_host",
         {"name": "streamed", "ring_slots": 2},
