@@ -58,7 +58,12 @@ def cuda_device(
         if size:
             ring = CudaRing(placed.ring_slots, size, store, workspace, spec.num_experts, device)
             experts[Tier.STREAMED], load = ring.experts, ring.load
-    return Device(model, lanes, experts, load, lanes.close, where)
+
+    def close() -> None:
+        lanes.close()
+        store.close()
+
+    return Device(model, lanes, experts, load, close, where)
 
 
 class _HostExperts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,13 +31,25 @@ class HostStore:
     ) -> None:
         self.block = block
         self._layers: dict[int, torch.Tensor] = {}
-        self._fill(layers, pin, threads, progress)
+        self._pinned: list[torch.Tensor] = []
+        try:
+            self._fill(layers, pin, threads, progress)
+        except BaseException:
+            self.close()
+            raise
 
     def blocks(self, layer: int) -> torch.Tensor:
         return self._layers[layer]
 
     def experts(self, layer: int) -> list[Expert]:
         return [self.block.views(block) for block in self._layers[layer].numpy()]
+
+    def close(self) -> None:
+        """Give the pages back to the driver; idempotent."""
+        runtime: Any = torch.cuda.cudart() if self._pinned else None
+        for room in self._pinned:
+            runtime.cudaHostUnregister(room.data_ptr())
+        self._pinned.clear()
 
     def _fill(self, layers: Mapping[int, Sequence[Expert]], pin: bool, threads: int, progress: bool) -> None:
         from tqdm.auto import tqdm
@@ -48,9 +61,9 @@ class HostStore:
             for layer, experts in layers.items():
                 try:
                     # Filled first, pinned then: pages are touched by many threads instead of by the driver.
-                    room = torch.empty(len(experts), size, dtype=torch.uint8)
+                    room = _pages(len(experts) * size).view(len(experts), size)
                     list(pool.map(self._write, room.numpy(), experts))
-                    self._layers[layer] = _pinned(room) if pin else room
+                    self._layers[layer] = self._pin(room) if pin else room
                 except RuntimeError as error:
                     done = len(self._layers) * len(experts) * size
                     raise MemoryBudgetError(
@@ -63,11 +76,19 @@ class HostStore:
         for offset, source in self.block.pieces(expert):
             target[offset : offset + len(source)] = source
 
+    def _pin(self, room: torch.Tensor) -> torch.Tensor:
+        """Registers the memory of `room` with CUDA in place; raises RuntimeError when the driver refuses."""
+        runtime: Any = torch.cuda.cudart()
+        status = int(runtime.cudaHostRegister(room.data_ptr(), room.nbytes, 0))
+        if status != 0:
+            raise RuntimeError(f"cudaHostRegister: error {status}")
+        self._pinned.append(room)
+        return room
 
-def _pinned(room: torch.Tensor) -> torch.Tensor:
-    """Registers the memory of `room` with CUDA in place; raises RuntimeError when the driver refuses."""
-    runtime: Any = torch.cuda.cudart()
-    status = runtime.cudaHostRegister(room.data_ptr(), room.nbytes, 0)
-    if int(status) != 0:
-        raise RuntimeError(f"cudaHostRegister: error {int(status)}")
-    return room
+
+def _pages(size: int) -> torch.Tensor:
+    """Flat uint8 in pages of its own, huge ones where the system gives them."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -34,6 +34,7 @@ class GroupedExperts:
     def __init__(self, blocks: torch.Tensor, block: ExpertBlock, workspace: Workspace) -> None:
         self._blocks = blocks.view(-1, block.num_bytes)
         self._block, self._workspace = block, workspace
+        self._numbers = torch.arange(len(self._blocks), device=blocks.device)
 
     def __call__(
         self, x_TH: torch.Tensor, local_ids_TS: torch.Tensor, weights_TS: torch.Tensor, experts: int
@@ -45,9 +46,9 @@ class GroupedExperts:
         w13, w2 = self._widened(experts)
         slots = local_ids_TS.shape[1]
         key = torch.where(local_ids_TS < 0, experts, local_ids_TS).flatten()
-        order = torch.sort(key, stable=True).indices
-        counts = torch.bincount(key, minlength=experts + 1)[:experts]
-        ends = counts.cumsum(0).to(torch.int32)
+        sorted_key, order = torch.sort(key, stable=True)
+        # Not bincount: it would wait for the device, and the next loads would be enqueued only then.
+        ends = torch.searchsorted(sorted_key, self._numbers[:experts], right=True, out_int32=True)
         x_RH = x_TH.to(torch.bfloat16)[order // slots]
         gate, up = _grouped(x_RH, w13, ends).chunk(2, dim=-1)
         y_RH = _grouped(functional.silu(gate) * up, w2, ends)
