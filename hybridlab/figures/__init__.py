@@ -12,6 +12,7 @@ from hybridlab.figures.pareto import pareto_front
 from hybridlab.figures.perfetto import save_perfetto
 from hybridlab.figures.roofline import roofline, weights_rate
 from hybridlab.figures.save import save_figure
+from hybridlab.figures.slp import read_slp, slp, slp_table
 from hybridlab.figures.style import ONE_COLUMN_IN, TWO_COLUMNS_IN, style
 from hybridlab.figures.tables import Tables
 from hybridlab.figures.timeline import timeline
@@ -29,10 +30,13 @@ __all__ = [
     "load_curves",
     "pareto_front",
     "read_kernel_bench",
+    "read_slp",
     "roofline",
     "save_figure",
     "save_kernel_bench",
     "save_perfetto",
+    "slp",
+    "slp_table",
     "style",
     "timeline",
     "ttft_prompt_length",
