@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -17,7 +18,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "results" / "paper" / "slp"
 
 
 def main() -> None:
-    rows = read_slp(FOLDER)
+    rows: Any = read_slp(FOLDER)
     table = slp_table(rows)
     links = rows[rows["variant"] == "link alone"]
     gigabytes = links["load_bytes"].iloc[0] / 1e9

@@ -115,7 +115,6 @@ def slp(
         if (steps["ttft_s_max"] > steps["ttft_s_min"]).any():
             handles.append(Line2D([], [], color=GREY, linewidth=0.7, marker="|", label="range of repeats"))
         put_legend(ax, [], handles, below=own)
-        ax.figure.draw_without_rendering()  # the layout decides how far labels lie apart
         log_axis(ax, "y")
         _label_ends(ax, series)
     note_origin(ax, [one.rows for one in series])
@@ -182,12 +181,13 @@ def _draw_floor(ax: Axes, rows: Any, links: Any, kind: str) -> bool:
 
 
 def _draw(ax: Axes, one: Series) -> None:
-    look = line_of(one.number, one.kind)
+    look: dict[str, Any] = line_of(one.number, one.kind)
     x, y = one.rows["tokens"].to_numpy(np.float64), one.rows["ttft_s"].to_numpy(np.float64)
     ends = np.vstack([y - one.rows["ttft_s_min"], one.rows["ttft_s_max"] - y]).clip(min=0)
     ax.errorbar(x, y, yerr=ends, fmt="none", ecolor=look["color"], elinewidth=0.7, capsize=2, zorder=2.5)
     # Lines that coincide: those of few points are on top, then the first of the table.
-    ax.plot(x, y, **look | {"markersize": 3.5}, zorder=4 - len(x) / 50 - one.number / 1000)
+    look |= {"markersize": 3.5}
+    ax.plot(x, y, **look, zorder=4 - len(x) / 50 - one.number / 1000)
 
 
 def _label_lengths(ax: Axes, tokens: Any) -> None:
@@ -201,24 +201,20 @@ def _label_lengths(ax: Axes, tokens: Any) -> None:
 
 def _label_ends(ax: Axes, series: Sequence[Series]) -> None:
     """A name to the right of each line's last point, moved up or down where two would meet."""
-    point_px = ax.figure.dpi / 72
+    figure: Any = ax.figure
     at = [(float(one.rows["tokens"].iloc[-1]), float(one.rows["ttft_s"].iloc[-1])) for one in series]
-    heights = np.array([ax.transData.transform(point)[1] for point in at]) / point_px
-    right_px = ax.bbox.x1
-    for one, point, height, place in zip(series, at, heights, _apart(heights, LABEL_PT), strict=True):
+    names = []
+    for one, point in zip(series, at, strict=True):
         color = line_of(one.number, one.kind)["color"]
-        end_pt = (right_px - ax.transData.transform(point)[0]) / point_px
-        ax.annotate(
-            one.name,
-            point,
-            (end_pt + 6, place - height),
-            textcoords="offset points",
-            va="center",
-            fontsize=6,
-            color=color,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.4, "shrinkB": 3, "relpos": (0, 0.5)},
-            annotation_clip=False,
-        )
+        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.4, "shrinkB": 3, "relpos": (0, 0.5)}
+        look: dict[str, Any] = {"fontsize": 6, "color": color, "va": "center", "arrowprops": arrow}
+        names.append(ax.annotate(one.name, point, (6, 0), textcoords="offset points", annotation_clip=False, **look))
+    for _ in range(2):  # the layout makes room for names, which moves the points
+        figure.draw_without_rendering()
+        points_pt = ax.transData.transform(at) * 72 / figure.dpi
+        right_pt = ax.bbox.x1 * 72 / figure.dpi
+        for name, (x, y), place in zip(names, points_pt, _apart(points_pt[:, 1], LABEL_PT), strict=True):
+            name.set_position((right_pt - x + 6, place - y))
 
 
 def _apart(heights: np.ndarray, least: float) -> np.ndarray:
