@@ -168,7 +168,7 @@ def _series(steps: Any) -> list[Series]:
 
 def _name(variant: str, vram_gb: float | None) -> str:
     limited = vram_gb is not None and vram_gb == vram_gb
-    return f"{variant}, GPU limited to {vram_gb:g} GB" if limited else variant
+    return f"{variant}, planned for {vram_gb:g} GB" if limited else variant
 
 
 def _draw_floor(ax: Axes, rows: Any, links: Any, kind: str) -> bool:

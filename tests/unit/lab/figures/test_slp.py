@@ -76,11 +76,11 @@ def test_no_floor_where_a_part_of_it_is_missing(without: str) -> None:
 
 def test_a_named_line_a_variant_with_whiskers_and_floor(legend_texts: Callable[[Any], list[str]]) -> None:
     ax: Any = slp(make_rows())
-    names = ["all resident", "ring", "one buffer", "ring, GPU limited to 24 GB"]
+    names = ["all resident", "ring", "one buffer", "ring, planned for 24 GB"]
     assert [text.get_text() for text in ax.texts] == names
     assert list(line(ax, "one buffer").get_xdata()) == [512, 1024, 2048]
     assert list(line(ax, "one buffer").get_ydata()) == [1.5, 1.5, 2.5]
-    assert len(line(ax, "ring, GPU limited to 24 GB").get_xdata()) == 1
+    assert len(line(ax, "ring, planned for 24 GB").get_xdata()) == 1
     (floor,) = [one for one in ax.get_lines() if one.get_label() == "_floor"]
     assert list(floor.get_ydata()) == [1.0, 1.0, 2.0]
     whiskers = np.concatenate([segment for one in ax.collections for segment in one.get_segments()])
