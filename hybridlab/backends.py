@@ -68,11 +68,13 @@ class EngineBench:
 
     def check(self) -> None:
         from hybridlab.checkpoint import open_checkpoint
-        from hybridlab.engine.options import check_device, check_threads
+        from hybridlab.engine.options import check_accelerator_threads, check_device, check_threads
         from hybridlab.hardware import detect
 
-        check_device(self._given.get("device", "auto"))
-        check_threads(self._given.get("threads"), detect())
+        device = check_device(self._given.get("device", "auto"))
+        threads = check_threads(self._given.get("threads"), detect())
+        if device == "emulated":
+            check_accelerator_threads(self._given.get("accelerator_threads"), threads)
         if is_made(self._checkpoint):
             open_checkpoint(self._checkpoint)
 

@@ -65,7 +65,7 @@ class EngineConfig(Section):
     link_gb_s: float | None = Field(default=None, gt=0, le=1e6)
     """Of device "emulated": most GB/s (1e9 bytes) of the copies to it; None: as fast as memory."""
     vram_gb: float | None = Field(default=None, gt=0, le=1e6)
-    """Of device "emulated": what placements may plan with, 1e9 bytes."""
+    """GPU memory to plan with, 1e9 bytes; of devices "emulated" and "cuda"."""
     token_budget: int | None = Field(default=None, gt=0)
     """Most tokens of one step."""
     kv_tokens: int | None = Field(default=None, gt=0)

@@ -22,6 +22,7 @@ from hybridlab.engine.options import (
     check_placed,
     check_threads,
     check_unused,
+    emulated_hardware,
     is_count,
 )
 from hybridlab.engine.runtime import Runtime
@@ -93,8 +94,7 @@ def load(
         hardware = replace(hardware, gpu_memory_bytes=min(hardware.gpu_memory_bytes, int(vram_gb * 1e9)))
     if device == "emulated":
         accelerator_threads = check_accelerator_threads(accelerator_threads, num_threads)
-        vram_bytes = hardware.host_memory_bytes if vram_gb is None else int(vram_gb * 1e9)
-        hardware = replace(hardware, device=device, gpu_memory_bytes=vram_bytes, link_gb_s=link_gb_s)
+        hardware = emulated_hardware(hardware, vram_gb, link_gb_s)
     checkpoint = open_checkpoint(path)
     placed = placement.place(checkpoint.spec, hardware, routing or RoutingStats())
     check_placed(placed, type(placement).__name__, device)
@@ -224,10 +224,11 @@ class Engine:
             pool = self._pool(runtime)
             table: list[int] = []
             pool.grow(table, len(ids))
-            program = self.planner.program(self.planner.shape("main", StepPlan("prefill", {"logits": 1})))
             rows = []
             for start in range(0, len(ids), self.token_budget):
                 chunk = ids[start : start + self.token_budget]
+                step = StepPlan("prefill", {"logits": len(chunk)})
+                program = self.planner.program(self.planner.shape("main", step))
                 entry = Entry("logits", chunk, start, tuple(table), Sampling(), wants_token=True)
                 rows.append(runtime.logits(program, entry).numpy())
             return np.concatenate(rows)

@@ -83,7 +83,7 @@ def _times(engine: hl.Engine, given: argparse.Namespace) -> list[float]:
 
 
 def _load(folder: Path, tokens: int, placement: Any, overlap: str, cap: float | None) -> hl.Engine:
-    room = {"token_budget": tokens, "kv_tokens": tokens + 16}
+    room: dict[str, Any] = {"token_budget": tokens, "kv_tokens": tokens + 16}
     return hl.load(folder, device="emulated", placement=placement, overlap=overlap, link_gb_s=cap, quiet=True, **room)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from measure import link_alone, prompt_step
 
 import hybridlab as hl
@@ -79,6 +80,7 @@ def _measure(given: argparse.Namespace, folder: Path, name: str, lengths: list[i
     )
     load_s = time.perf_counter() - start_s
     with engine:
+        row: dict[str, Any] = {}
         for tokens in lengths:
             steps = [prompt_step(engine, tokens) for _ in range(given.repeats + 1)][1:]
             seconds = [step["step_s"] for step in steps]
@@ -100,13 +102,13 @@ def _measure(given: argparse.Namespace, folder: Path, name: str, lengths: list[i
                 "compute_busy_s": statistics.median(step["compute_busy_s"] for step in steps),
                 "first_fill_s": statistics.median(step["first_fill_s"] for step in steps),
                 "load_s": load_s,
+                "gpu_bytes_most": torch.cuda.max_memory_reserved() if given.device == "cuda" else None,
                 "evidence": "emulated" if given.device == "emulated" else "measured",
             }
             _write(given.out, row)
         if "ring" in name or name == "one buffer":
-            _write(
-                given.out, {"variant": "link alone", "of": name, "vram_gb": given.vram_gb, **link_alone(engine, most)}
-            )
+            labels = {"variant": "link alone", "of": name, "preset": given.preset, "vram_gb": given.vram_gb}
+            _write(given.out, {**labels, **link_alone(engine, most), "evidence": row["evidence"]})
 
 
 def _decode(given: argparse.Namespace, folder: Path, batches: list[int]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from hybridlab.checkpoint import Checkpoint
 from hybridlab.engine.cuda_lanes import CudaLanes
+from hybridlab.engine.cuda_memory import CONTEXT_BYTES
 from hybridlab.engine.cuda_ring import CudaRing, ResidentExperts
 from hybridlab.engine.devices import Device, TierExperts, no_link
 from hybridlab.engine.host_store import HostStore
@@ -33,10 +34,18 @@ def cuda_device(
     threads: int,
     *,
     where: str = CUDA,
+    vram_bytes: int | None = None,
     quiet: bool = True,
 ) -> Device:
-    """Experts are pinned in host memory once (`HostStore`); the link and the CPU's kernels read the same bytes."""
+    """Experts are pinned in host memory once (`HostStore`); the link and the CPU's kernels read the same bytes.
+
+    The process may take no more than `vram_bytes` of the device, its context included (None: all of it).
+    """
     device = torch.device(where)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        least = min(total, total if vram_bytes is None else vram_bytes - CONTEXT_BYTES)
+        torch.cuda.set_per_process_memory_fraction(least / total, device)
     model = build_model(checkpoint, CudaBf16(where), threads)
     spec = model.spec
     layers = {layer: experts_of(model.expert_weights(layer)) for layer in spec.moe_layers}

@@ -75,7 +75,8 @@ class Runtime:
             )
             if not quiet:
                 print(f"hybridlab: GPU {self.vram}", file=sys.stderr)
-            self._device = cuda_device(checkpoint, numerics, placed, threads, quiet=quiet)
+            vram_bytes = hardware.gpu_memory_bytes
+            self._device = cuda_device(checkpoint, numerics, placed, threads, vram_bytes=vram_bytes, quiet=quiet)
         else:
             accelerator = make_numerics(precision, accelerator_threads, source)
             host = make_numerics(precision, threads - accelerator_threads, source)
