@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from hybridlab.engine.options import (
     check_placed,
     check_threads,
     check_unused,
+    cuda_hardware,
     emulated_hardware,
     is_count,
 )
@@ -79,22 +79,20 @@ def load(
         raise ConfigError(f"path is {path!r:.60}, expected the folder of a checkpoint")
     sizes = {"memory_gb": memory_gb, "link_gb_s": link_gb_s, "vram_gb": vram_gb}
     counts = {"token_budget": token_budget, "kv_block_tokens": kv_block_tokens, "kv_tokens": kv_tokens}
-    check_format(precision, weight_layout)
+    check_format(precision, weight_layout, device)
     check_numbers(counts, sizes)
     if device != "emulated":
         check_unused({"accelerator_threads": accelerator_threads, "link_gb_s": link_gb_s}, device)
     if device == "cpu":
         check_unused({"vram_gb": vram_gb}, device)
-    if device == "cuda" and precision != "bf16":
-        raise ConfigError(f"precision is {precision!r}, device 'cuda' computes in 'bf16'")
     placement, overlap = resolve("placement", placement), resolve("overlap", overlap)
     hardware = detect(gpu=device == "cuda")
     num_threads = check_threads(threads, hardware)
-    if device == "cuda" and vram_gb is not None:
-        hardware = replace(hardware, gpu_memory_bytes=min(hardware.gpu_memory_bytes, int(vram_gb * 1e9)))
     if device == "emulated":
         accelerator_threads = check_accelerator_threads(accelerator_threads, num_threads)
         hardware = emulated_hardware(hardware, vram_gb, link_gb_s)
+    elif device == "cuda":
+        hardware = cuda_hardware(hardware, vram_gb)
     checkpoint = open_checkpoint(path)
     placed = placement.place(checkpoint.spec, hardware, routing or RoutingStats())
     check_placed(placed, type(placement).__name__, device)

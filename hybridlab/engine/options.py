@@ -15,13 +15,15 @@ from hybridlab.spec import HardwareSpec
 from hybridlab.strategies.fields import check_ring
 
 
-def check_format(precision: str, weight_layout: str) -> None:
-    """Raises `ConfigError` for an unknown precision or layout, or two that do not go together."""
+def check_format(precision: str, weight_layout: str, device: str) -> None:
+    """Raises `ConfigError` for an unknown precision or layout, or ones that do not go together or with the device."""
     if precision not in ("bf16", "exact"):
         raise ConfigError(f"precision is {precision!r}, expected 'bf16' or 'exact'")
     check_weight_layout(weight_layout)
     if weight_layout == "tiles" and precision == "exact":
         raise ConfigError("weight_layout is 'tiles', but precision 'exact' reads rows")
+    if device == "cuda" and precision != "bf16":
+        raise ConfigError(f"precision is {precision!r}, device 'cuda' computes in 'bf16'")
 
 
 def check_numbers(counts: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
@@ -58,6 +60,13 @@ def check_device(device: str) -> str:
             return device
         raise ConfigError("device 'cuda' is not available: torch finds no CUDA device; expected 'cpu' or 'emulated'")
     raise ConfigError(f"device {device!r} is not available, expected 'cpu' (or 'auto'), 'emulated' or 'cuda'")
+
+
+def cuda_hardware(hardware: HardwareSpec, vram_gb: float | None) -> HardwareSpec:
+    """What placements plan with: `hardware`, of whose GPU memory at most `vram_gb` (1e9 bytes) is taken."""
+    if vram_gb is None:
+        return hardware
+    return replace(hardware, gpu_memory_bytes=min(hardware.gpu_memory_bytes, int(vram_gb * 1e9)))
 
 
 def emulated_hardware(hardware: HardwareSpec, vram_gb: float | None, link_gb_s: float | None) -> HardwareSpec:
