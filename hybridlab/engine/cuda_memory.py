@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybridlab.engine.memory import GIB, MemoryPlan
-from hybridlab.engine.ring import slot_experts
+from hybridlab.engine.ring import block_bytes, slot_experts, slots_bytes
 from hybridlab.errors import MemoryBudgetError
 from hybridlab.plans import PlacementPlan, Tier
 from hybridlab.spec import ModelSpec
@@ -16,7 +16,6 @@ def plan_vram(
     model: ModelSpec, placed: PlacementPlan, *, budget_bytes: int, token_budget: int, kv_tokens: int
 ) -> MemoryPlan:
     """Bytes by purpose for steps of up to `token_budget` tokens; raises `MemoryBudgetError` with what to lower."""
-    block = model.expert_bytes + 6 * 64
     experts = [(layer, e) for layer in model.moe_layers for e in range(model.num_experts)]
     resident = [key for key in experts if placed.tier(*key) is Tier.RESIDENT]
     of_a_layer = [sum(1 for key in resident if key[0] == layer) for layer in model.moe_layers]
@@ -24,8 +23,8 @@ def plan_vram(
     widened = max([slot, *of_a_layer]) * 3 * model.moe_intermediate * model.hidden * 2
     parts = {
         "projections (BF16)": _projection_bytes(model),
-        "resident experts": len(resident) * block,
-        "ring": placed.ring_slots * slot * block if slot else 0,
+        "resident experts": len(resident) * block_bytes(model),
+        "ring": slots_bytes(placed, model),
         "widened experts": widened,
         "KV cache": kv_tokens * model.kv_elements_per_token * 2,
         "activations": token_budget * _activation_bytes(model),

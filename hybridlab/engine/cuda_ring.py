@@ -8,28 +8,11 @@ from itertools import pairwise
 import torch
 
 from hybridlab.engine.host_store import HostStore
+from hybridlab.engine.local_ids import LocalIds
 from hybridlab.errors import PlanError
 from hybridlab.model.base import Routed
 from hybridlab.model.cuda_experts import GroupedExperts, Workspace
 from hybridlab.plans import Op
-
-
-class _LocalIds:
-    """From a model's expert ids to places in a group, as tables on the device; made once for each group."""
-
-    def __init__(self, num_experts: int, device: torch.device) -> None:
-        self._num_experts, self._device = num_experts, device
-        self._tables: dict[tuple, torch.Tensor] = {}
-
-    def __call__(self, ids_TS: torch.Tensor, experts: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
-        key = (tuple(experts), tuple(wanted))
-        if (table := self._tables.get(key)) is None:
-            where = {expert: place for place, expert in enumerate(experts)}
-            table = torch.full((self._num_experts + 1,), -1, dtype=torch.int64)  # the last one: a skipped route, -1
-            for expert in wanted:
-                table[expert] = where[expert]
-            table = self._tables[key] = table.to(self._device)
-        return table[ids_TS.long()]
 
 
 class CudaRing:
@@ -44,7 +27,7 @@ class CudaRing:
         self._slots = [torch.empty(experts_per_slot, size, dtype=torch.uint8, device=device) for _ in range(num_slots)]
         self._experts = [GroupedExperts(slot, store.block, workspace) for slot in self._slots]
         self._holds: list[tuple | None] = [None] * num_slots
-        self._local = _LocalIds(num_experts, device)
+        self._local = LocalIds(num_experts, device)
 
     def load(self, op: Op) -> None:
         """Enqueue the copies of a "load" op on the current stream; neighbouring experts travel as one."""
@@ -75,7 +58,7 @@ class ResidentExperts:
         for layer, experts in resident.items():
             blocks = torch.cat([store.blocks(layer)[first:end].to(device) for first, end in _runs(experts)])
             self._experts[layer] = GroupedExperts(blocks, store.block, workspace)
-        self._local = _LocalIds(num_experts, device)
+        self._local = LocalIds(num_experts, device)
 
     def __call__(self, op: Op, routed: Routed, wanted: Sequence[int]) -> torch.Tensor:
         ids = self._local(routed.expert_ids, op.experts, wanted)

@@ -11,7 +11,7 @@ from hybridlab.checkpoint import Checkpoint
 from hybridlab.engine.lane_threads import LaneThreads
 from hybridlab.engine.lanes import Lanes, TurnTakingLanes
 from hybridlab.engine.link import CopyLink
-from hybridlab.engine.ring import Ring, slot_experts, slots_bytes
+from hybridlab.engine.ring import Ring, slot_experts
 from hybridlab.errors import PlanError
 from hybridlab.model import build_model
 from hybridlab.model.base import Model, Routed
@@ -82,11 +82,6 @@ def emulated_device(
     as_stored = Bf16(accelerator_threads) if isinstance(accelerator, Bf16) else accelerator
     ring = Ring(placed.ring_slots, size, weights, as_stored, link, num_experts=model.spec.num_experts, poison=poison)
     return Device(model, lanes, {**experts, Tier.STREAMED: ring.experts}, ring.load, lanes.close)
-
-
-def ring_bytes(checkpoint: Checkpoint, placed: PlacementPlan) -> int:
-    """Bytes of the slots that `placed` asks for, before any of them is allocated."""
-    return slots_bytes(placed, checkpoint.spec)
 
 
 class _HostExperts:

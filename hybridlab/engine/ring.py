@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from hybridlab.engine.link import CopyLink
+from hybridlab.engine.local_ids import LocalIds
 from hybridlab.errors import PlanError
 from hybridlab.kernel_layouts import aligned
 from hybridlab.lowering import parts_of
@@ -27,10 +28,14 @@ def slot_experts(placed: PlacementPlan, model: ModelSpec) -> int:
     return max(map(len, parts), default=0)
 
 
+def block_bytes(model: ModelSpec) -> int:
+    """Most bytes of one expert in a slot: each of its arrays begins at a multiple of `ALIGNMENT`."""
+    return model.expert_bytes + 6 * ALIGNMENT
+
+
 def slots_bytes(placed: PlacementPlan, model: ModelSpec) -> int:
     """Bytes of the slots that `placed` asks for, before any of them is allocated."""
-    block = model.expert_bytes + 6 * ALIGNMENT  # each of an expert's arrays begins at a multiple of it
-    return placed.ring_slots * slot_experts(placed, model) * block
+    return placed.ring_slots * slot_experts(placed, model) * block_bytes(model)
 
 
 class Ring:
@@ -54,13 +59,15 @@ class Ring:
         poison: bool = False,
     ) -> None:
         self._link, self._poison = link, poison
-        self._num_experts = num_experts
+        self._local = LocalIds(num_experts, "cpu")
         self._block = block = ExpertBlock.of(next(e for experts in weights.values() for e in experts.values()))
         self._pieces = {
             layer: {number: block.pieces(expert) for number, expert in experts.items()}
             for layer, experts in weights.items()
         }
         self._slots = [aligned(experts_per_slot * block.num_bytes) for _ in range(num_slots)]
+        for slot in self._slots:
+            slot.fill(0)  # kernels are bound to it before it is loaded, and refuse scales that are not finite
         self._holds: list[tuple | None] = [None] * num_slots
         # A slot stays where it is: one set of kernels each serves all that pass through it.
         self._experts = [self._bind(numerics, slot, experts_per_slot) for slot in self._slots]
@@ -91,11 +98,7 @@ class Ring:
             raise PlanError(
                 f"op {op.id}: slot {op.slot.slot} of the ring does not hold part {op.part} of layer {op.layer}"
             )
-        place_of = torch.full((self._num_experts + 1,), -1, dtype=torch.int32)  # the last one: a skipped route, -1
-        where = {expert: place for place, expert in enumerate(op.experts)}
-        for expert in wanted:
-            place_of[expert] = where[expert]
-        ids = place_of[routed.expert_ids.long()]
+        ids = self._local(routed.expert_ids, op.experts, wanted).int()
         return self._experts[op.slot.slot](routed.x_TH, ids, routed.weights)
 
     def _bind(self, numerics: Numerics, slot: np.ndarray, experts_per_slot: int) -> ExpertsFn:

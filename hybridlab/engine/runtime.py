@@ -9,11 +9,12 @@ import torch
 
 from hybridlab.batch import Entry, OnRoute, StepBatch
 from hybridlab.checkpoint import Checkpoint
-from hybridlab.engine.devices import Device, cpu_device, emulated_device, ring_bytes
+from hybridlab.engine.devices import Device, cpu_device, emulated_device
 from hybridlab.engine.executor import Executor
 from hybridlab.engine.kv_cache import KVCache
 from hybridlab.engine.link import CopyLink
 from hybridlab.engine.memory import GIB, MemoryPlan, plan_memory
+from hybridlab.engine.ring import slots_bytes
 from hybridlab.engine.worker import EngineBackend
 from hybridlab.engine.worker_thread import WorkerThread
 from hybridlab.model.numerics import make_numerics
@@ -54,7 +55,7 @@ class Runtime:
             kv_element_bytes=numerics.kv_dtype.itemsize,
             precision_bytes=numerics.workspace_bytes(checkpoint.spec, threads),
             weight_layout=weight_layout,
-            ring_bytes=ring_bytes(checkpoint, placed),
+            ring_bytes=slots_bytes(placed, checkpoint.spec),
         )
         if not quiet:
             print(f"hybridlab: {self.memory}", file=sys.stderr)

@@ -22,11 +22,6 @@ class Workspace:
         self.w13 = torch.empty(experts, 2 * i, h, dtype=torch.bfloat16, device=device)
         self.w2 = torch.empty(experts, h, i, dtype=torch.bfloat16, device=device)
 
-    @staticmethod
-    def num_bytes(experts: int, block: ExpertBlock) -> int:
-        i, h = block.weights[0][1]
-        return experts * 3 * i * h * 2
-
 
 class GroupedExperts:
     """Experts whose blocks lie one after another in `blocks` (uint8, flat)."""

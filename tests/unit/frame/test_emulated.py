@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import hybridlab as hl
-from hybridlab.engine.devices import ring_bytes
+from hybridlab.engine.ring import slots_bytes
 from hybridlab.errors import ConfigError, HybridlabError, MemoryBudgetError, PlanError, StrategyError
 from hybridlab.hardware import detect
 from hybridlab.plans import ExpertPath, PlacementPlan, Tier
@@ -112,7 +112,7 @@ def test_a_prefetch_of_too_few_layers_is_named():
 
 def test_the_memory_plan_counts_the_ring(capsys):
     with load(placement=STREAMED, quiet=False) as engine:
-        assert engine.memory.parts["ring"] == ring_bytes(engine.checkpoint, engine.planner.placed) > 0
+        assert engine.memory.parts["ring"] == slots_bytes(engine.planner.placed, engine.spec) > 0
         assert f"ring {engine.memory.parts['ring'] / 2**30:.2f}" in capsys.readouterr().err
         with load(placement="all_host") as plain:
             assert "ring" not in plain.memory.parts

@@ -15,11 +15,11 @@ from hybridlab.batch import Entry
 from hybridlab.checkpoint import open_checkpoint
 from hybridlab.checkpoint.reader import LinearWeights
 from hybridlab.engine import link as link_module
-from hybridlab.engine.devices import cpu_device, emulated_device, ring_bytes
+from hybridlab.engine.devices import cpu_device, emulated_device
 from hybridlab.engine.executor import Executor
 from hybridlab.engine.kv_cache import KVCache
 from hybridlab.engine.link import CopyLink
-from hybridlab.engine.ring import NAN_CODE, Ring
+from hybridlab.engine.ring import NAN_CODE, Ring, slots_bytes
 from hybridlab.errors import PlanError
 from hybridlab.lowering import Planner, bind_slots
 from hybridlab.model.base import Routed
@@ -255,8 +255,10 @@ def test_the_plan_counts_at_least_what_the_ring_takes(checkpoint):
     for slots, parts in ((1, 1), (2, 3), (5, 8)):
         placed = streamed(slots, parts)
         taken = ring_of(open_device(checkpoint, placed)).num_bytes
-        assert taken <= ring_bytes(checkpoint, placed) <= taken + slots * checkpoint.spec.num_experts * 6 * 64
-    assert ring_bytes(checkpoint, PlacementPlan()) == ring_bytes(checkpoint, PlacementPlan(ring_slots=3)) == 0
+        assert taken <= slots_bytes(placed, checkpoint.spec) <= taken + slots * checkpoint.spec.num_experts * 6 * 64
+    assert (
+        slots_bytes(PlacementPlan(), checkpoint.spec) == slots_bytes(PlacementPlan(ring_slots=3), checkpoint.spec) == 0
+    )
 
 
 def test_an_expert_passes_through_a_slot_unchanged(checkpoint):
@@ -306,3 +308,12 @@ def test_release_edges_are_what_bind_slots_adds(checkpoint):
     program = program_of(checkpoint.spec, streamed(2, 3))
     bare = [replace(op, slot=None) for op in without(program, release_edges(program)).ops]
     assert tuple(bind_slots(bare, 2)) == program.ops
+
+
+def test_slots_are_bound_whatever_their_memory_held_before(monkeypatch):
+    def used(size: int) -> np.ndarray:
+        return np.full(size, NAN_CODE, np.uint8)
+
+    monkeypatch.setattr("hybridlab.engine.ring.aligned", used)
+    device = open_device(open_checkpoint(ORACLES / "qwen3_fp8_128"), streamed(2, 1), numerics=lambda: Bf16(1))
+    device.close()
