@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 # Public name -> module. Imported when first used: torch and pandas take seconds, `import hybridlab` must not.
 _PUBLIC = {
     "Engine": "hybridlab.session",
-    "load": "hybridlab.session",
+    "load": "hybridlab.loading",
     "explore": "hybridlab.widgets",
     "run": "hybridlab.experiment",
     "sweep": "hybridlab.experiment",
@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from hybridlab.experiment import sweep as sweep
     from hybridlab.export import export_results as export_results
     from hybridlab.hardware.doctor import doctor as doctor
+    from hybridlab.loading import load as load
     from hybridlab.plans import ExpertPath as ExpertPath
     from hybridlab.plans import Move as Move
     from hybridlab.plans import Op as Op
@@ -87,7 +88,6 @@ if TYPE_CHECKING:
     from hybridlab.request import Sampling as Sampling
     from hybridlab.routing import RoutingStats as RoutingStats
     from hybridlab.session import Engine as Engine
-    from hybridlab.session import load as load
     from hybridlab.spec import HardwareSpec as HardwareSpec
     from hybridlab.spec import ModelSpec as ModelSpec
     from hybridlab.store import results as results

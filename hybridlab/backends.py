@@ -79,7 +79,7 @@ class EngineBench:
             open_checkpoint(self._checkpoint)
 
     def load(self) -> None:
-        from hybridlab.session import load
+        from hybridlab.loading import load
 
         self._engine = load(self._checkpoint, **self._loaded_with, **self._given)
         self.vocab = self._engine.spec.vocab

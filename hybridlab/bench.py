@@ -19,10 +19,11 @@ from hybridlab.batch import Entry, StepBatch
 from hybridlab.device_lock import alone
 from hybridlab.engine.worker import WORKER
 from hybridlab.errors import ConfigError
+from hybridlab.loading import load
 from hybridlab.model.weight_layout import WeightLayout, check_weight_layout
 from hybridlab.plans import StepPlan
 from hybridlab.request import Sampling
-from hybridlab.session import Engine, load
+from hybridlab.session import Engine
 
 
 @dataclass(frozen=True)

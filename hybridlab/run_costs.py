@@ -183,8 +183,8 @@ def _memory_plan(
     from hybridlab.engine.memory import plan_memory
     from hybridlab.engine.ring import slots_bytes
     from hybridlab.hardware import detect
+    from hybridlab.loading import load
     from hybridlab.model.numerics import make_numerics
-    from hybridlab.session import load
 
     engine, defaults = draft.config.engine, inspect.signature(load).parameters
     threads = engine.threads or detect().num_cores

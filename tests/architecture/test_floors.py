@@ -23,9 +23,9 @@ FLOORS = {
         "arrivals", "axes", "axes_random", "backends", "bench", "bench_contenders", "bench_ggml", "bench_kernels",
         "bench_kt_kernel", "bench_peers", "bench_plan", "bench_prefill", "bench_shapes", "bench_targets",
         "bench_timing", "bench_weights", "columns", "config", "device_lock", "execution",
-        "experiment", "export", "figures_config", "jobs", "live_requests", "metrics", "prediction", "run_costs",
-        "run_files", "summary_table", "sweep_plan", "provenance", "recording", "request_queue", "sections", "serving",
-        "session", "store", "stored_run", "strict_yaml", "workload",
+        "experiment", "export", "figures_config", "jobs", "live_requests", "loading", "metrics", "prediction",
+        "run_costs", "run_files", "summary_table", "sweep_plan", "provenance", "recording", "request_queue", "sections",
+        "serving", "session", "store", "stored_run", "strict_yaml", "workload",
     },
     4: {
         "__main__", "cli", "cli_bench", "cli_checkpoint", "cli_figures", "cli_output", "cli_run", "cli_sweep",

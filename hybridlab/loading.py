@@ -1,0 +1,100 @@
+"""`hl.load`: a checkpoint opened, planned and made ready to generate and to serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hybridlab.checkpoint import open_checkpoint
+from hybridlab.engine.options import (
+    check_accelerator_threads,
+    check_device,
+    check_format,
+    check_numbers,
+    check_placed,
+    check_threads,
+    check_unused,
+    cuda_hardware,
+    emulated_hardware,
+)
+from hybridlab.engine.runtime import Runtime
+from hybridlab.errors import ConfigError
+from hybridlab.hardware import detect
+from hybridlab.lowering import Planner
+from hybridlab.model.weight_layout import WeightLayout
+from hybridlab.prefix_cache import NoPrefixes, PrefixCache
+from hybridlab.routing import RoutingStats
+from hybridlab.session import Engine
+from hybridlab.strategies.registry import resolve
+
+
+def load(
+    path: str | Path,
+    *,
+    precision: str = "bf16",
+    weight_layout: WeightLayout = "rows",
+    device: str = "auto",
+    accelerator_threads: int | None = None,
+    link_gb_s: float | None = None,
+    vram_gb: float | None = None,
+    placement: Any = "all_host",
+    overlap: Any = "sequential",
+    threads: int | None = None,
+    token_budget: int = 2048,
+    kv_tokens: int | None = None,
+    kv_block_tokens: int = 16,
+    memory_gb: float | None = None,
+    prefix_cache: bool = True,
+    routing: RoutingStats | None = None,
+    quiet: bool = False,
+) -> Engine:
+    """Open a Hugging Face checkpoint folder and make it ready; the memory plan is printed before allocation.
+
+    Weights stay in the memory map ("rows"), or are packed into huge pages for a faster decode ("tiles": seconds of
+    loading, and memory of their own). `precision` is "bf16" or "exact"; `threads` defaults to all cores of this
+    process; a step computes at most `token_budget` tokens; the KV cache holds `kv_tokens` (default: planned).
+    With `prefix_cache`, requests of one run that begin with the same tokens share their KV blocks. `routing` is what
+    the placement knows of the experts' popularity (see `hl.record_routing`).
+    `device="emulated"` gives `accelerator_threads` cores (default: half) the place of a GPU of `vram_gb` (1e9 bytes)
+    and copies to it at most at `link_gb_s`; the other cores are the CPU.
+    Raises `CheckpointError`, `ConfigError`, `StrategyError` or `MemoryBudgetError`, each in one line.
+    """
+    device = check_device(device)
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"path is {path!r:.60}, expected the folder of a checkpoint")
+    sizes = {"memory_gb": memory_gb, "link_gb_s": link_gb_s, "vram_gb": vram_gb}
+    counts = {"token_budget": token_budget, "kv_block_tokens": kv_block_tokens, "kv_tokens": kv_tokens}
+    check_format(precision, weight_layout, device)
+    check_numbers(counts, sizes)
+    if device != "emulated":
+        check_unused({"accelerator_threads": accelerator_threads, "link_gb_s": link_gb_s}, device)
+    if device == "cpu":
+        check_unused({"vram_gb": vram_gb}, device)
+    placement, overlap = resolve("placement", placement), resolve("overlap", overlap)
+    hardware = detect(gpu=device == "cuda")
+    num_threads = check_threads(threads, hardware)
+    if device == "emulated":
+        accelerator_threads = check_accelerator_threads(accelerator_threads, num_threads)
+        hardware = emulated_hardware(hardware, vram_gb, link_gb_s)
+    elif device == "cuda":
+        hardware = cuda_hardware(hardware, vram_gb)
+    checkpoint = open_checkpoint(path)
+    placed = placement.place(checkpoint.spec, hardware, routing or RoutingStats())
+    check_placed(placed, type(placement).__name__, device)
+    runtime = Runtime(
+        checkpoint,
+        hardware,
+        placed,
+        precision=precision,
+        weight_layout=weight_layout,
+        threads=num_threads,
+        accelerator_threads=accelerator_threads or 0,
+        token_budget=token_budget,
+        kv_tokens=kv_tokens,
+        kv_block_tokens=kv_block_tokens,
+        memory_gb=memory_gb,
+        quiet=quiet,
+    )
+    planner = Planner(checkpoint.spec, hardware, placement, overlap, placed)
+    prefixes = PrefixCache if prefix_cache else lambda pool: NoPrefixes()
+    return Engine(checkpoint, runtime, planner, precision, num_threads, token_budget, prefixes)
