@@ -94,4 +94,7 @@ class HardwareSpec:
     link_gb_s: float | None = None
     stream_from_tokens: int | None = None
     """Tokens of a step from which streaming its experts is faster than computing them on the CPU, where measured."""
+    dual_batch_from_requests: int | None = None
+    """Requests of a decode step from which two microbatches are faster than one, where measured; if they never were, a
+    number beyond any step's."""
     evidence: str = "measured"

@@ -113,9 +113,23 @@ def test_microbatches(overlap, role, requests, expected):
     assert overlap.num_microbatches(StepPlan(role, {str(i): 1 for i in range(requests)})) == expected
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.0, True, None])
+@pytest.mark.parametrize(
+    ("given", "measured", "used"),
+    [(None, None, 2), (None, 1, 2), (None, 2, 2), (None, 6, 6), (4, 6, 4), (6, 2, 6), (4, None, 4), (1, 6, 2)],
+)
+def test_dual_batch_starts_where_it_was_measured_to_pay_unless_told(given, measured, used):
+    hardware = replace(TOY_GPU, dual_batch_from_requests=measured)
+    overlap = DualBatch(given).calibrated(hardware)
+    steps = [StepPlan("decode", {str(i): 1 for i in range(requests)}) for requests in range(1, 9)]
+    assert [overlap.num_microbatches(step) for step in steps] == [1 + (n >= used) for n in range(1, 9)]
+    assert overlap.calibrated(replace(hardware, dual_batch_from_requests=3)).min_requests == (
+        given or measured or 3  # what is known stays
+    )
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, True])
 def test_min_requests_is_checked(value):
-    with pytest.raises(StrategyError, match="min_requests: expected an integer >= 1"):
+    with pytest.raises(StrategyError, match="min_requests: expected an integer >= 1 or None"):
         registry.resolve("overlap", {"name": "dual_batch", "min_requests": value})
 
 

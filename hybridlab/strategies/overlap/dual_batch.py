@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybridlab.plans import Op, StepPlan, Tier
+from hybridlab.spec import HardwareSpec
 from hybridlab.strategies.fields import check_positive
 
 
@@ -13,18 +14,26 @@ from hybridlab.strategies.fields import check_positive
 class DualBatch:
     """Dual-batch attention-MoE overlap (paper, section 4) for decode steps of at least `min_requests` requests.
 
+    Two microbatches read the weights twice, so that they pay only where what they hide is more than that: None takes
+    what was measured on this machine (`calibrated`), else two requests, the fewest there can be.
+
     A layer's combine of one microbatch is put behind the attention of the other one, so that no lane waits for the
     experts that another lane still computes. Parts that come through the ring are computed by both microbatches one
     after the other, since the slot is free only then. Other steps run as with `prefetch`.
     """
 
-    min_requests: int = 2
+    min_requests: int | None = None
 
     def __post_init__(self) -> None:
-        check_positive("min_requests", self.min_requests)
+        check_positive("min_requests", self.min_requests, optional=True)
+
+    def calibrated(self, hardware: HardwareSpec) -> DualBatch:
+        """This overlap with the threshold measured on `hardware`, unless one is given or none was measured."""
+        measured = hardware.dual_batch_from_requests
+        return self if self.min_requests or measured is None else replace(self, min_requests=measured)
 
     def num_microbatches(self, step: StepPlan) -> int:
-        return 2 if step.role == "decode" and len(step.tokens) >= max(2, self.min_requests) else 1
+        return 2 if step.role == "decode" and len(step.tokens) >= max(2, self.min_requests or 2) else 1
 
     def arrange(self, ops: Sequence[Op]) -> Sequence[Op]:
         count = 1 + max(op.microbatch for op in ops)
