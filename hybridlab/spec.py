@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, prod
 
+NEVER = 2**31 - 1
+"""A threshold in tokens or requests that no step reaches."""
+
 BLOCK_FP8 = 128
 """Edge of the square blocks that share one FP8 scale (DeepSeek-V3 and Qwen3 FP8 checkpoints)."""
 
@@ -93,8 +96,23 @@ class HardwareSpec:
     host_read_gb_s: float | None = None
     link_gb_s: float | None = None
     stream_from_tokens: int | None = None
-    """Tokens of a step from which streaming its experts is faster than computing them on the CPU, where measured."""
+    """Tokens of a step from which streaming its experts is faster than computing them on the CPU, where measured.
+
+    This and the thresholds below come from `hybridlab calibrate`: None where nothing was measured, `NEVER` where the
+    path was never faster.
+    """
+    mixed_from_tokens: int | None = None
+    """Tokens of a step from which streaming a share of the experts while the CPU computes the rest is faster than the
+    CPU alone."""
+    mixed_to_tokens: int | None = None
+    """Tokens of a step from which streaming all experts is faster than a share of them (`stream_from_tokens` if the
+    mixed path is `NEVER` faster)."""
+    mixed_share: float | None = None
+    """Share of a layer's streamed experts that cross the link on the mixed path, 0 to 1."""
+    min_expert_tokens: int | None = None
+    """Tokens that an arrived expert must have to be computed on the GPU on the mixed path; the CPU takes the others."""
     dual_batch_from_requests: int | None = None
-    """Requests of a decode step from which two microbatches are faster than one, where measured; if they never were, a
-    number beyond any step's."""
+    """Requests of a decode step from which two microbatches are faster than one."""
+    calibrated: str = ""
+    """When and by which code the thresholds were measured; empty where they were not."""
     evidence: str = "measured"
