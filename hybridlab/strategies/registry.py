@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hybridlab.errors import StrategyError
+from hybridlab.strategies import entry_points
 from hybridlab.strategies.base import Overlap, Placement, Scheduler
 from hybridlab.strategies.sources import Sources, content, source_of
 
@@ -35,8 +36,8 @@ _PROTOCOLS = {"scheduler": Scheduler, "placement": Placement, "overlap": Overlap
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """The built-in strategies of a kind ("scheduler", "placement" or "overlap")."""
-    return tuple(_BUILTIN[kind])
+    """The strategies of a kind ("scheduler", "placement" or "overlap"): the built-in ones, then those of packages."""
+    return tuple(dict.fromkeys((*_BUILTIN[kind], *entry_points.find(kind))))
 
 
 def resolve(kind: str, value: Any) -> Any:
@@ -50,8 +51,8 @@ def resolve(kind: str, value: Any) -> Any:
         fields = {k: v for k, v in value.items() if k not in ("name", "class")}
         if ("name" in value) == ("class" in value):
             raise StrategyError(f"{kind}: give either 'name' or 'class', got keys {sorted(map(str, value))}")
-        target = _target(kind, value["name"]) if "name" in value else value["class"]
-        value = _construct(kind, _load(kind, target), fields)
+        cls = _named(kind, value["name"]) if "name" in value else _load(kind, value["class"])
+        value = _construct(kind, cls, fields)
     if isinstance(value, type):
         raise StrategyError(f"{kind}: got the class {value.__name__}; pass an object, {value.__name__}()")
     name = f"{kind} {type(value).__name__}"
@@ -66,13 +67,18 @@ def resolve(kind: str, value: Any) -> Any:
 
 
 def describe(strategy: Any) -> dict[str, Any]:
-    """What identifies a strategy: class, fields, source of its class, and what that reaches (`strategies.sources`)."""
+    """What identifies a strategy: class, fields, source of its class, and what that reaches (`strategies.sources`).
+
+    Sources of installed packages are not followed: one that an entry point names is told by its version.
+    """
     cls = type(strategy)
+    packages = [f"{one.package} {one.version}" for one in _foreign(cls)[1]]
     return {
-        "class": f"{cls.__module__}:{cls.__qualname__}",
+        "class": _path(cls),
         "fields": fields(strategy),
         "source": source_of(cls),
         "globals": Sources(strategy).texts,
+        **({"package": packages[0]} if packages else {}),
     }
 
 
@@ -86,13 +92,26 @@ def fields(strategy: Any) -> dict[str, Any]:
 
 
 def label(strategy: Any) -> str:
-    """The registered name of a built-in strategy, else the name of its class."""
-    path = f"{type(strategy).__module__}:{type(strategy).__qualname__}"
+    """The registered name of a strategy, else the name of its class."""
+    cls = type(strategy)
     for entries in _BUILTIN.values():
         for name, target in entries.items():
-            if target == path:
+            if target == _path(cls):
                 return name
-    return type(strategy).__name__
+    return _foreign(cls)[0] or cls.__name__
+
+
+def _foreign(cls: type) -> tuple[str, tuple[entry_points.Foreign, ...]]:
+    """The name that an entry point gives a class, and who gives it; ("", ()) if none does."""
+    for kind in _BUILTIN:
+        for name, brought in entry_points.find(kind).items():
+            if any(one.target == _path(cls) for one in brought):
+                return name, brought
+    return "", ()
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _methods(kind: str) -> dict[str, list[str]]:
@@ -114,13 +133,26 @@ def _takes(method: Callable[..., Any], count: int) -> bool:
     return True
 
 
-def _target(kind: str, name: Any) -> str:
-    if isinstance(name, str) and name in _BUILTIN[kind]:
-        return _BUILTIN[kind][name]
-    near = difflib.get_close_matches(str(name), _BUILTIN[kind], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    known = ", ".join(names(kind))
-    raise StrategyError(f"unknown {kind} {name!r}{hint} (known: {known}, or 'module:Class')")
+def _named(kind: str, name: Any) -> type:
+    """The class that is registered as `name`; raises `StrategyError` if there is none, or more than one."""
+    if not isinstance(name, str) or name not in names(kind):
+        entry_points.look_again()
+    if not isinstance(name, str) or name not in names(kind):
+        near = difflib.get_close_matches(str(name), names(kind), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        known = ", ".join(names(kind))
+        raise StrategyError(f"unknown {kind} {name!r}{hint} (known: {known}, or 'module:Class')")
+    builtin, brought = _BUILTIN[kind].get(name), entry_points.find(kind).get(name, ())
+    if len(brought) + (builtin is not None) > 1:
+        given = [f"hybridlab ({builtin!r})"] if builtin else []
+        given += [f"package {foreign.package!r} ({foreign.target!r})" for foreign in brought]
+        raise StrategyError(f"{kind} {name!r} is given by {' and by '.join(given)}; name the one you mean by its class")
+    if builtin is not None:
+        return _load(kind, builtin)
+    try:
+        return _load(kind, brought[0].target)
+    except StrategyError as error:
+        raise StrategyError(f"{error}; entry point {name!r} of package {brought[0].package!r}") from None
 
 
 def _load(kind: str, target: Any) -> type:
