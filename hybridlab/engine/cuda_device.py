@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 
 import torch
 
@@ -83,10 +82,10 @@ class _HostExperts:
         self._num_experts, self._lanes = num_experts, lanes
         self._layers: dict[int, ExpertsFn] = {}
 
-    def __call__(self, op: Op, routed: Routed, wanted: Sequence[int]) -> torch.Tensor:
+    def __call__(self, op: Op, routed: Routed) -> torch.Tensor:
         if (compute := self._layers.get(op.layer)) is None:
             groups = zip(*self._store.experts(op.layer), strict=True)
             compute = self._layers[op.layer] = self._numerics.experts(*groups)
         here = Routed(routed.x_TH.cpu(), routed.expert_ids.cpu(), routed.weights.cpu())
-        out = compute(here.x_TH, here.only(wanted, self._num_experts), here.weights)
+        out = compute(here.x_TH, here.only(op.experts, self._num_experts), here.weights)
         return self._lanes.bring(out) if isinstance(self._lanes, CudaLanes) else out

@@ -39,11 +39,11 @@ class CudaRing:
             place += end - first
         self._holds[op.slot.slot] = (op.layer, op.part, op.slot.generation, op.experts)
 
-    def experts(self, op: Op, routed: Routed, wanted: Sequence[int]) -> torch.Tensor:
+    def experts(self, op: Op, routed: Routed) -> torch.Tensor:
         assert op.slot is not None
         if self._holds[op.slot.slot] != (op.layer, op.part, op.slot.generation, op.experts):
             raise PlanError(f"op {op.id}: ring slot {op.slot.slot} does not hold part {op.part} of layer {op.layer}")
-        ids = self._local(routed.expert_ids, op.experts, wanted)
+        ids = self._local(routed.expert_ids, op.experts)
         return self._experts[op.slot.slot](routed.x_TH, ids, routed.weights, len(op.experts))
 
 
@@ -60,8 +60,8 @@ class ResidentExperts:
             self._experts[layer] = GroupedExperts(blocks, store.block, workspace)
         self._local = LocalIds(num_experts, device)
 
-    def __call__(self, op: Op, routed: Routed, wanted: Sequence[int]) -> torch.Tensor:
-        ids = self._local(routed.expert_ids, op.experts, wanted)
+    def __call__(self, op: Op, routed: Routed) -> torch.Tensor:
+        ids = self._local(routed.expert_ids, op.experts)
         return self._experts[op.layer](routed.x_TH, ids, routed.weights, len(op.experts))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,8 @@ from hybridlab.model.expert_block import experts_of
 from hybridlab.model.numerics import Bf16, ExpertsFn, Numerics
 from hybridlab.plans import Op, PlacementPlan, Tier
 
-TierExperts = Callable[[Op, Routed, Sequence[int]], torch.Tensor]
-"""(an "experts" op, the router's choice, those of its experts to compute) -> their part of the results, [T, H]."""
+TierExperts = Callable[[Op, Routed], torch.Tensor]
+"""(an "experts" op, the router's choice) -> the part that the op's experts have in the results, [T, H]."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def cpu_device(checkpoint: Checkpoint, numerics: Numerics, threads: int) -> Devi
     """One pool of all cores: lanes take turns, and every expert is where the others are."""
     model = build_model(checkpoint, numerics, threads)
 
-    def compute(op: Op, routed: Routed, wanted: Sequence[int]) -> torch.Tensor:
-        return model.experts(op.layer, routed, wanted)
+    def compute(op: Op, routed: Routed) -> torch.Tensor:
+        return model.experts(op.layer, routed, op.experts)
 
     return Device(model, TurnTakingLanes(), {Tier.HOST: compute, Tier.RESIDENT: compute}, no_link, lambda: None)
 
@@ -63,8 +63,8 @@ def emulated_device(
     model = build_model(checkpoint, accelerator, accelerator_threads)
     on_host = _HostExperts(model, host)
 
-    def resident(op: Op, routed: Routed, wanted: Sequence[int]) -> torch.Tensor:
-        return model.experts(op.layer, routed, wanted)
+    def resident(op: Op, routed: Routed) -> torch.Tensor:
+        return model.experts(op.layer, routed, op.experts)
 
     lanes = LaneThreads()
     experts: dict[Tier, TierExperts] = {Tier.HOST: on_host, Tier.RESIDENT: resident}
@@ -91,10 +91,10 @@ class _HostExperts:
         self._model, self._numerics = model, numerics
         self._layers: dict[int, ExpertsFn] = {}
 
-    def __call__(self, op: Op, routed: Routed, wanted: Sequence[int]) -> torch.Tensor:
+    def __call__(self, op: Op, routed: Routed) -> torch.Tensor:
         if (experts := self._layers.get(op.layer)) is None:
             experts = self._layers[op.layer] = self._numerics.experts(*self._model.expert_weights(op.layer))
-        return experts(routed.x_TH, routed.only(wanted, self._model.spec.num_experts), routed.weights)
+        return experts(routed.x_TH, routed.only(op.experts, self._model.spec.num_experts), routed.weights)
 
 
 def no_link(op: Op) -> None:

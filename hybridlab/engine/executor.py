@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from hybridlab.batch import Entry, OnRoute, StepBatch
 from hybridlab.engine.devices import Device
 from hybridlab.engine.kv_cache import KVCache
+from hybridlab.engine.local_ids import LocalIds, count_ids
 from hybridlab.engine.sampling import draw
 from hybridlab.errors import PlanError, StrategyError
 from hybridlab.model.base import MicroBatch, Routed
@@ -24,7 +25,8 @@ class _Running:
     entries: tuple[Entry, ...]
     batch: MicroBatch
     x_TH: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    routed: Routed | None = None
+    routed: Mapping[Tier, Routed] = field(default_factory=dict)
+    """The router's choice, as far as each tier computes it."""
     parts: dict[int, torch.Tensor] = field(default_factory=dict)
     """What each "experts" op, by its id, adds: lanes finish in any order, sums are made in one."""
     logits: torch.Tensor | None = None
@@ -36,6 +38,7 @@ class Executor:
     def __init__(self, device: Device, cache: KVCache) -> None:
         self._device, self._model, self._cache = device, device.model, cache
         device.model.cache = cache
+        self._local = LocalIds(device.model.spec.num_experts, device.torch_device)
 
     def run(
         self, program: Program, batch: StepBatch, clock_start_s: float, on_route: OnRoute | None = None
@@ -78,12 +81,10 @@ class Executor:
                     routed = model.router(op.layer, micro.x_TH)
                     if on_route is not None:
                         routed = _replaced(routed, on_route, op.layer, micro.entries, model.spec.num_experts)
-                    micro.routed = routed
+                    micro.routed = self._by_tier(op.layer, routed, program)
                 case "experts":
-                    assert micro.routed is not None
                     assert op.tier is not None
-                    wanted = _wanted(op, micro.routed, program, model.spec.num_experts)
-                    micro.parts[op.id] = self._device.experts[op.tier](op, micro.routed, wanted)
+                    micro.parts[op.id] = self._device.experts[op.tier](op, micro.routed[op.tier])
                 case "combine":
                     for _, part in sorted(micro.parts.items()):
                         micro.x_TH = micro.x_TH + part
@@ -104,6 +105,22 @@ class Executor:
         with torch.inference_mode():
             return micros, self._device.lanes.run(program, execute, clock_start_s)
 
+    def _by_tier(self, layer: int, routed: Routed, program: Program) -> Mapping[Tier, Routed]:
+        """What each tier computes of the router's choice: experts that arrived in the ring stay with it if they have
+        `min_tokens` tokens, else the CPU's op takes them. Decided where the choice lies, without waiting for it."""
+        least = program.shape.path.min_tokens
+        if least <= 1:
+            return dict.fromkeys(Tier, routed)
+        ids = routed.expert_ids
+        arrived = self._local(ids, sorted(program.streamed.get(layer, ()))) >= 0
+        in_ring = arrived & (count_ids(ids, self._model.spec.num_experts)[ids.long()] >= least)
+        ring, host = torch.where(in_ring, ids, -1), torch.where(in_ring, -1, ids)
+        return {
+            Tier.RESIDENT: routed,
+            Tier.STREAMED: replace(routed, expert_ids=ring),
+            Tier.HOST: replace(routed, expert_ids=host),
+        }
+
     def _micro_batch(self, entries: Sequence[Entry]) -> MicroBatch:
         ids: list[int] = []
         positions: list[int] = []
@@ -117,20 +134,6 @@ class Executor:
             positions.extend(range(entry.start, entry.start + count))
         all_slots = torch.cat(slots).to(self._device.torch_device)
         return MicroBatch(torch.tensor(ids), torch.tensor(positions), all_slots, tuple(contexts))
-
-
-def _wanted(op: Op, routed: Routed, program: Program, num_experts: int) -> Sequence[int]:
-    """Which of the experts that an "experts" op names it computes: those that arrived in the ring stay with it if they
-    have `min_tokens` tokens, else the CPU's op takes them."""
-    least = program.shape.path.min_tokens
-    if least <= 1 or op.tier is Tier.RESIDENT:
-        return op.experts
-    ids = routed.expert_ids.flatten().long()
-    counts = torch.bincount(ids[ids >= 0], minlength=num_experts).tolist()
-    if op.tier is Tier.STREAMED:
-        return tuple(e for e in op.experts if counts[e] >= least)
-    arrived = program.streamed.get(op.layer, frozenset())
-    return tuple(e for e in op.experts if e not in arrived or counts[e] < least)
 
 
 def _replaced(routed: Routed, on_route: OnRoute, layer: int, entries: Sequence[Entry], num_experts: int) -> Routed:

@@ -1,4 +1,7 @@
-"""From a model's expert ids to places in a group of experts that lie together."""
+"""From a model's expert ids to places in a group of experts that lie together, and to how often each was chosen.
+
+Nothing here waits for a CUDA device. Legend: T tokens, S slots of a token (top-k), E experts.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,36 @@ from collections.abc import Sequence
 
 import torch
 
+_KEPT_TABLES = 2048
+"""More than the groups of a step; placements that move experts bring new ones."""
+
 
 class LocalIds:
-    """Tables on `device`, kept for groups that are computed whole: those come again in every step."""
+    """Tables on `device`, kept for the groups used last: those come again in every step."""
 
     def __init__(self, num_experts: int, device: torch.device | str) -> None:
-        self._num_experts, self._device = num_experts, device
+        self._num_experts, self._device = num_experts, torch.device(device)
         self._tables: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def __call__(self, ids_TS: torch.Tensor, experts: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
-        """int64 [T, S]: the place in `experts` of each id that is `wanted`, -1 for the others and skipped routes."""
-        if len(wanted) < len(experts):
-            return self._table(experts, wanted)[ids_TS.long()]
+    def __call__(self, ids_TS: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+        """int64 [T, S]: the place in `experts` of each id, -1 for the others and for skipped routes (-1)."""
         key = tuple(experts)
-        if (table := self._tables.get(key)) is None:
-            table = self._tables[key] = self._table(experts, wanted)
+        if (table := self._tables.pop(key, None)) is None:
+            table = self._table(key)
+            if len(self._tables) >= _KEPT_TABLES:
+                del self._tables[next(iter(self._tables))]  # the one not used for longest
+        self._tables[key] = table
         return table[ids_TS.long()]
 
-    def _table(self, experts: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
-        where = {expert: place for place, expert in enumerate(experts)}
+    def _table(self, experts: Sequence[int]) -> torch.Tensor:
         table = torch.full((self._num_experts + 1,), -1, dtype=torch.int64)  # the last one: a skipped route, -1
-        for expert in wanted:
-            table[expert] = where[expert]
-        return table.to(self._device)
+        table[list(experts)] = torch.arange(len(experts))
+        # From pageable memory the copy would wait for what the stream has still to do.
+        return table.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else table
+
+
+def count_ids(ids_TS: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """int64 [E + 1] on the device of `ids_TS`: how often each id occurs; the last one counts skipped routes (-1)."""
+    ids = torch.remainder(ids_TS.flatten().long(), num_experts + 1)
+    # Not bincount, which waits for the device.
+    return torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -90,15 +90,15 @@ class Ring:
                 self._link.copy(slot[at : at + len(source)], source)
         self._holds[op.slot.slot] = (op.layer, op.part, op.slot.generation, op.experts)
 
-    def experts(self, op: Op, routed: Routed, wanted: Sequence[int]) -> torch.Tensor:
-        """The part that `wanted` experts of an "experts" op have in its tokens' results, [T, H]."""
+    def experts(self, op: Op, routed: Routed) -> torch.Tensor:
+        """The part that the experts of an "experts" op have in its tokens' results, [T, H]."""
         assert op.slot is not None
         expected = (op.layer, op.part, op.slot.generation, op.experts)
         if self._holds[op.slot.slot] != expected:
             raise PlanError(
                 f"op {op.id}: slot {op.slot.slot} of the ring does not hold part {op.part} of layer {op.layer}"
             )
-        ids = self._local(routed.expert_ids, op.experts, wanted).int()
+        ids = self._local(routed.expert_ids, op.experts).int()
         return self._experts[op.slot.slot](routed.x_TH, ids, routed.weights)
 
     def _bind(self, numerics: Numerics, slot: np.ndarray, experts_per_slot: int) -> ExpertsFn:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import hybridlab as hl
-from hybridlab.model.base import Routed
 from hybridlab.plans import ExpertPath, Span, Tier
 from hybridlab.spec import ModelSpec
 from hybridlab.strategies import registry
@@ -163,40 +162,41 @@ def test_ring_and_cpu_share_the_experts_that_arrive(oracle, min_tokens, arrive):
         oracle.check_logits(engine)
         serve(oracle, engine)
     num_streamed = 0
-    for routed, computed in calls.values():
-        layer, counts = computed[0].layer, Counter(routed.expert_ids.flatten().tolist())
+    for layer, chosen, computed in calls.values():
         arrived = everything if prefetch is None else prefetch[layer]
-        enough = sorted(e for e in arrived if counts[e] >= min_tokens)
-        assert sorted(e for call in computed if call.tier is STREAMED for e in call.experts) == enough
-        assert sorted(e for call in computed if call.tier is HOST for e in call.experts) == sorted(
-            everything - set(enough)
-        )
+        enough = {e for e in arrived if chosen[e] >= min_tokens}
+        assert sum(computed.values(), Counter()) == chosen
+        assert set(computed[STREAMED]) == enough
+        assert set(computed[HOST]) == set(chosen) - enough
         num_streamed += len(enough)
     assert (num_streamed > 0) == (min_tokens < 10**6)
 
 
-@dataclass(frozen=True)
-class Computed:
-    layer: int
-    tier: Tier
-    experts: tuple[int, ...]
+def spy(engine: hl.Engine) -> dict[int, tuple[int, Counter[int], dict[Tier, Counter[int]]]]:
+    """Fills while `engine` runs: per choice of a router its layer, the routes of each expert, and who computed them."""
+    found: dict[int, tuple[int, Counter[int], dict[Tier, Counter[int]]]] = {}
+    device: Any = engine.runtime._device
+    route, kept = device.model.router, []
 
-
-def spy(engine: hl.Engine) -> dict[int, tuple[Routed, list[Computed]]]:
-    """Fills while `engine` runs: per choice of a router, what was computed of it."""
-    found: dict[int, tuple[Routed, list[Computed]]] = {}
+    def router(layer, x_TH):
+        routed = route(layer, x_TH)
+        kept.append(routed.weights)  # so that its id stays its own
+        chosen = Counter(routed.expert_ids.flatten().tolist())
+        found[id(routed.weights)] = layer, chosen, {HOST: Counter(), STREAMED: Counter()}
+        return routed
 
     def watched(tier, compute):
-        def call(op, routed, wanted):
-            # The choice is kept, so that its id stays its own.
-            found.setdefault(id(routed), (routed, []))[1].append(Computed(op.layer, tier, tuple(wanted)))
-            return compute(op, routed, wanted)
+        def call(op, routed):
+            mine = set(op.experts)
+            computed = (e for e in routed.expert_ids.flatten().tolist() if e in mine)
+            found[id(routed.weights)][2][tier].update(computed)
+            return compute(op, routed)
 
         return call
 
-    experts: Any = engine.runtime._device.experts
-    for tier, compute in list(experts.items()):
-        experts[tier] = watched(tier, compute)
+    device.model.router = router
+    for tier, compute in list(device.experts.items()):
+        device.experts[tier] = watched(tier, compute)
     return found
 
 

@@ -135,10 +135,10 @@ def test_a_lane_that_fails_fails_the_requests_of_its_step_only(monkeypatch):
         experts = engine.runtime._device.experts
         real = experts[Tier.STREAMED]
 
-        def fails_for_long_prompts(op, routed, wanted):
+        def fails_for_long_prompts(op, routed):
             if len(routed.x_TH) > 20:
                 raise RuntimeError("planted")
-            return real(op, routed, wanted)
+            return real(op, routed)
 
         monkeypatch.setitem(experts, Tier.STREAMED, fails_for_long_prompts)
         requests = [hl.Request("long", (1,) * 30, 2), hl.Request("short", (1,), 2, arrival_s=0.2)]

@@ -226,13 +226,13 @@ def test_a_slot_that_holds_something_else_is_refused(change):
     x, ids, weights = torch.ones(2, 64), torch.tensor([[0, 1], [1, 0]], dtype=torch.int32), torch.full((2, 2), 0.5)
     ring, routed = ring_of(device), Routed(x, ids, weights)
     with pytest.raises(PlanError, match="does not hold"):
-        ring.experts(load, routed, load.experts)  # not loaded yet
+        ring.experts(load, routed)  # not loaded yet
     ring.load(load)
-    out = ring.experts(load, routed, load.experts)
+    out = ring.experts(load, routed)
     expected = device.model.experts(load.layer, routed, load.experts)
     np.testing.assert_array_equal(out.numpy(), expected.numpy())
     with pytest.raises(PlanError, match=r"op \d+: slot \d of the ring does not hold part \d of layer \d"):
-        ring.experts(replace(load, **change), routed, load.experts)
+        ring.experts(replace(load, **change), routed)
 
 
 def test_a_load_that_breaks_off_leaves_an_empty_slot(monkeypatch):
@@ -248,7 +248,7 @@ def test_a_load_that_breaks_off_leaves_an_empty_slot(monkeypatch):
     with pytest.raises(OSError, match="planted"):
         ring.load(load)
     with pytest.raises(PlanError, match="does not hold"):
-        ring.experts(load, Routed(torch.ones(1, 64), torch.zeros(1, 2, dtype=torch.int32), torch.ones(1, 2)), (0,))
+        ring.experts(load, Routed(torch.ones(1, 64), torch.zeros(1, 2, dtype=torch.int32), torch.ones(1, 2)))
 
 
 def test_the_plan_counts_at_least_what_the_ring_takes(checkpoint):
