@@ -22,10 +22,15 @@ class Lazy:
     chunk_tokens: int = 4
 
     def schedule(self, queue):
-        if queue.running:
-            return StepPlan("decode", {queue.running[0].id: 1})
-        first = queue.waiting[0]
-        return StepPlan("prefill", {first.id: min(self.chunk_tokens, first.remaining_prompt, queue.token_budget)})
+        tokens = {request.id: 1 for request in queue.running}
+        left = min(queue.token_budget, queue.free_kv_tokens) - len(tokens)
+        for request in queue.waiting:
+            count = min(request.remaining_prompt, self.chunk_tokens, left)
+            if count <= 0:
+                break
+            tokens[request.id] = count
+            left -= count
+        return StepPlan("mixed", tokens)
 
 
 class Host:
@@ -132,5 +137,5 @@ def test_a_name_that_two_give_is_refused(site):
 def test_a_name_that_two_packages_give_is_refused(site):
     for package in ("lazy-package", "other-package"):
         install(site, package, {"hybridlab.schedulers": {"lazy": "lazy_strategies:Lazy"}})
-    with pytest.raises(StrategyError, match="'lazy-package'.* and by package 'other-package'"):
+    with pytest.raises(StrategyError, match=r"'lazy-package'.* and by package 'other-package'"):
         registry.resolve("scheduler", "lazy")
