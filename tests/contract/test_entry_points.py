@@ -14,7 +14,8 @@ from hybridlab.strategies import registry
 MODULE = """
 from dataclasses import dataclass
 
-from hybridlab.plans import ExpertPath, PlacementPlan, StepPlan
+from hybridlab.plans import ExpertPath, PlacementPlan
+from hybridlab.strategies.scheduler.fcfs import FCFS
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,7 @@ class Lazy:
     chunk_tokens: int = 4
 
     def schedule(self, queue):
-        tokens = {request.id: 1 for request in queue.running}
-        left = min(queue.token_budget, queue.free_kv_tokens) - len(tokens)
-        for request in queue.waiting:
-            count = min(request.remaining_prompt, self.chunk_tokens, left)
-            if count <= 0:
-                break
-            tokens[request.id] = count
-            left -= count
-        return StepPlan("mixed", tokens)
+        return FCFS(self.chunk_tokens).schedule(queue)
 
 
 class Host:
