@@ -86,7 +86,8 @@ def _can_run(ops: Sequence[Op]) -> bool:
 def lower(shape: Shape, model: ModelSpec) -> tuple[Op, ...]:
     """Every op of a step in the plain order: layer by layer, microbatch by microbatch, loads just in time."""
     check_placed(shape.placement, model, shape.ranks)
-    if shape.path.prefetch and len(shape.path.prefetch) != model.num_layers:
+    most = model.num_layers  # dense layers at the end need no (empty) set
+    if shape.path.prefetch and not max(model.moe_layers, default=-1) < len(shape.path.prefetch) <= most:
         raise StrategyError(
             f"expert_path() prefetches for {len(shape.path.prefetch)} layers, the model has {model.num_layers}"
         )

@@ -10,6 +10,7 @@ import hybridlab as hl
 from hybridlab.errors import StrategyError
 from hybridlab.plans import ExpertPath, PlacementPlan, Tier
 from hybridlab.routing import RoutingStats
+from hybridlab.spec import NEVER
 from hybridlab.strategies import registry
 from hybridlab.strategies.checks import TOY_CPU, TOY_GPU, TOY_MODEL
 from hybridlab.strategies.placement.all_host import AllHost
@@ -141,9 +142,9 @@ def test_those_that_are_not_hot_are_streamed_if_there_is_a_ring():
 
 
 def test_streamed_streams_everything_through_its_ring():
-    assert Streamed(3, 4).place(TOY_MODEL, TOY_GPU, SKEWED) == PlacementPlan(
-        Tier.STREAMED, ring_slots=3, parts_per_layer=4
-    )
+    placed = Streamed(3, 4).place(TOY_MODEL, TOY_GPU, SKEWED)
+    assert {placed.tier(*key) for key in ALL} == {Tier.STREAMED}
+    assert (placed.ring_slots, placed.parts_per_layer) == (3, 4)
 
 
 @pytest.mark.parametrize("cls", [Streamed, HotResident])
@@ -159,6 +160,61 @@ def test_steps_stream_from_the_given_the_measured_or_the_published_number_of_tok
         assert placement.expert_path(least - 1, placed, machine) == ExpertPath(prefetch=())
 
 
+MEASURED = replace(TOY_GPU, stream_from_tokens=700, mixed_from_tokens=100, mixed_to_tokens=900, mixed_share=0.25,
+                   min_expert_tokens=3)  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [Streamed, HotResident])
+@pytest.mark.parametrize(
+    ("fields", "hardware", "bounds"),
+    [
+        ({}, MEASURED, (100, 900)),
+        ({}, replace(MEASURED, mixed_from_tokens=NEVER), (700, 700)),
+        ({}, replace(MEASURED, mixed_to_tokens=NEVER), (100, NEVER)),
+        ({}, replace(MEASURED, mixed_from_tokens=NEVER, stream_from_tokens=NEVER), (NEVER, NEVER)),
+        ({"stream_from_tokens": 50}, MEASURED, (50, 50)),
+        ({"mixed_from_tokens": 20}, MEASURED, (20, 900)),
+        ({"mixed_from_tokens": 20}, TOY_GPU, (20, 4096)),
+        ({"mixed_from_tokens": 20, "stream_from_tokens": 30}, MEASURED, (20, 30)),
+        ({"mixed_from_tokens": 40, "stream_from_tokens": 30}, MEASURED, (30, 30)),
+    ],
+)
+def test_steps_between_the_cpus_and_the_streamed_ones_are_mixed(cls, fields, hardware, bounds):
+    placement = cls(ring_slots=2, **fields)
+    placed = placement.place(TOY_MODEL, hardware, NOTHING)
+
+    def kind(tokens):
+        prefetch = placement.expert_path(tokens, placed, hardware).prefetch
+        return "streamed" if prefetch is None else "mixed" if prefetch else "cpu"
+
+    mixed_from, stream_from = bounds
+    around = sorted({tokens for bound in bounds for tokens in (bound - 1, bound) if 1 <= tokens < NEVER} | {1, 10**6})
+    expected = ["streamed" if n >= stream_from else "mixed" if n >= mixed_from else "cpu" for n in around]
+    assert [kind(tokens) for tokens in around] == expected
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.25, 2), (0.3, 3), (0.01, 1), (1, 8)])
+def test_the_mixed_path_streams_a_share_of_each_layers_hottest_experts(share, count):
+    placement = Streamed(mixed_from_tokens=1, mixed_share=share, min_expert_tokens=5)
+    placed = placement.place(TOY_MODEL, TOY_GPU, SKEWED)
+    path = placement.expert_path(7, placed, TOY_GPU)
+    assert path.min_tokens == 5
+    assert path.prefetch is not None
+    by_heat = ([1, 3, 0, 2, 4, 5, 6, 7], [0, 6, 5, 1, 2, 3, 4, 7], list(EXPERTS))
+    assert path.prefetch == (frozenset(), *(frozenset(order[:count]) for order in by_heat))
+
+
+def test_what_is_hot_on_the_gpu_is_not_streamed_and_no_ring_mixes_nothing():
+    placement = HotResident(gb(4), ring_slots=1, mixed_from_tokens=1, mixed_share=0.5)
+    placed = placement.place(TOY_MODEL, TOY_GPU, SKEWED)
+    prefetch = placement.expert_path(7, placed, TOY_GPU).prefetch
+    assert prefetch is not None
+    assert [len(experts) for experts in prefetch] == [0, 4, 3, 4]  # half of 7, 5 and 8 experts
+    assert {placed.tier(layer, e) for layer, experts in enumerate(prefetch) for e in experts} == {Tier.STREAMED}
+    without = HotResident(gb(4), mixed_from_tokens=1)
+    assert without.expert_path(7, without.place(TOY_MODEL, TOY_GPU, SKEWED), TOY_GPU) == ExpertPath(prefetch=())
+
+
 @pytest.mark.parametrize(
     ("name", "field", "value", "expected"),
     [
@@ -170,6 +226,9 @@ def test_steps_stream_from_the_given_the_measured_or_the_published_number_of_tok
           for value in (0, 9, 2.0, None)],
         *[(name, "stream_from_tokens", value, "an integer >= 1 or None") for name in ("streamed", "hot_resident")
           for value in (0, -5, 4096.0, True)],
+        *[("streamed", name, 0, "an integer >= 1 or None") for name in ("mixed_from_tokens", "min_expert_tokens")],
+        *[(name, "mixed_share", value, "a number above 0, at most 1, or None") for name in ("streamed", "hot_resident")
+          for value in (0, 1.01, -0.5, "half", True, float("nan"))],
     ],
 )  # fmt: skip
 def test_fields_are_checked_when_the_strategy_is_made(name, field, value, expected):
