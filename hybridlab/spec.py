@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil, prod
 
 NEVER = 2**31 - 1
@@ -74,11 +75,30 @@ class ModelSpec:
         """KV cache elements that one token takes over all layers."""
         return self.num_layers * sum(prod(entry.shape) for entry in self.kv_entries)
 
+    def is_quantised(self, module: str) -> bool:
+        """Whether a linear layer (dotted module name) is stored in FP8.
+
+        An entry of `unquantised` excludes the module it names, all modules below it, and, as transformers has it,
+        modules whose dotted name ends with it.
+        """
+        if self.weight_dtype != "fp8":
+            return False
+        return not any(
+            module == entry or module.startswith(f"{entry}.") or module.endswith(f".{entry}")
+            for entry in self.unquantised
+        )
+
+    @cached_property
+    def expert_dtype(self) -> str:
+        """ "fp8" if the routed experts of every layer are stored so, else "bf16": room for one is room for any."""
+        first = (f"model.layers.{layer}.mlp.experts.0.gate_proj" for layer in self.moe_layers)
+        return "fp8" if self.weight_dtype == "fp8" and all(map(self.is_quantised, first)) else "bf16"
+
     @property
     def expert_bytes(self) -> int:
         """Stored bytes of one expert (gate, up, down and, for FP8, their scales as F32)."""
         n, k = self.moe_intermediate, self.hidden
-        if self.weight_dtype == "bf16":
+        if self.expert_dtype == "bf16":
             return 3 * n * k * 2
         return 3 * (n * k + 4 * ceil(n / BLOCK_FP8) * ceil(k / BLOCK_FP8))
 

@@ -33,22 +33,9 @@ class TensorSpec:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-def is_quantised(spec: ModelSpec, module: str) -> bool:
-    """Whether a linear layer (dotted module name) is stored in FP8.
-
-    An entry of `modules_to_not_convert` excludes the module it names, all modules below it, and, as
-    transformers has it, modules whose dotted name ends with it.
-    """
-    if spec.weight_dtype != "fp8":
-        return False
-    return not any(
-        module == entry or module.startswith(f"{entry}.") or module.endswith(f".{entry}") for entry in spec.unquantised
-    )
-
-
 def linear(spec: ModelSpec, module: str, rows: int, cols: int) -> Iterator[TensorSpec]:
     """The weight [rows, cols] of a linear layer and, if it is stored in FP8, its scale grid."""
-    if not is_quantised(spec, module):
+    if not spec.is_quantised(module):
         yield TensorSpec(f"{module}.weight", (rows, cols), "linear")
         return
     yield TensorSpec(f"{module}.weight", (rows, cols), "linear", "F8_E4M3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from hybridlab.checkpoint import PRESETS, preset_spec, read_config
 from hybridlab.checkpoint.config import parse_config
+from hybridlab.checkpoint.schema import expected_tensors
 from hybridlab.errors import CheckpointError
 from hybridlab.spec import KVEntry, RopeSpec
 
@@ -30,6 +32,17 @@ def test_spec_of_bf16_oracle(oracles: Path) -> None:
 def test_spec_of_fp8_oracle(oracles: Path) -> None:
     spec = read_config(oracles / "qwen3_fp8_128")
     assert spec.weight_dtype == "fp8" and "lm_head" in spec.unquantised and spec.dense_layers == {0}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [("bf16", ()), ("fp8", ()), ("fp8", ("lm_head",)), ("fp8", ("model.layers.1",))],
+)
+def test_the_bytes_of_an_expert_are_those_of_its_tensors(dtype: str, kept: tuple[str, ...]) -> None:
+    spec = replace(preset_spec("tiny", dtype=dtype), unquantised=kept)
+    layers = [f"model.layers.{layer}.mlp.experts.1." for layer in spec.moe_layers]
+    sizes = [sum(t.num_bytes for t in expected_tensors(spec) if t.name.startswith(layer)) for layer in layers]
+    assert spec.expert_bytes == max(sizes) > 0
 
 
 def base(**changes: Any) -> dict[str, Any]:
