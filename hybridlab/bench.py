@@ -123,17 +123,28 @@ def opened(
     `options` go to `hl.load`. Raises `ConfigError` for an unknown layout before anything is written.
     """
     check_weight_layout(weight_layout)
-    with TemporaryDirectory(prefix="hybridlab-bench-") as scratch:
-        if checkpoint is None:
-            from hybridlab.checkpoint.writer import make_checkpoint
+    with (
+        made_checkpoint(preset, checkpoint, made, progress) as folder,
+        alone("cpu"),  # as every measured run: beside another one it would time both
+        load(folder, weight_layout=weight_layout, **options) as engine,
+    ):
+        yield engine
 
-            checkpoint = Path(scratch) / preset
-            make_checkpoint(checkpoint, preset, progress=progress, **made)
-        with (
-            alone("cpu"),  # as every measured run: beside another one it would time both
-            load(checkpoint, weight_layout=weight_layout, **options) as engine,
-        ):
-            yield engine
+
+@contextmanager
+def made_checkpoint(
+    preset: str, checkpoint: str | Path | None, made: Mapping[str, Any], progress: bool
+) -> Iterator[Path]:
+    """The folder `checkpoint`, or a random one of `preset`, written with the options `made` for the while."""
+    if checkpoint is not None:
+        yield Path(checkpoint)
+        return
+    from hybridlab.checkpoint.writer import make_checkpoint
+
+    with TemporaryDirectory(prefix="hybridlab-bench-") as scratch:
+        folder = Path(scratch) / preset
+        make_checkpoint(folder, preset, progress=progress, **made)
+        yield folder
 
 
 def step_bytes(engine: Engine, experts_used: list[set[int]], batch: int, context_tokens: int) -> int:

@@ -14,14 +14,15 @@ PACKAGE = ROOT / "hybridlab"
 # First part of the module name -> floor. A new module is entered here: that is when its floor is decided.
 FLOORS = {
     0: {"errors", "plans", "request", "routing", "spec", "validation"},
-    1: {"admission", "batch", "kv_blocks", "lowering", "prefix_cache", "strategies"},
+    1: {"admission", "batch", "kv_blocks", "lowering", "moves", "prefix_cache", "strategies"},
     2: {
         "checkpoint", "engine", "hardware", "kernel_checks", "kernel_layouts", "kernels", "kernels_attention",
         "kernels_numpy", "kernels_router", "model", "number_formats", "simulator", "text",
     },
     3: {
-        "arrivals", "axes", "axes_random", "backends", "bench", "bench_contenders", "bench_ggml", "bench_kernels",
-        "bench_kt_kernel", "bench_peers", "bench_plan", "bench_prefill", "bench_shapes", "bench_targets",
+        "arrivals", "axes", "axes_random", "backends", "bench", "bench_contenders", "bench_decode_devices",
+        "bench_devices", "bench_ggml", "bench_kernels", "bench_kt_kernel", "bench_peers", "bench_plan", "bench_prefill",
+        "bench_prefill_devices", "bench_shapes", "bench_steps", "bench_targets",
         "bench_timing", "bench_weights", "columns", "config", "device_lock", "execution",
         "experiment", "export", "figures_config", "jobs", "live_requests", "loading", "metrics", "prediction",
         "run_costs", "run_files", "summary_table", "sweep_plan", "provenance", "recording", "request_queue", "sections",
