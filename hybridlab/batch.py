@@ -49,7 +49,7 @@ class StepResult:
     start_s: float
     end_s: float
     tokens: Mapping[RequestId, int] = field(default_factory=dict)
-    spans: tuple[Span, ...] = ()
+    spans: Sequence[Span] = ()
     error: str = ""
 
 

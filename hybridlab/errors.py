@@ -37,3 +37,7 @@ class RequestError(HybridlabError):
 
 class StrategyError(HybridlabError):
     """A strategy returned something that its contract forbids."""
+
+
+class WorkerLost(HybridlabError):
+    """A worker computes no more (its process was killed, its GPU gave up), and what it held is gone."""

@@ -88,6 +88,11 @@ class BlockPool:
                 self._add_free(block)
         table.clear()
 
+    def evict_kept(self) -> None:
+        """Forget the content of every kept block that is in no table."""
+        while self._kept:
+            self._evict()
+
     def _evict(self) -> None:
         block, _ = self._kept.popitem(last=False)
         self._is_kept[block] = 0

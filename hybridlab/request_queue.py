@@ -157,6 +157,13 @@ class RequestQueue:
             live.record.error = f"not finished {live.record.request.timeout_s:g} s after its arrival"
             self._finish(live, Status.CANCELLED, "timeout", now_s)
 
+    def lose_cache(self) -> None:
+        """What the KV cache held is gone: requests that are not in flight keep their tokens and are computed anew."""
+        for live in self._live.values():
+            if not live.in_flight:
+                live.give_up(self._pool)
+        self._pool.evict_kept()
+
     def _admit(self, now_s: float) -> None:
         for record in self._arrivals.until(now_s):
             self._live[record.request.id] = Live(record, [int(token) for token in record.prompt])

@@ -28,6 +28,10 @@ class Backend(Protocol):
         """Workers without a step."""
         ...
 
+    def lost_cache(self) -> bool:
+        """Whether, since this was last asked, the KV cache was lost: what it held must be computed again."""
+        ...
+
     def submit(self, worker: str, program: Program, batch: StepBatch) -> None:
         """Start a step on an idle worker."""
         ...
@@ -70,13 +74,16 @@ def steps(
     name = type(scheduler).__name__
     try:
         while queue.live:
+            if backend.lost_cache():
+                queue.lose_cache()
             queue.sweep(backend.now_s)
-            for worker in backend.idle():
+            idle = tuple(backend.idle())
+            for worker in idle:
                 view = queue.view(worker, backend.now_s)
                 step = scheduler.schedule(view) if view.waiting or view.running else None
                 if step is not None and (batch := queue.start(view, step, name)) is not None:
                     backend.submit(worker, planner.program(planner.shape(worker, batch.step)), batch)
-            if not queue.in_flight and queue.next_arrival_s is None:
+            if idle and not queue.in_flight and queue.next_arrival_s is None:
                 if queue.live and not queue.has_cancelled:
                     raise StrategyError(f"scheduler {name} waits, but nothing runs and nothing will arrive")
                 continue
@@ -99,7 +106,7 @@ def serve(
 
     Spans of the last `keep_span_steps` steps are kept.
     """
-    spans: deque[tuple[Span, ...]] = deque(maxlen=keep_span_steps)
+    spans: deque[Sequence[Span]] = deque(maxlen=keep_span_steps)
     num_steps = 0
     for results, events in steps(backend, queue, scheduler, planner):
         num_steps += len(results)

@@ -15,7 +15,7 @@ from hybridlab.engine.kv_cache import KVCache
 from hybridlab.engine.link import CopyLink
 from hybridlab.engine.memory import GIB, MemoryPlan, plan_memory
 from hybridlab.engine.ring import slots_bytes
-from hybridlab.engine.worker import EngineBackend
+from hybridlab.engine.worker import EngineBackend, LocalWorker
 from hybridlab.engine.worker_thread import WorkerThread
 from hybridlab.model.numerics import make_numerics
 from hybridlab.model.weight_layout import WeightLayout, weight_source
@@ -87,6 +87,7 @@ class Runtime:
             checkpoint.spec, self.num_kv_blocks, kv_block_tokens, numerics.kv_dtype, self._device.torch_device
         )
         self._executor = Executor(self._device, self._cache)
+        self.local = LocalWorker(self._executor, self._device.torch_device)
         self._worker = WorkerThread()
         # Beside the first prompts: an unmapped page costs a fault in the middle of a kernel.
         self._mapping = threading.Thread(target=checkpoint.populate, name="hybridlab-map", daemon=True)
@@ -98,7 +99,7 @@ class Runtime:
 
     def backend(self, on_route: OnRoute | None = None) -> EngineBackend:
         """A backend whose clock starts now."""
-        return EngineBackend(self._executor, self._worker, on_route)
+        return EngineBackend(self.local, self._worker, on_route)
 
     def wake(self) -> None:
         """Let an idle loop look at its queue again."""
@@ -106,7 +107,7 @@ class Runtime:
 
     def step(self, program: Program, batch: StepBatch, on_route: OnRoute | None = None) -> dict[RequestId, int]:
         """Run one step and wait for it, outside any queue; returns the drawn tokens."""
-        return self._worker.call(lambda: self._executor.run(program, batch, 0.0, on_route)[0]).result()
+        return self._worker.call(lambda: self.local.run(program, batch, 0.0, on_route)[0]).result()
 
     def randomise_cache(self, seed: int) -> None:
         """Fill the KV cache with random values, so that a benchmark at depth need not prefill."""
@@ -114,7 +115,7 @@ class Runtime:
 
     def logits(self, program: Program, entry: Entry) -> torch.Tensor:
         """Logits of every token of `entry`, float32 [T, V]."""
-        return self._worker.call(lambda: self._executor.logits(program, entry)).result()
+        return self._worker.call(lambda: self.local.logits(program, entry)).result()
 
     def close(self) -> None:
         self._worker.close()

@@ -1,48 +1,143 @@
-"""The backend that the run loop drives an executor through."""
+"""The backend that the run loop drives a worker through: the executor of this process, or one in another."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from time import perf_counter
+from typing import Protocol, TypeVar
 
-from hybridlab.batch import OnRoute, StepBatch, StepResult
+import numpy as np
+import torch
+
+from hybridlab.batch import Entry, OnRoute, StepBatch, StepResult
 from hybridlab.engine.executor import Executor
+from hybridlab.engine.faults import require_usable
 from hybridlab.engine.worker_thread import WorkerThread, closed
-from hybridlab.errors import HybridlabError
-from hybridlab.plans import Program
+from hybridlab.errors import HybridlabError, WorkerLost
+from hybridlab.plans import Move, Program, RequestId, Span
 
+T = TypeVar("T")
 WORKER = "main"
+
+StepOutput = tuple[dict[RequestId, int], Sequence[Span]]
+"""The drawn tokens, and when each op ran."""
+
+
+class StepFailed(Exception):
+    """A step failed elsewhere; the text says what was raised there."""
+
+
+class Worker(Protocol):
+    """What computes steps, one at a time.
+
+    `losses` counts how often what it had in its KV cache was lost; `ready` is False while it starts again. Once it is
+    `gone`, it stays so.
+    """
+
+    losses: int
+    ready: bool
+    gone: WorkerLost | None
+
+    def run(self, program: Program, batch: StepBatch, clock_start_s: float, on_route: OnRoute | None) -> StepOutput:
+        """Compute a step. Raises `WorkerLost` if the worker was lost over it, `HybridlabError` for what was wrong in
+        what it was given, and anything else for a step that failed."""
+        ...
+
+    def take_routes(self) -> np.ndarray:
+        """As `hybridlab.moves.Movable`; counting starts anew where the worker does."""
+        ...
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """As `hybridlab.moves.Movable`; a worker that starts again carries out what it has missed."""
+        ...
+
+
+class LocalWorker:
+    """The executor of this process. A device that gives up is gone for good: its context lives as long as the process.
+
+    `where` is the torch device that it computes on.
+    """
+
+    def __init__(self, executor: Executor, where: str) -> None:
+        self._executor, self._where = executor, where
+        self.losses = 0
+        self.ready = True
+        self.gone: WorkerLost | None = None
+
+    def run(
+        self, program: Program, batch: StepBatch, clock_start_s: float, on_route: OnRoute | None = None
+    ) -> StepOutput:
+        return self._guarded(lambda: self._executor.run(program, batch, clock_start_s, on_route))
+
+    def logits(self, program: Program, entry: Entry) -> torch.Tensor:
+        """Logits of every token of `entry`, float32 [T, V]; raises as `run` does."""
+        return self._guarded(lambda: self._executor.logits(program, entry))
+
+    def take_routes(self) -> np.ndarray:
+        return self._guarded(self._executor.take_routes)
+
+    def move(self, moves: Sequence[Move]) -> None:
+        self._guarded(lambda: self._executor.move(moves))
+
+    def _guarded(self, compute: Callable[[], T]) -> T:
+        if self.gone is not None:
+            raise self.gone
+        try:
+            return compute()
+        except HybridlabError:
+            raise
+        except Exception:
+            try:
+                require_usable(self._where)
+            except WorkerLost as lost:
+                self.gone = lost
+                raise
+            raise
 
 
 class EngineBackend:
     """`hybridlab.serving.Backend` over one worker. The clock starts at construction: make one per run."""
 
-    def __init__(self, executor: Executor, worker: WorkerThread, on_route: OnRoute | None = None) -> None:
-        self._executor, self._worker, self._on_route = executor, worker, on_route
+    def __init__(self, worker: Worker, thread: WorkerThread, on_route: OnRoute | None = None) -> None:
+        self._worker, self._thread, self._on_route = worker, thread, on_route
         # The step in flight, kept until its result is taken: an interrupt at any point loses nothing.
         self._step_in_flight: Future[StepResult] | None = None
+        self._known_losses = worker.losses
         self._clock_start_s = perf_counter()
 
     @property
     def now_s(self) -> float:
         return perf_counter() - self._clock_start_s
 
+    def lost_cache(self) -> bool:
+        losses, known = self._worker.losses, self._known_losses
+        self._known_losses = losses
+        return losses != known
+
     def idle(self) -> tuple[str, ...]:
-        return () if self._step_in_flight else (WORKER,)
+        return (WORKER,) if self._step_in_flight is None and self._worker.ready else ()
 
     def submit(self, worker: str, program: Program, batch: StepBatch) -> None:
-        self._step_in_flight = self._worker.call(lambda: self._step(program, batch))
+        self._check_there()
+        known = self._known_losses
+        self._step_in_flight = self._thread.call(lambda: self._step(program, batch, known))
+
+    def take_routes(self) -> np.ndarray:
+        return self._thread.call(self._worker.take_routes).result()
+
+    def move(self, moves: Sequence[Move]) -> None:
+        self._thread.call(lambda: self._worker.move(moves)).result()
 
     def wait(self, until_s: float | None) -> Sequence[StepResult]:
         timeout_s = None if until_s is None else max(0.0, until_s - self.now_s)
         if self._step_in_flight is None:
-            # A cancelled request, or the end of the engine, wakes an idle loop.
-            self._worker.woken.wait(timeout_s or 0.0)
-            self._worker.woken.clear()
-            if self._worker.closed:
-                raise closed()
+            # A cancelled request, a worker that is back, or the end of the engine wakes an idle loop.
+            starting = not self._worker.ready and self._worker.gone is None
+            self._thread.woken.wait(timeout_s if starting else timeout_s or 0.0)
+            self._thread.woken.clear()
+            self._check_there()
             return ()
         try:
             result = self._step_in_flight.result(timeout_s)
@@ -56,13 +151,25 @@ class EngineBackend:
             wait([self._step_in_flight])
             self._step_in_flight = None
 
-    def _step(self, program: Program, batch: StepBatch) -> StepResult:
+    def _check_there(self) -> None:
+        if self._thread.closed:
+            raise closed()
+        if self._worker.gone is not None:
+            raise self._worker.gone
+
+    def _step(self, program: Program, batch: StepBatch, known_losses: int) -> StepResult:
         start_s = self.now_s
         try:
-            tokens, spans = self._executor.run(program, batch, self._clock_start_s, self._on_route)
+            if self._worker.losses != known_losses:  # the step builds on what is no longer there
+                raise WorkerLost("the worker was lost before the step began")
+            tokens, spans = self._worker.run(program, batch, self._clock_start_s, self._on_route)
+        except WorkerLost as error:
+            logging.getLogger(__name__).error("a step failed, its requests are marked as failed: %s", error)
+            return StepResult(batch, start_s, self.now_s, error=f"{type(error).__name__}: {error}")
         except HybridlabError:
             raise  # a mistake in what was asked for ends the run in one line
         except Exception as error:
             logging.getLogger(__name__).exception("a step failed; its requests are marked as failed")
-            return StepResult(batch, start_s, self.now_s, error=f"{type(error).__name__}: {error}")
+            text = str(error) if isinstance(error, StepFailed) else f"{type(error).__name__}: {error}"
+            return StepResult(batch, start_s, self.now_s, error=text)
         return StepResult(batch, start_s, self.now_s, tokens, spans)
