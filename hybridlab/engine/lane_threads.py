@@ -1,4 +1,4 @@
-"""Lanes that work at the same time: a thread for each kind of hardware."""
+"""Lanes that work at the same time: the caller's thread for the first one, a thread for each other kind of hardware."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from hybridlab.plans import LaneKind, Op, Program, Span
 
 
 class LaneThreads:
-    """device="emulated": a lane's ops run on its thread in the order of the program, each once its needs are done."""
+    """device="emulated": a lane's ops run on its thread in the order of the program, each once its needs are done.
+
+    The lane of the first op runs on the thread that calls `run`: a step neither begins nor ends with a hand-off.
+    """
 
     def __init__(self) -> None:
         self._threads: dict[LaneKind, WorkerThread] = {}
@@ -25,16 +28,19 @@ class LaneThreads:
         lanes: dict[LaneKind, list[Op]] = defaultdict(list)
         for op in program.ops:
             lanes[op.lane.kind].append(op)
-        threads = {kind: self._thread(kind) for kind in lanes}  # all of them, before one may wait for another
+        own = next(iter(lanes), None)
+        threads = {kind: self._thread(kind) for kind in lanes if kind is not own}
         step = _Step(program, execute, clock_start_s)
-        futures = [threads[kind].call(lambda ops=ops: step.run(ops)) for kind, ops in lanes.items()]
-        for future, ops in zip(futures, lanes.values(), strict=True):
+        futures = {kind: thread.call(lambda ops=lanes[kind]: step.run(ops)) for kind, thread in threads.items()}
+        for kind, future in futures.items():
             if future.done() and (error := future.exception()) is not None:  # closed: this lane never starts
-                step.fail(error, ops)
-        wait(futures)
+                step.fail(error, lanes[kind])
+        spans = [] if own is None else step.run(lanes[own])
+        wait(futures.values())
         if step.errors:
             raise step.errors[0]
-        return tuple(sorted((span for future in futures for span in future.result()), key=lambda span: span.start_s))
+        spans += [span for future in futures.values() for span in future.result()]
+        return tuple(sorted(spans, key=lambda span: span.start_s))
 
     def close(self) -> None:
         for thread in self._threads.values():
