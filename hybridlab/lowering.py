@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from hybridlab.errors import PlanError, StrategyError
+from hybridlab.moves import Movable, Mover
 from hybridlab.plans import (
     ExpertPath,
     Lane,
@@ -24,10 +25,16 @@ from hybridlab.strategies.base import Overlap, Placement
 from hybridlab.strategies.fields import MOST_PARTS
 from hybridlab.validation import execution_order, validate
 
+_KEPT_PROGRAMS = 32
+"""Shapes of a placement times a few placements: with moves between steps, old ones do not come again."""
+
 
 @dataclass
 class Planner:
-    """Turns steps into programs, memoised by shape, so that steady state builds no plan."""
+    """Turns steps into programs, memoised by shape, so that steady state builds no plan.
+
+    `placed` is where experts are now: `update` changes it. The programs used last are kept.
+    """
 
     model: ModelSpec
     hardware: HardwareSpec
@@ -35,7 +42,20 @@ class Planner:
     overlap: Overlap
     placed: PlacementPlan
     ranks: tuple[int, ...] = (0,)
-    _programs: dict[Shape, Program] = field(default_factory=dict)
+    _programs: dict[Shape, Program] = field(default_factory=dict, init=False)
+    _mover: Mover = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._mover = Mover(self.placement, self.placed, self.model)
+
+    def update(self, backend: Movable, num_steps: int) -> None:
+        """After `num_steps` more steps, while none runs: carry out the moves that the placement wants by now.
+
+        Raises `StrategyError` naming a move that cannot be.
+        """
+        if self.hardware.device != "cpu" and (moves := self._mover.ask(backend, num_steps)):
+            self.placed = self._mover.moved(self.placed, moves)
+            backend.move(moves)
 
     def shape(self, worker: str, step: StepPlan) -> Shape:
         """The shape of `step`; a step of n requests has at most n microbatches."""
@@ -56,7 +76,7 @@ class Planner:
 
     def program(self, shape: Shape) -> Program:
         """The validated program of `shape`; raises `PlanError` or `StrategyError` when it cannot run."""
-        program = self._programs.get(shape)
+        program = self._programs.pop(shape, None)
         if program is None:
             lowered = lower(shape, self.model)
             arranged = check_arranged(lowered, self.overlap.arrange(lowered), type(self.overlap).__name__)
@@ -71,7 +91,10 @@ class Planner:
                     f"{error}; overlap {type(self.overlap).__name__} runs this program with a larger ring alone: raise "
                     f"ring_slots ({slots}) or lower parts_per_layer ({shape.placement.parts_per_layer})"
                 ) from None
-            program = self._programs[shape] = Program(shape, ops, order)
+            program = Program(shape, ops, order)
+            if len(self._programs) >= _KEPT_PROGRAMS:
+                del self._programs[next(iter(self._programs))]  # the one not used for longest
+        self._programs[shape] = program
         return program
 
 

@@ -32,6 +32,13 @@ class Tier(StrEnum):
     """In host memory, computed by the CPU."""
 
 
+def _tier(value: str) -> Tier:
+    try:
+        return Tier(value)
+    except ValueError as error:
+        raise StrategyError(f"{error}; expected one of {', '.join(Tier)}") from None
+
+
 class LaneKind(StrEnum):
     """The hardware queue that an op occupies."""
 
@@ -136,11 +143,8 @@ class PlacementPlan:
     parts_per_layer: int = 1
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "default_tier", Tier(self.default_tier))
-            tiers = {key: Tier(tier) for key, tier in self.tier_of.items()}
-        except ValueError as error:
-            raise StrategyError(f"{error}; expected one of {', '.join(Tier)}") from None
+        object.__setattr__(self, "default_tier", _tier(self.default_tier))
+        tiers = {key: _tier(tier) for key, tier in self.tier_of.items()}
         object.__setattr__(self, "tier_of", MappingProxyType(tiers))
         object.__setattr__(self, "rank_of", MappingProxyType(dict(self.rank_of)))
 
@@ -188,6 +192,9 @@ class Move:
     layer: int
     expert: int
     tier: Tier
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tier", _tier(self.tier))
 
 
 @dataclass(frozen=True)

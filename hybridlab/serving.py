@@ -10,13 +10,14 @@ from typing import Protocol
 from hybridlab.batch import StepBatch, StepResult
 from hybridlab.errors import StrategyError
 from hybridlab.lowering import Planner
+from hybridlab.moves import Movable
 from hybridlab.plans import Program, Span
 from hybridlab.request import RequestRecord, Status
 from hybridlab.request_queue import RequestQueue
 from hybridlab.strategies.base import Scheduler
 
 
-class Backend(Protocol):
+class Backend(Movable, Protocol):
     """Runs programs. Submit and wait are asynchronous, so that one worker's long prefill never blocks another."""
 
     @property
@@ -73,6 +74,7 @@ def steps(
     """
     name = type(scheduler).__name__
     try:
+        planner.update(backend, 0)
         while queue.live:
             if backend.lost_cache():
                 queue.lose_cache()
@@ -88,7 +90,10 @@ def steps(
                     raise StrategyError(f"scheduler {name} waits, but nothing runs and nothing will arrive")
                 continue
             results = backend.wait(queue.next_event_s)
-            yield results, queue.apply(results)
+            events = queue.apply(results)
+            if results and not queue.in_flight:
+                planner.update(backend, len(results))
+            yield results, events
     finally:
         backend.drain()
 

@@ -10,7 +10,7 @@ from hybridlab.checkpoint import Checkpoint
 from hybridlab.engine.cuda_lanes import CudaLanes
 from hybridlab.engine.cuda_memory import CONTEXT_BYTES
 from hybridlab.engine.cuda_ring import CudaRing, ResidentExperts
-from hybridlab.engine.devices import Device, TierExperts, no_link
+from hybridlab.engine.devices import Device, TierExperts, no_link, nothing_to_bring
 from hybridlab.engine.host_store import HostStore
 from hybridlab.engine.lane_threads import LaneThreads
 from hybridlab.engine.ring import slot_experts
@@ -59,10 +59,11 @@ def cuda_device(
     largest = max([size, *map(len, resident.values())])
     lanes = CudaLanes(device) if device.type == "cuda" else LaneThreads()
     experts: dict[Tier, TierExperts] = {Tier.HOST: _HostExperts(store, host, spec.num_experts, lanes)}
-    load = no_link
+    load, move = no_link, nothing_to_bring
     if largest:
         workspace = Workspace(largest, block, device)
-        experts[Tier.RESIDENT] = ResidentExperts(resident, store, workspace, spec.num_experts, device)
+        on_device = ResidentExperts(resident, store, workspace, spec.num_experts, device)
+        experts[Tier.RESIDENT], move = on_device, on_device.move
         if size:
             ring = CudaRing(placed.ring_slots, size, store, workspace, spec.num_experts, device)
             experts[Tier.STREAMED], load = ring.experts, ring.load
@@ -71,7 +72,7 @@ def cuda_device(
         lanes.close()
         store.close()
 
-    return Device(model, lanes, experts, load, close, where)
+    return Device(model, lanes, experts, load, close, where, move)
 
 
 class _HostExperts:

@@ -12,7 +12,7 @@ from hybridlab.engine.local_ids import LocalIds
 from hybridlab.errors import PlanError
 from hybridlab.model.base import Routed
 from hybridlab.model.cuda_experts import GroupedExperts, Workspace
-from hybridlab.plans import Op
+from hybridlab.plans import Move, Op, Tier
 
 
 class CudaRing:
@@ -48,21 +48,54 @@ class CudaRing:
 
 
 class ResidentExperts:
-    """Experts that are copied to the device once."""
+    """Experts that live on the device, in a pool per layer: as many places as there are experts of it in `resident`.
+
+    Those there are lie in the first places, in any order; `move` takes one in or gives one up.
+    """
 
     def __init__(
         self, resident: Mapping[int, Sequence[int]], store: HostStore, workspace: Workspace, num_experts: int,
         device: torch.device,
     ) -> None:  # fmt: skip
-        self._experts = {}
+        self._store, self._local = store, LocalIds(num_experts, device)
+        self._pools: dict[int, torch.Tensor] = {}
+        self._places: dict[int, list[int]] = {}
+        """Layer -> which expert is in each place."""
+        self._experts: dict[int, GroupedExperts] = {}
         for layer, experts in resident.items():
-            blocks = torch.cat([store.blocks(layer)[first:end].to(device) for first, end in _runs(experts)])
-            self._experts[layer] = GroupedExperts(blocks, store.block, workspace)
-        self._local = LocalIds(num_experts, device)
+            pool = torch.empty(len(experts), store.block.num_bytes, dtype=torch.uint8, device=device)
+            place = 0
+            for first, end in _runs(experts):
+                pool[place : place + end - first].copy_(store.blocks(layer)[first:end])
+                place += end - first
+            self._pools[layer], self._places[layer] = pool, list(experts)
+            self._experts[layer] = GroupedExperts(pool, store.block, workspace)
 
     def __call__(self, op: Op, routed: Routed) -> torch.Tensor:
-        ids = self._local(routed.expert_ids, op.experts)
-        return self._experts[op.layer](routed.x_TH, ids, routed.weights, len(op.experts))
+        places = self._places[op.layer]
+        if len(places) != len(op.experts) or set(places) != set(op.experts):
+            raise PlanError(
+                f"op {op.id}: experts {op.experts} of layer {op.layer} are not those that live on the device"
+            )
+        ids = self._local(routed.expert_ids, places)
+        return self._experts[op.layer](routed.x_TH, ids, routed.weights, len(places))
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Between steps: enqueue the copies on the current stream; what leaves makes room for what comes."""
+        for move in sorted(moves, key=lambda move: move.tier is Tier.RESIDENT):
+            pool, places = self._pools.get(move.layer), self._places.get(move.layer, [])
+            if move.tier is Tier.RESIDENT and move.expert not in places:
+                if pool is None or len(places) == len(pool):
+                    raise PlanError(f"expert {move.expert} of layer {move.layer} finds no room on the device")
+                pool[len(places)].copy_(self._store.blocks(move.layer)[move.expert], non_blocking=True)
+                places.append(move.expert)
+            elif move.tier is not Tier.RESIDENT and move.expert in places:
+                assert pool is not None
+                last = places.pop()
+                if last != move.expert:  # the last one closes the gap
+                    place = places.index(move.expert)
+                    pool[place].copy_(pool[len(places)], non_blocking=True)
+                    places[place] = last
 
 
 def _runs(experts: Sequence[int]) -> list[tuple[int, int]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from hybridlab.checkpoint import Checkpoint
@@ -17,15 +18,19 @@ from hybridlab.model import build_model
 from hybridlab.model.base import Model, Routed
 from hybridlab.model.expert_block import experts_of
 from hybridlab.model.numerics import Bf16, ExpertsFn, Numerics
-from hybridlab.plans import Op, PlacementPlan, Tier
+from hybridlab.plans import Move, Op, PlacementPlan, Tier
 
 TierExperts = Callable[[Op, Routed], torch.Tensor]
 """(an "experts" op, the router's choice) -> the part that the op's experts have in the results, [T, H]."""
 
 
+def nothing_to_bring(moves: Sequence[Move]) -> None:
+    """`Device.move` where every tier reaches every expert."""
+
+
 @dataclass(frozen=True)
 class Device:
-    """`load` fills a ring slot; `close` ends the lanes' threads."""
+    """`load` fills a ring slot; `move` brings experts to new tiers between steps; `close` ends the lanes' threads."""
 
     model: Model
     lanes: Lanes
@@ -34,6 +39,7 @@ class Device:
     close: Callable[[], None]
     torch_device: str = "cpu"
     """Where the KV cache lies."""
+    move: Callable[[Sequence[Move]], None] = nothing_to_bring
 
 
 def cpu_device(checkpoint: Checkpoint, numerics: Numerics, threads: int) -> Device:
@@ -58,7 +64,8 @@ def emulated_device(
 ) -> Device:
     """Two sets of cores that work at the same time, one in the accelerator's place; copies are the link between them.
 
-    Resident experts stay where the checkpoint is mapped: that memory is the accelerator's too. For studying overlap.
+    Resident experts stay where the checkpoint is mapped: that memory is the accelerator's too. One that moves in takes
+    its time on the link, with a copy that nobody reads. For studying overlap.
     """
     model = build_model(checkpoint, accelerator, accelerator_threads)
     on_host = _HostExperts(model, host)
@@ -66,22 +73,24 @@ def emulated_device(
     def resident(op: Op, routed: Routed) -> torch.Tensor:
         return model.experts(op.layer, routed, op.experts)
 
+    def move(moves: Sequence[Move]) -> None:
+        for each in moves:
+            if each.tier is Tier.RESIDENT:
+                for linear in (group[each.expert] for group in model.expert_weights(each.layer)):
+                    for array in (linear.weight, linear.scale):
+                        if array is not None:
+                            source = array.reshape(-1).view(np.uint8)
+                            link.copy(np.empty_like(source), source)
+
     lanes = LaneThreads()
     experts: dict[Tier, TierExperts] = {Tier.HOST: on_host, Tier.RESIDENT: resident}
     if not (size := slot_experts(placed, model.spec)):
-        return Device(model, lanes, experts, no_link, lanes.close)
-    weights = {
-        layer: {
-            number: expert
-            for number, expert in enumerate(experts_of(model.expert_weights(layer)))
-            if placed.tier(layer, number) is Tier.STREAMED
-        }
-        for layer in model.spec.moe_layers
-    }
+        return Device(model, lanes, experts, no_link, lanes.close, move=move)
+    weights = {layer: dict(enumerate(experts_of(model.expert_weights(layer)))) for layer in model.spec.moe_layers}
     # What passes through a slot is never packed.
     as_stored = Bf16(accelerator_threads) if isinstance(accelerator, Bf16) else accelerator
     ring = Ring(placed.ring_slots, size, weights, as_stored, link, num_experts=model.spec.num_experts, poison=poison)
-    return Device(model, lanes, {**experts, Tier.STREAMED: ring.experts}, ring.load, lanes.close)
+    return Device(model, lanes, {**experts, Tier.STREAMED: ring.experts}, ring.load, lanes.close, move=move)
 
 
 class _HostExperts:

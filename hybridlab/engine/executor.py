@@ -15,7 +15,7 @@ from hybridlab.engine.local_ids import LocalIds, count_ids
 from hybridlab.engine.sampling import draw
 from hybridlab.errors import PlanError, StrategyError
 from hybridlab.model.base import MicroBatch, Routed
-from hybridlab.plans import Op, Program, RequestId, Span, Tier
+from hybridlab.plans import Move, Op, Program, RequestId, Span, Tier
 
 
 @dataclass
@@ -39,6 +39,22 @@ class Executor:
         self._device, self._model, self._cache = device, device.model, cache
         device.model.cache = cache
         self._local = LocalIds(device.model.spec.num_experts, device.torch_device)
+        self._counts_LE: torch.Tensor | None = None
+        """Where the model is, and with a last column for skipped routes; None until somebody asks."""
+
+    def take_routes(self) -> np.ndarray:
+        """As `moves.Movable`, between steps: what is counted on a device is read here alone."""
+        spec = self._model.spec
+        if self._counts_LE is None:
+            shape = spec.num_layers, spec.num_experts + 1
+            self._counts_LE = torch.zeros(shape, dtype=torch.int64, device=self._device.torch_device)
+        found = self._counts_LE[list(spec.moe_layers), :-1].cpu().numpy()
+        self._counts_LE.zero_()
+        return found
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """As `moves.Movable`, between steps."""
+        self._device.move(moves)
 
     def run(
         self, program: Program, batch: StepBatch, clock_start_s: float, on_route: OnRoute | None = None
@@ -81,6 +97,8 @@ class Executor:
                     routed = model.router(op.layer, micro.x_TH)
                     if on_route is not None:
                         routed = _replaced(routed, on_route, op.layer, micro.entries, model.spec.num_experts)
+                    if self._counts_LE is not None:
+                        self._counts_LE[op.layer] += count_ids(routed.expert_ids, model.spec.num_experts)
                     micro.routed = self._by_tier(op.layer, routed, program)
                 case "experts":
                     assert op.tier is not None

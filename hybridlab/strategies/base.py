@@ -43,7 +43,13 @@ class Placement(Protocol):
         ...
 
     def update(self, routing: RoutingStats) -> tuple[Move, ...]:
-        """Moves between steps, from the routes of late; usually (). Device "cpu" has one tier and never asks."""
+        """Moves between steps, from the routes since the last call; usually ().
+
+        Asked every `update_every_steps` steps if the placement has that (a field, or an attribute of the class) and it
+        is not 0; without it nothing is counted. A layer never has more RESIDENT experts than `place` planned, and no
+        more STREAMED ones than the ring's slots hold; what leaves makes room for what comes. Moves that break this end
+        the run with a `StrategyError`. Device "cpu" has one tier and never asks.
+        """
         ...
 
 

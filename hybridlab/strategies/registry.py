@@ -24,6 +24,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "all_resident": "hybridlab.strategies.placement.all_resident:AllResident",
         "hot_resident": "hybridlab.strategies.placement.hot_resident:HotResident",
         "layer_split": "hybridlab.strategies.placement.layer_split:LayerSplit",
+        "lru_cache": "hybridlab.strategies.placement.lru_cache:LruCache",
         "streamed": "hybridlab.strategies.placement.streamed:Streamed",
     },
     "overlap": {

@@ -17,26 +17,27 @@ FLOORS = {
     1: {"admission", "batch", "kv_blocks", "lowering", "moves", "prefix_cache", "strategies"},
     2: {
         "checkpoint", "engine", "hardware", "kernel_checks", "kernel_layouts", "kernels", "kernels_attention",
-        "kernels_numpy", "kernels_router", "model", "number_formats", "simulator", "text",
+        "kernels_host_lane", "kernels_numpy", "kernels_router", "model", "number_formats", "simulator", "text",
     },
     3: {
         "arrivals", "axes", "axes_random", "backends", "bench", "bench_contenders", "bench_decode_devices",
         "bench_devices", "bench_ggml", "bench_kernels", "bench_kt_kernel", "bench_peers", "bench_plan", "bench_prefill",
         "bench_prefill_devices", "bench_shapes", "bench_steps", "bench_targets",
-        "bench_timing", "bench_weights", "columns", "config", "device_lock", "execution",
+        "bench_timing", "bench_weights", "calibration", "calibration_crossovers", "calibration_files",
+        "calibration_steps", "columns", "config", "device_lock", "execution",
         "experiment", "export", "figures_config", "jobs", "live_requests", "loading", "metrics", "prediction",
         "run_costs", "run_files", "summary_table", "sweep_plan", "provenance", "recording", "request_queue", "sections",
         "serving", "session", "store", "stored_run", "strict_yaml", "workload",
     },
     4: {
-        "__main__", "cli", "cli_bench", "cli_checkpoint", "cli_figures", "cli_output", "cli_run", "cli_sweep",
+        "__main__", "cli", "cli_bench", "cli_calibrate", "cli_checkpoint", "cli_figures", "cli_output", "cli_run", "cli_sweep",
         "figures", "widgets",
     },
 }  # fmt: skip
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 EXEMPT = {"__init__"}  # hybridlab/__init__.py re-exports from every floor, lazily
 ABOVE_PLANS = {"torch", "jax", "jaxlib"}  # not below floor 2
-ENVIRONMENT_READERS = {"kernels.py"}
+ENVIRONMENT_READERS = {"calibration_files.py", "kernels.py"}
 STRANGERS = ("engine", "simulator")  # the two interpreters share plans, not code
 EXTENSION_OWNER = "kernels"
 
