@@ -2,7 +2,7 @@
 """Thin wrapper of the C kernels. It trusts its arguments: hybridlab/kernels.py checks them and keeps arrays alive."""
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
@@ -75,6 +75,19 @@ cdef extern from "attention.h" nogil:
         float *out
         int threads
     int hl_attention_step(const hl_attention *, const hl_attention_call *)
+
+cdef extern from "host_lane.h" nogil:
+    ctypedef struct hl_host_op:
+        const uint32_t *ready
+        uint32_t *done
+        const hl_tier *tier
+        const hl_moe *moe
+        const float *x
+        const int32_t *ids
+        const float *weights
+        float *out
+        int64_t tokens, slots
+    int hl_host_lane(const hl_host_op *, int64_t, int, const uint32_t *, double *)
 
 
 cdef double _native_s = 0.0
@@ -186,6 +199,7 @@ cdef class MoeLayer:
 
 
 include "steps.pxi"
+include "host_lane.pxi"
 
 
 def address(object array):

@@ -135,15 +135,15 @@ class MoeLayer:
         self._keep = (gate, up, down)
         present = np.array([g is not None for g in gate])
         self._experts, self._present = len(present), None if present.all() else present
-        self._width = h
-        self._native = None
+        self.width = h
+        self.native_layer = None
         if native and tier != "numpy":
             parts = [
                 None if g is None or u is None or d is None else (_parts(*g), _parts(*u), _parts(*d))
                 for g, u, d in zip(gate, up, down, strict=True)
             ]
-            self._native = native.MoeLayer(tier, parts, h, i)
-        self._plain = None if self._native else [[m and _plain(*m) for m in side] for side in self._keep]
+            self.native_layer = native.MoeLayer(tier, parts, h, i)
+        self._plain = None if self.native_layer else [[m and _plain(*m) for m in side] for side in self._keep]
         self.tier = tier
         self.expert_bytes: list[int] = [
             sum(array.nbytes for matrix in expert if matrix for array in matrix if array is not None)
@@ -164,16 +164,16 @@ class MoeLayer:
         out = sum over slots, in slot order, of weight * down(bf16(silu(gate x) * up x)); a negative id skips
         its slot. The GIL is released. Raises ValueError for a wrong argument or the id of an absent expert.
         """
-        tokens = check_input("x", x, np.float32, self._width)
+        tokens = check_input("x", x, np.float32, self.width)
         slots = check_routing(expert_ids, expert_weights, tokens, self._experts, self._present)
-        out = output(out, (x, expert_ids, expert_weights), (tokens, self._width))
+        out = output(out, (x, expert_ids, expert_weights), (tokens, self.width))
         threads = check_threads(threads)
-        if self._native is None:
+        if self.native_layer is None:
             assert self._plain is not None
             gate, up, down = self._plain
             out[...] = kernels_numpy.moe(x, expert_ids, expert_weights, gate, up, down)
         elif tokens:
-            self._native.run(address(x), tokens, slots, address(expert_ids), address(expert_weights),
+            self.native_layer.run(address(x), tokens, slots, address(expert_ids), address(expert_weights),
                              address(out), threads)  # fmt: skip
         return out
 

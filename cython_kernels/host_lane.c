@@ -1,0 +1,51 @@
+#include "host_lane.h"
+
+#include <sched.h>
+#include <time.h>
+
+#include "pool.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define RELAX() _mm_pause()
+#else
+#define RELAX() ((void)0)
+#endif
+
+enum { SPINS = 4096 }; /* looks at a word, some 100 us, before the core is offered to others */
+
+static double now(void) {
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (double)ts.tv_sec + 1e-9 * (double)ts.tv_nsec;
+}
+
+static int is_set(const uint32_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE) != 0; }
+
+static int wait_for(const uint32_t *ready, const uint32_t *stop) {
+    for (;;) {
+        for (int i = 0; i < SPINS; i++) {
+            if (is_set(ready)) return 0;
+            RELAX();
+        }
+        if (is_set(stop)) return 1;
+        sched_yield();
+    }
+}
+
+static int compute(const hl_host_op *op, int threads) {
+    if (!op->moe) return 0;
+    return hl_moe_forward(op->tier, op->moe, op->x, op->tokens, op->slots, op->ids, op->weights, op->out, threads);
+}
+
+int hl_host_lane(const hl_host_op *ops, int64_t count, int threads, const uint32_t *stop, double *times) {
+    int status = 0;
+    for (int64_t i = 0; i < count; i++) {
+        if (status == 0) status = wait_for(ops[i].ready, stop);
+        times[2 * i] = now();
+        if (status == 0) status = compute(&ops[i], threads);
+        __atomic_store_n(ops[i].done, 1, __ATOMIC_RELEASE);
+        times[2 * i + 1] = now();
+    }
+    return status;
+}
