@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hybridlab.checkpoint import open_checkpoint
+from hybridlab.checkpoint import Checkpoint, open_checkpoint
 from hybridlab.engine.options import (
     check_accelerator_threads,
     check_device,
@@ -20,6 +20,7 @@ from hybridlab.engine.options import (
 from hybridlab.engine.runtime import Runtime
 from hybridlab.errors import ConfigError
 from hybridlab.hardware import detect
+from hybridlab.hardware.host_memory import detect_host_memory
 from hybridlab.lowering import Planner
 from hybridlab.model.weight_layout import WeightLayout
 from hybridlab.prefix_cache import NoPrefixes, PrefixCache
@@ -29,7 +30,7 @@ from hybridlab.strategies.registry import resolve
 
 
 def load(
-    path: str | Path,
+    path: str | Path | Checkpoint,
     *,
     precision: str = "bf16",
     weight_layout: WeightLayout = "rows",
@@ -40,7 +41,7 @@ def load(
     placement: Any = "all_host",
     overlap: Any = "sequential",
     threads: int | None = None,
-    token_budget: int = 2048,
+    token_budget: int | None = None,
     kv_tokens: int | None = None,
     kv_block_tokens: int = 16,
     memory_gb: float | None = None,
@@ -57,10 +58,11 @@ def load(
     the placement knows of the experts' popularity (see `hl.record_routing`).
     `device="emulated"` gives `accelerator_threads` cores (default: half) the place of a GPU of `vram_gb` (1e9 bytes)
     and copies to it at most at `link_gb_s`; the other cores are the CPU.
+    With a link, placement and overlap see the thresholds that `hl.calibrate` measured for this model loaded like this.
     Raises `CheckpointError`, `ConfigError`, `StrategyError` or `MemoryBudgetError`, each in one line.
     """
     device = check_device(device)
-    if not isinstance(path, str | Path):
+    if not isinstance(path, str | Path | Checkpoint):
         raise ConfigError(f"path is {path!r:.60}, expected the folder of a checkpoint")
     sizes = {"memory_gb": memory_gb, "link_gb_s": link_gb_s, "vram_gb": vram_gb}
     counts = {"token_budget": token_budget, "kv_block_tokens": kv_block_tokens, "kv_tokens": kv_tokens}
@@ -78,7 +80,15 @@ def load(
         hardware = emulated_hardware(hardware, vram_gb, link_gb_s)
     elif device == "cuda":
         hardware = cuda_hardware(hardware, vram_gb)
-    checkpoint = open_checkpoint(path)
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    if device != "cpu":
+        from hybridlab.calibration_files import calibrated
+
+        link = {"accelerator_threads": accelerator_threads, "link_gb_s": link_gb_s}
+        how = {"threads": num_threads, "precision": precision, "weight_layout": weight_layout, **link}
+        hardware = calibrated(hardware, checkpoint.spec, **how)
+        if (resolved := getattr(overlap, "calibrated", None)) is not None:
+            overlap = resolved(hardware)
     placed = placement.place(checkpoint.spec, hardware, routing or RoutingStats())
     check_placed(placed, type(placement).__name__, device)
     runtime = Runtime(
@@ -93,8 +103,9 @@ def load(
         kv_tokens=kv_tokens,
         kv_block_tokens=kv_block_tokens,
         memory_gb=memory_gb,
+        free_bytes=detect_host_memory().available_bytes if device == "cuda" else None,
         quiet=quiet,
     )
     planner = Planner(checkpoint.spec, hardware, placement, overlap, placed)
     prefixes = PrefixCache if prefix_cache else lambda pool: NoPrefixes()
-    return Engine(checkpoint, runtime, planner, precision, num_threads, token_budget, prefixes)
+    return Engine(checkpoint, runtime, planner, precision, num_threads, runtime.memory.token_budget, prefixes)

@@ -164,10 +164,12 @@ class Engine:
         self.close()
 
     def __repr__(self) -> str:
-        s = self.spec
+        s, hardware = self.spec, self.planner.hardware
+        origin = f"calibrated {hardware.calibrated}" if hardware.calibrated else "not calibrated, the paper's"
+        thresholds = "" if hardware.device == "cpu" else f", thresholds={origin}"
         return (
             f"Engine({self.checkpoint.folder.name}: {s.family}, {s.num_layers} layers, {s.num_experts} experts top-"
-            f"{s.top_k}, {s.weight_dtype} weights, precision={self.precision}, threads={self.threads})"
+            f"{s.top_k}, {s.weight_dtype} weights, precision={self.precision}, threads={self.threads}{thresholds})"
         )
 
     def _repr_html_(self) -> str:

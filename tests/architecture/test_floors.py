@@ -30,7 +30,8 @@ FLOORS = {
         "serving", "session", "store", "stored_run", "strict_yaml", "workload",
     },
     4: {
-        "__main__", "cli", "cli_bench", "cli_calibrate", "cli_checkpoint", "cli_figures", "cli_output", "cli_run", "cli_sweep",
+        "__main__", "cli", "cli_bench", "cli_calibrate", "cli_checkpoint", "cli_figures", "cli_output", "cli_run",
+        "cli_sweep",
         "figures", "widgets",
     },
 }  # fmt: skip
