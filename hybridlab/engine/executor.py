@@ -158,17 +158,24 @@ def _replaced(routed: Routed, on_route: OnRoute, layer: int, entries: Sequence[E
     """What the hook makes of the router's choice; raises `StrategyError` for ids that cannot be."""
     own = routed.expert_ids.cpu().numpy().view()
     own.flags.writeable = False
-    ids = on_route(layer, entries, own)
+    ids = check_chosen(on_route(layer, entries, own), own, layer, num_experts)
     if ids is None:
         return routed
+    chosen = torch.from_numpy(np.ascontiguousarray(ids)).to(routed.expert_ids.device)
+    return replace(routed, expert_ids=chosen)
+
+
+def check_chosen(ids: object, own: np.ndarray, layer: int, num_experts: int) -> np.ndarray | None:
+    """`ids` of an `OnRoute` for the router's `own` choice; raises `StrategyError` for ids that cannot be."""
+    if ids is None:
+        return None
     if not isinstance(ids, np.ndarray) or ids.dtype != np.int32 or ids.shape != own.shape:
         given = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else type(ids).__name__
         raise StrategyError(f"on_route, layer {layer}: returned {given}, expected int32 {list(own.shape)} or None")
     if ids.min() < 0 or ids.max() >= num_experts:
         span = f"{ids.min()} to {ids.max()}"
         raise StrategyError(f"on_route, layer {layer}: returned experts {span}, expected 0 to {num_experts - 1}")
-    chosen = torch.from_numpy(np.ascontiguousarray(ids)).to(routed.expert_ids.device)
-    return replace(routed, expert_ids=chosen)
+    return ids
 
 
 def _last_rows(micro: _Running) -> list[int]:
