@@ -132,8 +132,9 @@ def lower(shape: Shape, model: ModelSpec) -> tuple[Op, ...]:
 
 def check_placed(placed: PlacementPlan, model: ModelSpec, ranks: Sequence[int]) -> None:
     """Every expert that a plan names must exist, on a rank that computes; raises `StrategyError` naming it."""
+    layers = frozenset(model.moe_layers)
     for layer, expert in (*placed.tier_of, *placed.rank_of):
-        if layer not in model.moe_layers or not 0 <= expert < model.num_experts:
+        if layer not in layers or not 0 <= expert < model.num_experts:
             raise StrategyError(f"the placement names (layer {layer}, expert {expert}), which the model does not have")
     for (layer, expert), rank in placed.rank_of.items():
         if rank not in ranks:
@@ -232,6 +233,7 @@ class _Builder:
         self.compute = shape.compute_lane
         self.ops: list[Op] = []
         self.last: dict[tuple[int, int], int] = {}
+        self._groups: dict[tuple[int, int], list[tuple[Tier, int, tuple[int, ...]]]] = {}
 
     def add(self, kind: str, lane: LaneKind, rank: int, *, microbatch: int = 0, needs=None, **fields) -> int:
         worker = self.shape.worker if rank == self.shape.ranks[0] else f"{self.shape.worker}.{rank}"
@@ -254,7 +256,9 @@ class _Builder:
         self.add("router", self.compute, rank, layer=layer, microbatch=microbatch)
         routed = self.last[rank, microbatch]
         done = []
-        for tier, part, experts in self._groups(layer, rank):
+        if (groups := self._groups.get((layer, rank))) is None:
+            groups = self._groups[layer, rank] = self._grouped(layer, rank)
+        for tier, part, experts in groups:
             needs, group = (routed,), {"layer": layer, "part": part, "tier": tier, "experts": experts}
             if tier is Tier.STREAMED:
                 if part not in loads:
@@ -268,7 +272,7 @@ class _Builder:
             needs = (reduced,)
         self.add("combine", self.compute, rank, layer=layer, microbatch=microbatch, needs=needs)
 
-    def _groups(self, layer: int, rank: int) -> list[tuple[Tier, int, tuple[int, ...]]]:
+    def _grouped(self, layer: int, rank: int) -> list[tuple[Tier, int, tuple[int, ...]]]:
         """(tier, part, experts) of every experts op; the CPU's op also takes streamed experts that may stay behind."""
         placed, prefetch = self.shape.placement, self.shape.path.prefetch
         groups = [(Tier.RESIDENT, 0, e) for e in parts_of(placed, self.model, layer, rank, Tier.RESIDENT)]

@@ -36,7 +36,7 @@ class Mover:
 
     def __init__(self, placement: Placement, planned: PlacementPlan, model: ModelSpec) -> None:
         every = getattr(placement, "update_every_steps", 0)
-        self._placement, self._model, self._every_steps = placement, model, every
+        self._placement, self._model, self.every_steps = placement, model, every
         self._name = f"placement {type(placement).__name__}"
         if not isinstance(every, int) or isinstance(every, bool) or every < 0:
             raise StrategyError(f"{self._name}: update_every_steps is {every!r}, expected an int >= 0")
@@ -48,17 +48,21 @@ class Mover:
 
     def ask(self, backend: Movable, num_steps: int) -> tuple[Move, ...]:
         """The moves that are due after `num_steps` more steps."""
-        if not self._every_steps:
+        if not self.every_steps:
             return ()
         if self._steps is None:
             backend.take_routes()
             self._steps = 0
         self._steps += num_steps
-        if self._steps < self._every_steps:
+        if self._steps < self.every_steps:
             return ()
         self._steps = 0
         rows = tuple(map(tuple, backend.take_routes().tolist()))
-        moves = self._placement.update(RoutingStats(rows, "steps of late", self._model.moe_layers))
+        return self.wanted(RoutingStats(rows, "steps of late", self._model.moe_layers))
+
+    def wanted(self, routing: RoutingStats) -> tuple[Move, ...]:
+        """What the placement makes of `routing`; raises `StrategyError` unless that is a tuple of moves."""
+        moves = self._placement.update(routing)
         if not isinstance(moves, tuple) or not all(isinstance(move, Move) for move in moves):
             raise StrategyError(f"{self._name}: update() returned {moves!r:.60}, expected a tuple of Move")
         return moves

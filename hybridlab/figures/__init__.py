@@ -3,6 +3,7 @@
 Rows of several kinds of evidence are compared only if `evidence=[...]` asks for it.
 """
 
+from hybridlab.figures.decode_tradeoff import decode_tradeoff, read_decode
 from hybridlab.figures.draw import draw_figures
 from hybridlab.figures.fp8_codes import fp8_codes, fp8_table
 from hybridlab.figures.kernel_bench import read_kernel_bench, save_kernel_bench
@@ -23,12 +24,14 @@ __all__ = [
     "ONE_COLUMN_IN",
     "TWO_COLUMNS_IN",
     "Tables",
+    "decode_tradeoff",
     "draw_figures",
     "fp8_codes",
     "fp8_table",
     "latency_cdf",
     "load_curves",
     "pareto_front",
+    "read_decode",
     "read_kernel_bench",
     "read_slp",
     "roofline",

@@ -18,10 +18,10 @@ from typing import Any
 
 from hybridlab.errors import HybridlabError, StrategyError
 from hybridlab.lowering import Planner, lower
+from hybridlab.moves import Mover
 from hybridlab.plans import (
     ExpertPath,
     LaneKind,
-    Move,
     PlacementPlan,
     QueueView,
     RunningRequest,
@@ -88,7 +88,10 @@ def check_scheduler(scheduler: Any, *, seed: int = 0, num_trials: int = 20) -> N
 
 
 def check_placement(placement: Any) -> None:
-    """Call `placement` for machines with and without a GPU: plans must name real experts and ranks, and lower."""
+    """Call `placement` for machines with and without a GPU: plans must name real experts and ranks, and lower.
+
+    Moves of its `update` must keep to what `place` planned.
+    """
     placement = resolve("placement", placement)
     problems: list[tuple[str, str]] = []
     routing = RoutingStats(tuple((10, 5, 1, 1, 0, 0, 0, 3) for _ in TOY_MODEL.moe_layers), "toy", TOY_MODEL.moe_layers)
@@ -96,7 +99,8 @@ def check_placement(placement: Any) -> None:
         for stats in (RoutingStats(), routing):
             where = f"{hardware.name}: "
             _collect(problems, placement, where, lambda h=hardware, s=stats: _try_placement(placement, h, s))
-    _collect(problems, placement, "", lambda: _try_update(placement, routing))
+    if not problems:
+        _collect(problems, placement, "", lambda: _try_update(placement, routing))
     _report(f"placement {type(placement).__name__}", problems)
 
 
@@ -212,9 +216,15 @@ def _try_placement(placement: Any, hardware: HardwareSpec, routing: RoutingStats
 
 
 def _try_update(placement: Any, routing: RoutingStats) -> None:
-    moves = placement.update(routing)
-    if not isinstance(moves, tuple) or not all(isinstance(move, Move) for move in moves):
-        raise StrategyError(f"update() returned {moves!r:.60}, expected a tuple of Move")
+    """Update after update, each with other hot experts; every move must find its room."""
+    placed = placement.place(TOY_MODEL, TOY_GPU, routing)
+    mover, rng = Mover(placement, placed, TOY_MODEL), random.Random(0)
+    for _ in range(16):
+        rows = tuple(tuple(rng.choice((0, 0, 1, 30)) for _ in row) for row in routing.counts)
+        moves = mover.wanted(RoutingStats(rows, "toy", routing.layers))
+        if moves and not mover.every_steps:
+            raise StrategyError("update() returned moves, but nothing asks it: update_every_steps is missing, or 0")
+        placed = mover.moved(placed, moves)
 
 
 def _collect(problems: list[tuple[str, str]], strategy: Any, where: str, attempt: Callable[[], Any]) -> None:

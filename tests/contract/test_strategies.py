@@ -9,7 +9,7 @@ import pytest
 
 import hybridlab as hl
 from hybridlab.errors import StrategyError
-from hybridlab.plans import ExpertPath, PlacementPlan, StepPlan, Tier
+from hybridlab.plans import ExpertPath, Move, PlacementPlan, StepPlan, Tier
 from hybridlab.strategies import registry
 from hybridlab.strategies.placement.all_host import AllHost
 from hybridlab.strategies.scheduler.chunked_prefill import ChunkedPrefill
@@ -178,6 +178,7 @@ class Placed(AllHost):
     plan: object = None
     path: object = ExpertPath()
     moves: object = ()
+    update_every_steps: object = 1
 
     def place(self, model, hardware, routing):
         return self.plan or PlacementPlan()
@@ -201,6 +202,11 @@ class Placed(AllHost):
         (Placed(path="all"), "expert_path\\(1\\) returned str"),
         (Placed(path=ExpertPath(prefetch=(frozenset(),))), "prefetches for 1 layers"),
         (Placed(moves=[1]), "expected a tuple of Move"),
+        (Placed(moves=(Move(1, 0, Tier.RESIDENT),)), "move of expert 0 of layer 1 to resident: 1 experts would live"),
+        (Placed(moves=(Move(0, 3, Tier.HOST),)), "expert 3 of layer 0 to host: the model does not have that expert"),
+        (Placed(moves=(Move(1, 0, Tier.STREAMED),)), "the plan has no ring"),
+        (Placed(moves=(Move(1, 0, Tier.HOST),), update_every_steps=0), "update_every_steps is missing, or 0"),
+        (Placed(update_every_steps=1.5), "update_every_steps is 1.5, expected an int >= 0"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

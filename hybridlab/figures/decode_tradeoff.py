@@ -1,0 +1,142 @@
+"""What a larger decode batch brings and costs: tokens/s of all users over TPOT, under each overlap.
+
+The rows are those of `hybridlab bench decode --device ... --out FOLDER`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from hybridlab.config import PAPER, project_dir
+from hybridlab.errors import ConfigError
+from hybridlab.figures.arguments import check_target
+from hybridlab.figures.files import file_path
+from hybridlab.figures.marks import evidence_handle, line_of, put_legend, series_handles
+from hybridlab.figures.origin import note_origin
+from hybridlab.figures.style import GREY, ONE_COLUMN_IN, axis_label, log_axis, new_axes, style
+from hybridlab.figures.tables import Kinds, Series, Where, rows_of, series_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FILES = "decode*.jsonl"
+COLUMNS = ("variant", "batch", "tpot_s", "tpot_s_q1", "tpot_s_q3", "tokens_per_s")
+SETTING = ("preset", "depth", "threads", "accelerator_threads", "machine", "code")
+"""What must be the same in all rows of a figure: else a line says less about the overlap than about these."""
+MARGIN = 1.18
+"""Room around the points, as a factor: labels of batches lie there."""
+
+
+def read_decode(folder: str | Path | None = None) -> pd.DataFrame:
+    """The rows of all decode*.jsonl in `folder` and below, by default of the project's results/paper/dual_batch.
+
+    The column `file` says which one, relative to `folder`. Raises ConfigError if there are none, or one is damaged.
+    """
+    import pandas as pd
+
+    folder = project_dir() / "results" / PAPER / "dual_batch" if folder is None else file_path(folder, "read_decode")
+    tables = []
+    for path in sorted(folder.rglob(FILES)):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            table = pd.DataFrame([json.loads(line) for line in lines if line.strip()])
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+        if missing := [name for name in (*COLUMNS, "evidence") if name not in table.columns]:
+            raise ConfigError(f"{path}: damaged (no column {missing[0]!r})")
+        tables.append(table.assign(file=str(path.relative_to(folder))))
+    if not tables:
+        raise ConfigError(f"{folder}: no {FILES} in it; `hybridlab bench decode --device DEVICE --out` writes one")
+    return pd.concat(tables, ignore_index=True)
+
+
+def decode_tradeoff(
+    df: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    where: Where | None = None,
+    evidence: Kinds | None = None,
+    width_in: float = ONE_COLUMN_IN,
+) -> Axes:
+    """Tokens/s of all users over TPOT (s), both log, of rows as `read_decode` has them: a line per variant.
+
+    A point is a number of requests that decode together. All points of one number lie on a grey line (tokens/s =
+    requests / TPOT), which carries it: of two variants, the one further up on it is better for every user. The pale bar
+    on it spans the quartiles of the steps. `where` picks rows by column, `evidence` asks for kinds to be compared.
+    Raises ConfigError naming a missing column, kinds mixed unasked, rows of several settings (`SETTING`), or a point
+    that is there twice.
+    """
+    what = "decode_tradeoff"
+    check_target(ax, width_in, what)
+    frame: Any = rows_of(df, "table", COLUMNS, what)
+    found = series_of(frame, "variant", what, needs="tpot_s", where=where, evidence=evidence)
+    series = [replace(one, name=str(one.rows["variant"].iloc[0])) for one in found]
+    _check_one_setting(series, what)
+    with style():
+        own = ax is None
+        ax = new_axes(width_in, 2.5 if width_in < 5 else 3.2) if ax is None else ax
+        ax.set(xscale="log", yscale="log", **_limits(series))
+        _draw_batches(ax, series)
+        for one in series:
+            _draw(ax, one)
+        ax.set_xlabel(axis_label("tpot_s"))
+        ax.set_ylabel("tokens/s of all users")
+        quartiles = Line2D([], [], color=GREY, alpha=0.3, linewidth=4.0, label="quartiles of the steps")
+        kinds = [evidence_handle(kind) for kind in dict.fromkeys(one.kind for one in series)]
+        put_legend(ax, series_handles(series), [*kinds, quartiles], below=own)
+        if own:
+            figure: Any = ax.figure
+            figure.draw_without_rendering()  # the legend has taken its room
+        log_axis(ax, "x")
+        log_axis(ax, "y")
+    note_origin(ax, [one.rows for one in series])
+    return ax
+
+
+def _check_one_setting(series: Sequence[Series], what: str) -> None:
+    for column in SETTING:
+        found = [one.rows[column].dropna() for one in series if column in one.rows.columns]
+        values = list(dict.fromkeys(value for part in found for value in part.tolist()))
+        if len(values) > 1:
+            shown = ", ".join(map(repr, values[:4]))
+            raise ConfigError(
+                f"{what}: rows differ in {column!r} ({shown}); choose with where={{{column!r}: {values[0]!r}}}"
+            )
+    for one in series:
+        twice = one.rows[one.rows["batch"].duplicated()]
+        if len(twice):
+            raise ConfigError(f"{what}: {one.name!r} ({one.kind}) is there twice at batch {twice['batch'].iloc[0]}")
+
+
+def _limits(series: Sequence[Series]) -> dict[str, tuple[float, float]]:
+    x, y = (np.concatenate([one.rows[name] for one in series]) for name in ("tpot_s", "tokens_per_s"))
+    return {"xlim": (x.min() / MARGIN, x.max() * MARGIN), "ylim": (y.min() / MARGIN, y.max() * MARGIN)}
+
+
+def _draw_batches(ax: Axes, series: Sequence[Series]) -> None:
+    """The line of each number of requests, named beside its point of the longest TPOT."""
+    slowest_s: dict[int, float] = {}
+    for one in series:
+        for batch, tpot_s in one.rows[["batch", "tpot_s"]].itertuples(index=False):
+            slowest_s[int(batch)] = max(tpot_s, slowest_s.get(int(batch), 0.0))
+    ends = np.array(ax.get_xlim())
+    look: dict[str, Any] = {"fontsize": 6, "color": GREY, "ha": "left", "va": "top", "zorder": 4}
+    for batch, tpot_s in slowest_s.items():
+        ax.plot(ends, batch / ends, color=GREY, linewidth=0.5, linestyle=(0, (1, 2)), zorder=1, label="_batch")
+        ax.annotate(f"batch {batch}", (tpot_s, batch / tpot_s), (3, -2), textcoords="offset points", **look)
+
+
+def _draw(ax: Axes, one: Series) -> None:
+    rows, look = one.rows.sort_values("batch"), line_of(one.number, one.kind)
+    for batch, low, high in rows[["batch", "tpot_s_q1", "tpot_s_q3"]].itertuples(index=False):
+        x = np.array([low, high])
+        ax.plot(x, batch / x, color=look["color"], alpha=0.3, linewidth=4.0, solid_capstyle="butt", label="_quartiles")
+    ax.plot(rows["tpot_s"], rows["tokens_per_s"], **look, zorder=3, label=one.name)
