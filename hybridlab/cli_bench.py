@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hybridlab.cli_output import Json, emit, human_output, note
 from hybridlab.errors import ConfigError
 
+if TYPE_CHECKING:
+    from hybridlab.bench_devices import DeviceBench
+
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure against a yardstick.")
 
 _DEFAULT_PRESET = "qwen3-7b-a1b"
-# As in bench_shapes.LAYERS and bench_peers.PEERS, whose import would slow every command.
+# As in bench_shapes.LAYERS, bench_peers.PEERS and bench_prefill_devices, whose import would slow every command.
 SHAPES = ("deepseek-v3", "qwen3-235b-a22b", "qwen3-30b-a3b", "qwen3-7b-a1b", "tiny")
 PEERS = ("torch_bf16", "torch_fp8", "ggml_q8_0", "ggml_bf16", "kt_kernel")
+VARIANTS = (
+    "all resident",
+    "ring of 2 layers",
+    "sequential",
+    "ring of 2 x half a layer",
+    "one buffer",
+    "CPU experts",
+)
 _MOST_DIGITS = 9  # int() refuses thousands of them with an error of its own
 
 
@@ -25,69 +38,112 @@ def _group() -> None:
     pass
 
 
+Preset = Annotated[str | None, typer.Option(help=f"Random weights in a temporary folder. [default: {_DEFAULT_PRESET}]")]
+Checkpoint = Annotated[Path | None, typer.Option(help="A checkpoint folder instead of a preset.")]
+Layers = Annotated[int | None, typer.Option(min=1, help="Fewer layers than the preset has.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Default: every usable core.")]
+Layout = Annotated[str, typer.Option(help="rows (mapped from the checkpoint) or tiles (packed at load).")]
+Device = Annotated[str | None, typer.Option(help="cuda or emulated: experts on the host or streamed. [default: cpu]")]
+VramGb = Annotated[float | None, typer.Option(help="On a device: its memory to use, in 1e9 bytes.")]
+LinkGbS = Annotated[float | None, typer.Option(help="Emulated: cap of the link. [default: none]")]
+AcceleratorThreads = Annotated[int | None, typer.Option(help="Emulated: cores in a GPU's place. [default: half]")]
+Out = Annotated[Path | None, typer.Option(help="On a device: append rows to a file in this folder as they are made.")]
+
+
 @bench.command()
 def decode(
-    preset: Annotated[
-        str | None, typer.Option(help=f"Random weights in a temporary folder. [default: {_DEFAULT_PRESET}]")
+    preset: Preset = None,
+    checkpoint: Checkpoint = None,
+    layers: Layers = None,
+    depth: Annotated[
+        int | None, typer.Option(min=0, help="Tokens already in each request's cache. [default: 0; on a device 1024]")
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint folder instead of a preset.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the preset has.")] = None,
-    depth: Annotated[int, typer.Option(min=0, help="Tokens already in each request's cache.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Requests that decode together.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: every usable core.")] = None,
-    weight_layout: Annotated[
-        str, typer.Option(help="rows (mapped from the checkpoint) or tiles (packed at load).")
-    ] = "rows",
+    batch: Annotated[
+        str | None, typer.Option(help="Requests that decode together. [default: 1; on a device 1,2,4,6,8]")
+    ] = None,
+    threads: Threads = None,
+    weight_layout: Layout = "rows",
     steps: Annotated[int, typer.Option(min=1, help="Timed decode steps.")] = 32,
+    device: Device = None,
+    beside_cpu: Annotated[bool, typer.Option("--beside-cpu", help="On a device: the same on the CPU alone.")] = False,
+    vram_gb: VramGb = None,
+    link_gb_s: LinkGbS = None,
+    accelerator_threads: AcceleratorThreads = None,
+    out: Out = None,
     json: Json = False,
 ) -> None:
-    """Decode speed, bytes per token, and the fraction of the read bandwidth measured in between."""
+    """Decode speed, bytes per token, and the fraction of the read bandwidth measured in between.
+
+    On a device: plain batch and dual batch of the same requests in turns, time per token of a user beside the
+    throughput, and the bound from the same steps' ops.
+    """
     _one_source("decode", preset, checkpoint, layers)
+    batches = _numbers(batch, "bench decode: --batch")
+    common = {"checkpoint": checkpoint, "layers": layers, "threads": threads, "weight_layout": weight_layout}
+    on_device = {"vram_gb": vram_gb, "link_gb_s": link_gb_s, "accelerator_threads": accelerator_threads, "out": out}
+    if device is not None and device not in ("cpu", "auto"):
+        from hybridlab import bench_decode_devices as devices
+
+        given = {"batch": batches, "depth": depth}
+        given = {name: value for name, value in given.items() if value is not None}
+        chosen = {**common, **on_device, **given, "device": device, "beside_cpu": beside_cpu, "steps": steps}
+        _emit_devices(partial(devices.decode, preset or _DEFAULT_PRESET, **chosen), json)
+        return
+    _for_devices("decode", {**on_device, "beside_cpu": beside_cpu or None})
     from hybridlab import bench as measure
 
+    one = _single(batches, "bench decode: --batch", 1)
     with human_output():
-        result = measure.decode(
-            preset or _DEFAULT_PRESET,
-            checkpoint=checkpoint,
-            layers=layers,
-            depth=depth,
-            batch=batch,
-            threads=threads,
-            weight_layout=weight_layout,  # type: ignore[arg-type]  # checked there
-            steps=steps,
-        )
+        result = measure.decode(preset or _DEFAULT_PRESET, **common, depth=depth or 0, batch=one, steps=steps)
     emit(result.as_dict() if json else str(result), json)
 
 
 @bench.command()
 def prefill(
-    preset: Annotated[
-        str | None, typer.Option(help=f"Random weights in a temporary folder. [default: {_DEFAULT_PRESET}]")
+    preset: Preset = None,
+    checkpoint: Checkpoint = None,
+    layers: Layers = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Length of the prompt, computed in one step. [default: 512; on a device 512, 1024, ... 32768 or what "
+            "it can do]"
+        ),
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint folder instead of a preset.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the preset has.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt, computed in one step.")] = 512,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: every usable core.")] = None,
-    weight_layout: Annotated[
-        str, typer.Option(help="rows (mapped from the checkpoint) or tiles (packed at load).")
-    ] = "rows",
+    threads: Threads = None,
+    weight_layout: Layout = "rows",
     steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 5,
+    device: Device = None,
+    variants: Annotated[
+        str | None, typer.Option(help=f"On a device, with commas: {', '.join(VARIANTS)}. [default: all]")
+    ] = None,
+    vram_gb: VramGb = None,
+    link_gb_s: LinkGbS = None,
+    accelerator_threads: AcceleratorThreads = None,
+    out: Out = None,
     json: Json = False,
 ) -> None:
-    """Prefill speed, and the fraction of the multiply ceiling measured in between."""
+    """Prefill speed, and the fraction of the multiply ceiling measured in between.
+
+    On a device: prompts with experts streamed in several ways, beside the link alone and all experts resident.
+    """
     _one_source("prefill", preset, checkpoint, layers)
+    lengths = _numbers(tokens, "bench prefill: --tokens")
+    common = {"checkpoint": checkpoint, "layers": layers, "threads": threads, "weight_layout": weight_layout}
+    on_device = {"vram_gb": vram_gb, "link_gb_s": link_gb_s, "accelerator_threads": accelerator_threads, "out": out}
+    if device is not None and device not in ("cpu", "auto"):
+        from hybridlab import bench_prefill_devices as devices
+
+        names = None if variants is None else [name.strip() for name in variants.split(",")]
+        chosen = {**common, **on_device, "device": device, "tokens": lengths, "variants": names, "steps": steps}
+        _emit_devices(partial(devices.prefill, preset or _DEFAULT_PRESET, **chosen), json)
+        return
+    _for_devices("prefill", {**on_device, "variants": variants})
     from hybridlab import bench_prefill as measure
 
+    one = _single(lengths, "bench prefill: --tokens", 512)
     with human_output():
-        result = measure.prefill(
-            preset or _DEFAULT_PRESET,
-            checkpoint=checkpoint,
-            layers=layers,
-            tokens=tokens,
-            threads=threads,
-            weight_layout=weight_layout,  # type: ignore[arg-type]  # checked there
-            steps=steps,
-        )
+        result = measure.prefill(preset or _DEFAULT_PRESET, **common, tokens=one, steps=steps)
     emit(result.as_dict() if json else str(result), json)
 
 
@@ -147,6 +203,29 @@ def _one_source(command: str, preset: str | None, checkpoint: Path | None, layer
         raise ConfigError(f"bench {command}: give --preset or --checkpoint, not both")
     if checkpoint is not None and layers is not None:
         raise ConfigError(f"bench {command}: --layers cuts a preset; a checkpoint is taken as it is")
+
+
+def _for_devices(command: str, given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"bench {command}: --{name.replace('_', '-')} is for --device cuda or emulated")
+
+
+def _single(given: list[int] | None, option: str, default: int) -> int:
+    """Without a device a benchmark measures one point."""
+    if given is None:
+        return default
+    if len(given) > 1:
+        raise ConfigError(f"{option}: several are for --device cuda or emulated, the CPU's benchmark takes one")
+    return given[0]
+
+
+def _emit_devices(measure: Callable[[], DeviceBench], json: bool) -> None:
+    with human_output():
+        result = measure()
+    emit(result.as_dict() if json else str(result), json)
+    if not result.complete:
+        raise typer.Exit(130)
 
 
 def _numbers(text: str | None, option: str) -> list[int] | None:

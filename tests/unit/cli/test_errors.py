@@ -149,7 +149,7 @@ def test_bench_kernels_names_what_can_be_given() -> None:
         (["generate", "x", "--tokens", "1", "--threads", "0"], "'--threads'"),
         (["generate", "x", "--tokens", "1", "--temperature", "-1"], "'--temperature'"),
         (["generate", "x", "--tokens", "1", "--temperature", "nan"], "--temperature"),
-        (["bench", "decode", "--batch", "none"], "'--batch'"),
+        (["bench", "decode", "--batch", "none"], "--batch: expected numbers such as 1,2,4, got 'none'"),
         (["checkpoint", "make", "out"], "--preset"),
         (["nonsense"], "'nonsense'"),
         (["run"], "argument"),
