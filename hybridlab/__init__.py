@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Engine": "hybridlab.session",
     "load": "hybridlab.loading",
+    "calibrate": "hybridlab.calibration_steps",
     "explore": "hybridlab.widgets",
     "run": "hybridlab.experiment",
     "sweep": "hybridlab.experiment",
@@ -45,6 +46,7 @@ _PUBLIC = {
     "HardwareSpec": "hybridlab.spec",
     "ModelSpec": "hybridlab.spec",
     "RoutingStats": "hybridlab.routing",
+    "hit_rate": "hybridlab.routing",
     "record_routing": "hybridlab.recording",
     "workload_table": "hybridlab.workload",
 }
@@ -67,6 +69,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from hybridlab import figures as figures
+    from hybridlab.calibration_steps import calibrate as calibrate
     from hybridlab.checkpoint import open_checkpoint as open_checkpoint
     from hybridlab.checkpoint.writer import make_checkpoint as make_checkpoint
     from hybridlab.config import load_config as load_config
@@ -87,6 +90,7 @@ if TYPE_CHECKING:
     from hybridlab.request import Request as Request
     from hybridlab.request import Sampling as Sampling
     from hybridlab.routing import RoutingStats as RoutingStats
+    from hybridlab.routing import hit_rate as hit_rate
     from hybridlab.session import Engine as Engine
     from hybridlab.spec import HardwareSpec as HardwareSpec
     from hybridlab.spec import ModelSpec as ModelSpec

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hybridlab.errors import ConfigError
+from hybridlab.plans import PlacementPlan, Tier
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,6 +145,20 @@ class RoutingStats:
         head = "<tr><th>layer</th><th>hottest expert / mean</th><th>hottest quarter's share</th></tr>"
         title = f"{self.source}: {self.num_tokens} tokens recorded, {len(self.layers)} MoE layers"
         return f"<p><b>{html.escape(title)}</b></p><table>{head}{''.join(rows)}</table>"
+
+
+def hit_rate(placed: PlacementPlan, routing: RoutingStats) -> float:
+    """Share of the routes of `routing`, 0 to 1, that go to experts which `placed` keeps on the GPU.
+
+    Raises `ConfigError` if `routing` holds no routes.
+    """
+    hits = total = 0
+    for layer, row in zip(routing.layers, routing.counts, strict=True):
+        total += sum(row)
+        hits += sum(count for expert, count in enumerate(row) if placed.tier(layer, expert) is Tier.RESIDENT)
+    if not total:
+        raise ConfigError(f"routing statistics ({routing.source}) hold no routes; a hit rate needs some")
+    return hits / total
 
 
 class Replay:

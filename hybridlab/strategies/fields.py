@@ -10,10 +10,10 @@ MOST_PARTS = 8
 """Groups that a layer's streamed experts may be cut into."""
 
 
-def check_positive(name: str, value: Any, *, optional: bool = False) -> None:
-    """Raise StrategyError naming the field unless `value` is an integer >= 1, or None where that is allowed."""
-    if not (value is None and optional) and not _is_count(value, 1):
-        raise StrategyError(f"{name}: expected an integer >= 1{' or None' if optional else ''}, got {value!r}")
+def check_positive(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:
+    """Raise StrategyError naming the field unless `value` is an integer >= `least`, or None where that is allowed."""
+    if not (value is None and optional) and not _is_count(value, least):
+        raise StrategyError(f"{name}: expected an integer >= {least}{' or None' if optional else ''}, got {value!r}")
 
 
 def check_ring(ring_slots: Any, parts_per_layer: Any, *, least_slots: int) -> None:

@@ -30,7 +30,7 @@ class LruCache:
     def __post_init__(self) -> None:
         check_budget("gpu_gb", self.gpu_gb)
         check_positive("update_every_steps", self.update_every_steps)
-        check_positive("moves_per_update", self.moves_per_update)
+        check_positive("moves_per_update", self.moves_per_update, least=2)
 
     def place(self, model: ModelSpec, hardware: HardwareSpec, routing: RoutingStats) -> PlacementPlan:
         placed = HotResident(self.gpu_gb).place(model, hardware, routing)
