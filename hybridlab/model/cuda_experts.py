@@ -5,13 +5,58 @@ Legend: T tokens, S slots of a token (top-k), R = T * S routes, E experts here, 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
 
 from hybridlab.model.cuda_blocks import weighted_sum, widen_blocks
 from hybridlab.model.expert_block import ExpertBlock
+
+
+class ExpertGroup(Protocol):
+    """Experts whose blocks lie one after another in a tensor (uint8) that a ring fills or that stays."""
+
+    def __call__(
+        self, x_TH: torch.Tensor, local_ids_TS: torch.Tensor, weights_TS: torch.Tensor, experts: int
+    ) -> torch.Tensor:
+        """float32 [T, H]: weighted sum over each token's experts that are here; ids below 0 are elsewhere.
+
+        The first `experts` blocks are in use. Nothing waits for the host.
+        """
+        ...
+
+
+MakeGroup = Callable[[torch.Tensor], ExpertGroup]
+"""From blocks (uint8, one after another) to the group that computes with them."""
+
+
+class Routes(NamedTuple):
+    """Routes sorted by expert: their tokens [R], where each expert's end (int32 [E]), and the place of each in the
+    order, -1 for those to experts elsewhere, which come last ([T, S])."""
+
+    tokens_R: torch.Tensor
+    ends_E: torch.Tensor
+    place_TS: torch.Tensor
+
+
+def sort_routes(local_ids_TS: torch.Tensor, numbers_E: torch.Tensor) -> Routes:
+    """`numbers_E` is arange(E) on the device."""
+    key = torch.where(local_ids_TS < 0, len(numbers_E), local_ids_TS).flatten()
+    sorted_key, order = torch.sort(key, stable=True)
+    # Not bincount: it would wait for the device, and the next loads would be enqueued only then.
+    ends = torch.searchsorted(sorted_key, numbers_E, right=True, out_int32=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return Routes(order // local_ids_TS.shape[1], ends, torch.where(local_ids_TS < 0, -1, place.view_as(local_ids_TS)))
+
+
+def block_field(blocks: torch.Tensor, field: tuple, dtype: torch.dtype) -> torch.Tensor:
+    """[E, rows, columns] of `field` (see `ExpertBlock`) over blocks [E, num_bytes]; nothing is copied."""
+    offset, shape, _ = field
+    size = shape[0] * shape[1] * dtype.itemsize
+    return blocks[:, offset : offset + size].view(dtype).unflatten(1, shape)
 
 
 class Workspace:
@@ -24,7 +69,7 @@ class Workspace:
 
 
 class GroupedExperts:
-    """Experts whose blocks lie one after another in `blocks` (uint8, flat)."""
+    """Weights widened to BF16 in `workspace`, then torch's grouped products."""
 
     def __init__(self, blocks: torch.Tensor, block: ExpertBlock, workspace: Workspace) -> None:
         self._blocks = blocks.view(-1, block.num_bytes)
@@ -34,43 +79,25 @@ class GroupedExperts:
     def __call__(
         self, x_TH: torch.Tensor, local_ids_TS: torch.Tensor, weights_TS: torch.Tensor, experts: int
     ) -> torch.Tensor:
-        """float32 [T, H]: weighted sum over each token's experts that are here; ids below 0 are elsewhere.
-
-        The first `experts` blocks are in use. Nothing waits for the host.
-        """
         w13, w2 = self._widened(experts)
-        slots = local_ids_TS.shape[1]
-        key = torch.where(local_ids_TS < 0, experts, local_ids_TS).flatten()
-        sorted_key, order = torch.sort(key, stable=True)
-        # Not bincount: it would wait for the device, and the next loads would be enqueued only then.
-        ends = torch.searchsorted(sorted_key, self._numbers[:experts], right=True, out_int32=True)
-        x_RH = x_TH.to(torch.bfloat16)[order // slots]
-        gate, up = _grouped(x_RH, w13, ends).chunk(2, dim=-1)
-        y_RH = _grouped(functional.silu(gate) * up, w2, ends)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        place_TS = torch.where(local_ids_TS < 0, -1, place.view_as(local_ids_TS))
-        return weighted_sum(y_RH, place_TS, weights_TS)
+        routes = sort_routes(local_ids_TS, self._numbers[:experts])
+        x_RH = x_TH.to(torch.bfloat16)[routes.tokens_R]
+        gate, up = _grouped(x_RH, w13, routes.ends_E).chunk(2, dim=-1)
+        y_RH = _grouped(functional.silu(gate) * up, w2, routes.ends_E)
+        return weighted_sum(y_RH, routes.place_TS, weights_TS)
 
     def _widened(self, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate and up [E, 2 I, H], down [E, H, I]) as BF16."""
         i = self._block.weights[0][1][0]
         w13, w2 = self._workspace.w13[:experts], self._workspace.w2[:experts]
-        targets = (w13[:, :i], w13[:, i:], w2)
+        blocks, targets = self._blocks[:experts], (w13[:, :i], w13[:, i:], w2)
         if self._block.scales:
             for codes, scale, target in zip(self._block.weights, self._block.scales, targets, strict=True):
-                fp8, factors = self._view(codes, experts, torch.uint8), self._view(scale, experts, torch.float32)
-                widen_blocks(fp8, factors, target)
+                widen_blocks(block_field(blocks, codes, torch.uint8), block_field(blocks, scale, torch.float32), target)
         else:
             for field, target in zip(self._block.weights, targets, strict=True):
-                target.copy_(self._view(field, experts, torch.bfloat16))
+                target.copy_(block_field(blocks, field, torch.bfloat16))
         return w13, w2
-
-    def _view(self, field: tuple, experts: int, dtype: torch.dtype) -> torch.Tensor:
-        offset, shape, _ = field
-        size = shape[0] * shape[1] * dtype.itemsize
-        flat = self._blocks[:experts, offset : offset + size]
-        return flat.view(dtype).unflatten(1, shape)
 
 
 def _grouped(x_RK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
