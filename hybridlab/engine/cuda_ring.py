@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 
 from hybridlab.engine.host_store import HostStore
-from hybridlab.engine.local_ids import LocalIds
+from hybridlab.engine.local_ids import LocalIds, table_of
 from hybridlab.errors import PlanError
 from hybridlab.model.base import Routed
 from hybridlab.model.cuda_experts import GroupedExperts, Workspace
@@ -50,17 +50,20 @@ class CudaRing:
 class ResidentExperts:
     """Experts that live on the device, in a pool per layer: as many places as there are experts of it in `resident`.
 
-    Those there are lie in the first places, in any order; `move` takes one in or gives one up.
+    Those there are lie in the first places, in any order; `move` takes one in or gives one up. Pools and the tables of
+    places stay where they are, so that what was captured of a step reads what there is now.
     """
 
     def __init__(
         self, resident: Mapping[int, Sequence[int]], store: HostStore, workspace: Workspace, num_experts: int,
         device: torch.device,
     ) -> None:  # fmt: skip
-        self._store, self._local = store, LocalIds(num_experts, device)
+        self._store, self._num_experts = store, num_experts
         self._pools: dict[int, torch.Tensor] = {}
         self._places: dict[int, list[int]] = {}
         """Layer -> which expert is in each place."""
+        self._tables: dict[int, torch.Tensor] = {}
+        """Layer -> the place of each expert."""
         self._experts: dict[int, GroupedExperts] = {}
         for layer, experts in resident.items():
             pool = torch.empty(len(experts), store.block.num_bytes, dtype=torch.uint8, device=device)
@@ -69,6 +72,7 @@ class ResidentExperts:
                 pool[place : place + end - first].copy_(store.blocks(layer)[first:end])
                 place += end - first
             self._pools[layer], self._places[layer] = pool, list(experts)
+            self._tables[layer] = table_of(experts, num_experts).to(device)
             self._experts[layer] = GroupedExperts(pool, store.block, workspace)
 
     def __call__(self, op: Op, routed: Routed) -> torch.Tensor:
@@ -77,7 +81,7 @@ class ResidentExperts:
             raise PlanError(
                 f"op {op.id}: experts {op.experts} of layer {op.layer} are not those that live on the device"
             )
-        ids = self._local(routed.expert_ids, places)
+        ids = self._tables[op.layer][routed.expert_ids.long()]
         return self._experts[op.layer](routed.x_TH, ids, routed.weights, len(places))
 
     def move(self, moves: Sequence[Move]) -> None:
@@ -96,6 +100,8 @@ class ResidentExperts:
                     place = places.index(move.expert)
                     pool[place].copy_(pool[len(places)], non_blocking=True)
                     places[place] = last
+        for layer in self._tables.keys() & {move.layer for move in moves}:
+            self._tables[layer].copy_(table_of(self._places[layer], self._num_experts))
 
 
 def _runs(experts: Sequence[int]) -> list[tuple[int, int]]:

@@ -19,22 +19,29 @@ class LocalIds:
     def __init__(self, num_experts: int, device: torch.device | str) -> None:
         self._num_experts, self._device = num_experts, torch.device(device)
         self._tables: dict[tuple[int, ...], torch.Tensor] = {}
+        self._held: list[torch.Tensor] = []
 
     def __call__(self, ids_TS: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
         """int64 [T, S]: the place in `experts` of each id, -1 for the others and for skipped routes (-1)."""
         key = tuple(experts)
         if (table := self._tables.pop(key, None)) is None:
-            table = self._table(key)
+            table = table_of(key, self._num_experts)
+            # From pageable memory the copy would wait for what the stream has still to do.
+            if self._device.type == "cuda":
+                table = table.pin_memory().to(self._device, non_blocking=True)
             if len(self._tables) >= _KEPT_TABLES:
                 del self._tables[next(iter(self._tables))]  # the one not used for longest
         self._tables[key] = table
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._held.append(table)  # a graph reads it where it lies
         return table[ids_TS.long()]
 
-    def _table(self, experts: Sequence[int]) -> torch.Tensor:
-        table = torch.full((self._num_experts + 1,), -1, dtype=torch.int64)  # the last one: a skipped route, -1
-        table[list(experts)] = torch.arange(len(experts))
-        # From pageable memory the copy would wait for what the stream has still to do.
-        return table.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else table
+
+def table_of(experts: Sequence[int], num_experts: int) -> torch.Tensor:
+    """int64 [E + 1]: the place in `experts` of each expert, -1 for the others; the last one, of skipped routes, too."""
+    table = torch.full((num_experts + 1,), -1, dtype=torch.int64)
+    table[list(experts)] = torch.arange(len(experts))
+    return table
 
 
 def count_ids(ids_TS: torch.Tensor, num_experts: int) -> torch.Tensor:
