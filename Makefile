@@ -56,7 +56,7 @@ endif
 # The editable install rebuilds changed kernels on import by itself; the stamp covers what changes the set-up.
 $(STAMP): $(BIN)/python pyproject.toml constraints.txt meson.build $(wildcard cython_kernels/*)
 ifeq ($(TORCH),existing)
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	grep -v -e '^torch==' -e '^triton==' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" >> $(VENV)/constraints.txt
 else
 	cp constraints.txt $(VENV)/constraints.txt
