@@ -40,8 +40,9 @@ class TimedStep:
     spans: Sequence[Span]
 
     def busy_s(self, wanted: Callable[[Op], bool]) -> float:
-        """Summed seconds of the ops that are `wanted`."""
-        return sum(span.end_s - span.start_s for span in self.spans if wanted(span.op))
+        """Summed seconds of the ops that are `wanted`, as `own_s` counts them."""
+        took = own_s(self.spans)
+        return sum(took[span.op.id] for span in self.spans if wanted(span.op))
 
 
 def with_overlap(planner: Planner, overlap: Overlap) -> Planner:
@@ -116,14 +117,32 @@ def take_turns(
                 yield name, found
 
 
+def own_s(spans: Sequence[Span]) -> dict[int, float]:
+    """Op id -> seconds that it takes by itself.
+
+    A stream does not tell when it began to wait for the host: an op behind the host's may have that wait in its span.
+    Such ops (sums) do the same work in each layer, so the shortest of a microbatch stands for all of them.
+    """
+    took = {span.op.id: span.end_s - span.start_s for span in spans}
+    kind_of = {span.op.id: span.op.lane.kind for span in spans}
+    alike: dict[tuple[str, int], list[int]] = {}
+    for span in spans:
+        op = span.op
+        if op.lane.kind is not LaneKind.CPU and any(kind_of.get(need) is LaneKind.CPU for need in op.needs):
+            alike.setdefault((op.kind, op.microbatch), []).append(op.id)
+    for ids in alike.values():
+        took.update(dict.fromkeys(ids, min(took[i] for i in ids)))
+    return took
+
+
 def bound_s(spans: Sequence[Span]) -> float:
-    """Seconds that no order of these ops can beat, each taking as long as it did here; hand-offs cost nothing.
+    """Seconds that no order of these ops can beat, each taking `own_s` of this very step; hand-offs cost nothing.
 
     The larger of the longest chain of needs, and for each lane: what must come before its first op, the sum of its
     ops, and what must come after its last one. Of a decode step with experts on the host those are the first attention
     and the last combine with the head: what can never overlap.
     """
-    took = {span.op.id: span.end_s - span.start_s for span in spans}
+    took = own_s(spans)
     ops = {span.op.id: span.op for span in spans}
     before: dict[int, float] = {}
     after = dict.fromkeys(ops, 0.0)
@@ -164,8 +183,8 @@ def _by_needs(ops: Mapping[int, Op]) -> list[int]:
 class HandOffs:
     """Of one step: median seconds from the end of an op to the start of one on the other lane that waits for it.
 
-    Only those that nothing hides: the lane that waits has nothing else to do. 0 where there are none.
-    `total_s` is their sum.
+    Only those that nothing hides: the lane that waits has nothing else to do. 0 where there are none. What an op takes
+    beyond `own_s` is part of it. `total_s` is the sum of them all.
     """
 
     to_host_s: float
@@ -175,14 +194,14 @@ class HandOffs:
 
 def hand_offs(spans: Sequence[Span]) -> HandOffs:
     """Gaps between the accelerator's lane and the host's, by the spans of a step."""
-    end_of = {span.op.id: span for span in spans}
+    end_of, took = {span.op.id: span for span in spans}, own_s(spans)
     free_s: dict[LaneKind, float] = {}
     gaps: dict[LaneKind, list[float]] = {LaneKind.CPU: [], LaneKind.GPU: []}
     for span in sorted(spans, key=lambda one: one.start_s):
         kind = span.op.lane.kind
         others = [end_of[n].end_s for n in span.op.needs if n in end_of and end_of[n].op.lane.kind is not kind]
         if kind in gaps and others and max(others) > free_s.get(kind, 0.0):
-            gaps[kind].append(span.start_s - max(others))
+            gaps[kind].append(span.end_s - took[span.op.id] - max(others))
         free_s[kind] = span.end_s
     down, up = gaps[LaneKind.CPU], gaps[LaneKind.GPU]
     return HandOffs(median(down or [0.0]), median(up or [0.0]), sum(chain(down, up)))

@@ -66,6 +66,23 @@ def test_bound_counts_what_cannot_overlap() -> None:
     assert bound_s([]) == 0
 
 
+def test_a_wait_within_a_span_is_not_work() -> None:
+    """A sum of 1 s that began to wait on its stream at 2.5 s, and one that did not wait."""
+    spans = spans_of(
+        (0, "experts", HOST, (), 0.0, 2.5),
+        (1, "combine", GPU, (0,), 2.5, 4.0),
+        (2, "attention", GPU, (), 4.0, 7.0),
+        (3, "experts", HOST, (), 2.5, 5.0),
+        (4, "combine", GPU, (3,), 7.0, 8.0),
+    )
+    step = TimedStep(8.0, spans)
+    assert step.busy_s(lambda op: op.kind == "combine") == pytest.approx(2)
+    assert step.busy_s(lambda op: op.kind == "attention") == pytest.approx(3)
+    assert step.busy_s(lambda op: op.lane == HOST) == pytest.approx(5)
+    assert hand_offs(spans).total_s == pytest.approx(0.5)
+    assert bound_s(spans) == pytest.approx(2.5 + 2.5 + 1)
+
+
 def test_hand_offs_are_the_waits_that_nothing_hides() -> None:
     found = hand_offs(
         spans_of(
@@ -78,8 +95,9 @@ def test_hand_offs_are_the_waits_that_nothing_hides() -> None:
         )
     )
     assert found.to_host_s == pytest.approx(0.5)
-    assert found.to_gpu_s == pytest.approx((0.125 + 0.25) / 2)
-    assert found.total_s == pytest.approx(0.5 + 0.125 + 0.25)
+    # The first sum has 0.375 s of waiting in its span: the second one shows how long a sum takes.
+    assert found.to_gpu_s == pytest.approx((0.5 + 0.25) / 2)
+    assert found.total_s == pytest.approx(0.5 + 0.5 + 0.25)
     nothing = hand_offs(spans_of((0, "attention", GPU, (), 0.0, 2.0)))
     assert (nothing.to_host_s, nothing.to_gpu_s, nothing.total_s) == (0, 0, 0)
 
