@@ -11,12 +11,12 @@ import argparse
 import json
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from measure import link_alone, prompt_step
-
 import hybridlab as hl
+from hybridlab.bench_steps import loads_alone, prompt_step, take_turns, timed
 from hybridlab.checkpoint.writer import make_checkpoint
 
 OVERLAPS = ("prefetch", "sequential")
@@ -50,15 +50,18 @@ def _row(folder: Path, given: argparse.Namespace, cap: float | None, parts: int,
     ring = {"name": "streamed", "stream_from_tokens": 1, "ring_slots": 2 * parts, "parts_per_layer": parts}
     with _load(folder, given.tokens, "all_resident", "prefetch", cap) as engine:
         before_s = _times(engine, given)
+    found: dict[str, list[float]] = {"loads": [], "step": []}
     with _load(folder, given.tokens, ring, overlap, cap) as engine:
-        alone = link_alone(engine, given.tokens)
-        steps = [prompt_step(engine, given.tokens) for _ in range(given.repeats + 1)][1:]
+        whole = prompt_step(engine, given.tokens)
+        calls = {"loads": partial(timed, engine, loads_alone(whole)), "step": partial(timed, engine, whole)}
+        for name, step in take_turns(calls, given.repeats):
+            found[name].append(step.step_s)
     with _load(folder, given.tokens, "all_resident", "prefetch", cap) as engine:
         after_s = _times(engine, given)
     compute_s = statistics.median((*before_s, *after_s))
-    step_s = statistics.median(step["step_s"] for step in steps)
-    first_fill_s = alone["seconds"] / engine.spec.num_layers / parts
-    bound_s = max(alone["seconds"], compute_s) + first_fill_s
+    step_s, load_s = statistics.median(found["step"]), statistics.median(found["loads"])
+    first_fill_s = load_s / engine.spec.num_layers / parts
+    bound_s = max(load_s, compute_s) + first_fill_s
     return {
         "overlap": overlap,
         "parts_per_layer": parts,
@@ -67,19 +70,20 @@ def _row(folder: Path, given: argparse.Namespace, cap: float | None, parts: int,
         "layers": given.layers,
         "tokens": given.tokens,
         "compute_s": compute_s,
-        "load_s": alone["seconds"],
-        "load_over_compute": alone["seconds"] / compute_s,
+        "load_s": load_s,
+        "load_over_compute": load_s / compute_s,
         "first_fill_s": first_fill_s,
         "step_s": step_s,
-        "step_s_min": min(step["step_s"] for step in steps),
-        "step_s_max": max(step["step_s"] for step in steps),
+        "step_s_min": min(found["step"]),
+        "step_s_max": max(found["step"]),
         "over_bound": step_s / bound_s,
         "evidence": "emulated",
     }
 
 
 def _times(engine: hl.Engine, given: argparse.Namespace) -> list[float]:
-    return [prompt_step(engine, given.tokens)["step_s"] for _ in range(given.repeats + 1)][1:]
+    call = partial(timed, engine, prompt_step(engine, given.tokens))
+    return [step.step_s for _, step in take_turns({"step": call}, given.repeats)]
 
 
 def _load(folder: Path, tokens: int, placement: Any, overlap: str, cap: float | None) -> hl.Engine:

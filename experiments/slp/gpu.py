@@ -1,171 +1,158 @@
-"""Stream-loading prefill and hybrid decode on one GPU, each measurement written to `OUT`/slp.jsonl as it is made.
+"""Stream-loading prefill and hybrid decode on one GPU, each measurement written into `OUT` as it is made.
 
-`python experiments/slp/gpu.py OUT [--preset qwen3-30b-a3b] [--tokens 16384,32768] [--repeats 3]` makes a random
-checkpoint in a temporary folder, pins its experts in host memory and computes whole prompts with them streamed in
-several ways, beside the link alone, the same prompt with all experts resident, and with the CPU's experts. `--decode`
-times decode steps, plain and as dual batch, with all experts on the CPU. On a machine without a GPU,
-`--device emulated` runs the same script with cores in the GPU's place (`--preset tiny --tokens 512`).
+`python experiments/slp/gpu.py OUT [--preset qwen3-30b-a3b] [--tokens 16384,32768] [--steps 3]` makes a random
+checkpoint in a temporary folder and runs `bench prefill` on it, whose variants say what overlap is worth, and three
+more that leave out a part of the engine: pageable instead of pinned memory, a synchronisation behind each layer, and
+both. Rows go to `OUT`/slp.jsonl. `--decode 1,2,4,6,8` then runs `bench decode` (`OUT`/decode.jsonl). On a machine
+without a GPU, `--device emulated` runs the same without those three (`--preset tiny --tokens 512`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import numpy as np
 import torch
-from measure import link_alone, prompt_step
 
 import hybridlab as hl
-from hybridlab.batch import Entry, StepBatch
-from hybridlab.bench_prefill import step_flop
+from hybridlab import loading
+from hybridlab.bench_decode_devices import decode
+from hybridlab.bench_prefill_devices import RING, VARIANTS, Variant, prefill
 from hybridlab.checkpoint.writer import make_checkpoint
-from hybridlab.engine.worker import WORKER
-from hybridlab.lowering import Planner
-from hybridlab.plans import Span, StepPlan
-from hybridlab.request import Sampling
-from hybridlab.strategies.overlap.dual_batch import DualBatch
-from hybridlab.strategies.overlap.prefetch import Prefetch
-
-RING = {"name": "streamed", "stream_from_tokens": 1, "ring_slots": 2}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "all resident": {"placement": "all_resident", "overlap": "prefetch"},
-    "ring of 2 layers": {"placement": RING, "overlap": "prefetch"},
-    "ring of 2 x half a layer": {"placement": {**RING, "parts_per_layer": 2}, "overlap": "prefetch"},
-    "one buffer": {"placement": {**RING, "ring_slots": 1}, "overlap": "prefetch"},
-    "sequential": {"placement": RING, "overlap": "sequential"},
-    "CPU experts": {"placement": "all_host", "overlap": "prefetch"},
-}
+from hybridlab.engine import cuda_device
+from hybridlab.engine.devices import Device
+from hybridlab.engine.host_store import HostStore
+from hybridlab.engine.lanes import Lanes
+from hybridlab.engine.runtime import Runtime
+from hybridlab.plans import Op, Program, Span
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class LayerByLayer:
+    """Lanes whose host waits for the device behind each layer; a layer's loads are enqueued with the layer before.
+
+    That is double buffering as it is often written: the device is never a layer ahead of the host.
+    """
+
+    lanes: Lanes
+    wait: Callable[[], None]
+
+    def run(self, program: Program, execute: Callable[[Op], None], clock_start_s: float) -> Sequence[Span]:
+        order = sorted(program.order, key=_layer)
+        layers = [_layer(op) for op in order]
+        ends = {op.id for op, one, two in zip(order, layers, [*layers[1:], None], strict=True) if one != two}
+
+        def step(op: Op) -> None:
+            execute(op)
+            if op.id in ends:
+                self.wait()
+
+        return self.lanes.run(replace(program, order=tuple(order)), step, clock_start_s)
+
+
+def _layer(op: Op) -> int:
+    return op.layer - (op.kind == "load")
+
+
+@contextmanager
+def pageable() -> Iterator[None]:
+    """The host's experts in memory that the driver does not know: it copies them twice."""
+    made = []
+
+    def store(*given: Any, pin: bool, **options: Any) -> HostStore:
+        made.append(HostStore(*given, pin=False, **options))
+        return made[-1]
+
+    with patch.object(cuda_device, "HostStore", store):
+        yield
+    _require(made)
+
+
+@contextmanager
+def synchronised() -> Iterator[None]:
+    """A device whose lanes are `LayerByLayer`."""
+    made, build = [], cuda_device.cuda_device
+
+    def device(*given: Any, **options: Any) -> Device:
+        made.append(build(*given, **options))
+        return replace(made[-1], lanes=LayerByLayer(made[-1].lanes, torch.cuda.synchronize))
+
+    with patch.object(cuda_device, "cuda_device", device):
+        yield
+    _require(made)
+
+
+def _require(made: Sequence[object]) -> None:
+    if not made:
+        raise RuntimeError(
+            "the engine was not made from what this script put in its place: there is nothing to measure"
+        )
+
+
+def without(*parts: Callable[[], Any]) -> Callable[..., hl.Engine]:
+    """`hl.load` with `parts` of the engine replaced, the worker in this process, where they are."""
+
+    def load(*given: Any, **options: Any) -> hl.Engine:
+        with ExitStack() as held:
+            if hasattr(loading, "WorkerProcess"):
+                held.enter_context(patch.object(loading, "WorkerProcess", Runtime))
+            for part in parts:
+                held.enter_context(part())
+            return hl.load(*given, **options)
+
+    return load
+
+
+WITHOUT = (
+    Variant("ring, pageable memory", RING, make=without(pageable)),
+    Variant("ring, a wait behind each layer", RING, make=without(synchronised)),
+    Variant("ring, pageable, a wait behind each layer", RING, make=without(pageable, synchronised)),
+)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    known = {**VARIANTS, **{one.name: one for one in WITHOUT}}
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--preset", default="qwen3-30b-a3b")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", default="16384,32768")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--vram-gb", type=float)
-    parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--decode", help="numbers of requests, with commas: 1,2,4,6", default="")
+    parser.add_argument("--variants", help="with commas; none for decode alone; default: all", default="")
+    parser.add_argument("--decode", help="numbers of requests, with commas: 1,2,4,6,8", default="")
     parser.add_argument("--depth", type=int, default=1024)
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    lengths = [int(n) for n in given.tokens.split(",")]
+    parser.add_argument("--beside-cpu", action="store_true")
+    given = parser.parse_args(words)
+    names = [name.strip() for name in given.variants.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in (*known, "none")]:
+        parser.error(f"--variants: unknown {unknown[0]!r}, expected some of {', '.join(known)}")
+    if not names:
+        names = [*VARIANTS] if given.device == "emulated" else [*known]
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.checkpoint or Path(scratch) / given.preset
         if not folder.exists():
             make_checkpoint(folder, given.preset, progress=True)
-        for name in filter(None, given.variants.split(",")):
-            try:
-                _measure(given, folder, name, lengths)
-            except hl.HybridlabError as error:
-                _write(given.out, {"variant": name, "vram_gb": given.vram_gb, "error": str(error)})
+        common: dict[str, Any] = {"device": given.device, "checkpoint": folder, "out": given.out}
+        if names != ["none"]:
+            variants = [known[name] for name in names]
+            room: dict[str, Any] = {"vram_gb": given.vram_gb, "variants": variants, "steps": given.steps}
+            print(prefill(**common, **room, tokens=_numbers(given.tokens)), file=sys.stderr)
         if given.decode:
-            _decode(given, folder, [int(n) for n in given.decode.split(",")])
+            asked = {"depth": given.depth, "beside_cpu": given.beside_cpu, "vram_gb": given.vram_gb}
+            print(decode(**common, **asked, batch=_numbers(given.decode)), file=sys.stderr)
 
 
-def _measure(given: argparse.Namespace, folder: Path, name: str, lengths: list[int]) -> None:
-    most = max(lengths)
-    start_s = time.perf_counter()
-    engine = hl.load(
-        folder, device=given.device, token_budget=most, kv_tokens=most + 16, vram_gb=given.vram_gb, **VARIANTS[name]
-    )
-    load_s = time.perf_counter() - start_s
-    with engine:
-        row: dict[str, Any] = {}
-        for tokens in lengths:
-            steps = [prompt_step(engine, tokens) for _ in range(given.repeats + 1)][1:]
-            seconds = [step["step_s"] for step in steps]
-            flop = step_flop(engine.spec, tokens)
-            row = {
-                "variant": name,
-                "model": engine.spec.family,
-                "preset": given.preset,
-                "device": given.device,
-                "vram_gb": given.vram_gb,
-                "tokens": tokens,
-                "ttft_s": statistics.median(seconds),
-                "ttft_s_min": min(seconds),
-                "ttft_s_max": max(seconds),
-                "tokens_per_s": tokens / statistics.median(seconds),
-                "tflop_s": flop / statistics.median(seconds) / 1e12,
-                "load_bytes": steps[0]["load_bytes"],
-                "link_busy_s": statistics.median(step["link_busy_s"] for step in steps),
-                "compute_busy_s": statistics.median(step["compute_busy_s"] for step in steps),
-                "first_fill_s": statistics.median(step["first_fill_s"] for step in steps),
-                "load_s": load_s,
-                "gpu_bytes_most": torch.cuda.max_memory_reserved() if given.device == "cuda" else None,
-                "evidence": "emulated" if given.device == "emulated" else "measured",
-            }
-            _write(given.out, row)
-        if "ring" in name or name == "one buffer":
-            labels = {"variant": "link alone", "of": name, "preset": given.preset, "vram_gb": given.vram_gb}
-            _write(given.out, {**labels, **link_alone(engine, most), "evidence": row["evidence"]})
-
-
-def _decode(given: argparse.Namespace, folder: Path, batches: list[int]) -> None:
-    """Decode steps of so many requests at `--depth`: attention on the GPU, experts on the CPU."""
-    depth, most = given.depth, max(batches)
-    with hl.load(folder, device=given.device, token_budget=256, kv_tokens=most * (depth + 64)) as engine:
-        runtime, spec = engine.runtime, engine.spec
-        runtime.randomise_cache(0)
-        blocks = -(-(depth + 32) // runtime.kv_block_tokens)
-        rng = np.random.default_rng(0)
-        for batch in batches:
-            step = StepPlan("decode", {f"r{i}": 1 for i in range(batch)})
-            for name, overlap in (("plain", Prefetch()), ("dual batch", DualBatch())):
-                planner = Planner(
-                    spec, engine.planner.hardware, engine.planner.placement, overlap, engine.planner.placed
-                )
-                program = planner.program(planner.shape(WORKER, step))
-                seconds, waits, spans = [], [], ()
-                for number in range(24):
-                    entries = tuple(
-                        Entry(f"r{i}", (int(rng.integers(spec.vocab)),), depth + number,
-                              tuple(range(i * blocks, (i + 1) * blocks)), Sampling(), wants_token=True)
-                        for i in range(batch)
-                    )  # fmt: skip
-                    backend = runtime.backend()
-                    start_s = time.perf_counter()
-                    backend.submit(WORKER, program, StepBatch(WORKER, step, entries))
-                    (result,) = backend.wait(None)
-                    seconds.append(time.perf_counter() - start_s)
-                    spans = result.spans
-                    waits.append(_hand_offs(spans))
-                step_s = statistics.median(seconds[4:])
-                _write(given.out, {
-                    "variant": f"decode, {name}", "preset": given.preset, "device": given.device, "batch": batch,
-                    "depth": depth, "step_s": step_s, "tokens_per_s": batch / step_s,
-                    "attention_s": sum(s.end_s - s.start_s for s in spans if s.op.lane.kind != "cpu"),
-                    "experts_s": sum(s.end_s - s.start_s for s in spans if s.op.lane.kind == "cpu"),
-                    "to_host_s": statistics.median(down for down, _ in waits),
-                    "to_gpu_s": statistics.median(up for _, up in waits),
-                    "threads": engine.threads, "evidence": "emulated" if given.device == "emulated" else "measured",
-                })  # fmt: skip
-
-
-def _hand_offs(spans: tuple[Span, ...]) -> tuple[float, float]:
-    """Medians: from a router's end to the host's start, and from the host's end to the sum's start."""
-    by_id = {span.op.id: span for span in spans}
-    host = [span for span in spans if span.op.lane.kind == "cpu"]
-    down = [span.start_s - max(by_id[need].end_s for need in span.op.needs) for span in host]
-    combines = [span for span in spans if span.op.kind == "combine"]
-    up = [span.start_s - max(by_id[need].end_s for need in span.op.needs) for span in combines]
-    return statistics.median(down or [0.0]), statistics.median(up or [0.0])
-
-
-def _write(out: Path, row: dict[str, Any]) -> None:
-    with (out / "slp.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row), file=sys.stderr, flush=True)
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":
