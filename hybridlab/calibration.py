@@ -90,22 +90,28 @@ class Crossovers:
     min_expert_tokens: Count | None = None
     mixed_gain: float = 1.0
     dual_batch_from_requests: Count | None = None
+    dual_batch_to_requests: Count | None = None
 
     @classmethod
-    def of(cls, points: Iterable[Point]) -> Crossovers:
-        """By the seconds of whole steps. Of several mixed paths the one whose steps are shortest in sum of logarithms.
+    def of(cls, points: Iterable[Point], whole: bool = True) -> Crossovers:
+        """By the seconds of whole steps; of several mixed paths the one that saves most (`calibration_crossovers`).
 
-        See `calibration_crossovers`.
+        If the measuring ended before the longest prompts (not `whole`), what was not faster by then may be later: None.
         """
         curves: dict[tuple[str, float, int], dict[int, float]] = {}
         for point in points:
             share, least = (point.share, point.min_tokens) if point.path == MIXED else (0.0, 0)
             curves.setdefault((point.path, share, least), {})[point.tokens] = point.step_s
         cpu, streamed, plain, dual = (curves.get((path, 0.0, 0)) for path in (CPU, STREAMED, PLAIN, DUAL))
-        found = cls(dual_batch_from_requests=crossover(plain, dual) if plain and dual else None)
+        found = cls()
+        if plain and dual:
+            between = mixed_range(plain, dual, plain)
+            end = between.end if between.begin < NEVER else NEVER
+            found = cls(dual_batch_from_requests=between.begin, dual_batch_to_requests=end)
         if not (cpu and streamed):
             return found
-        found = replace(found, stream_from_tokens=crossover(cpu, streamed))
+        stream_from = crossover(cpu, streamed)
+        found = replace(found, stream_from_tokens=stream_from if whole or stream_from < NEVER else None)
         ranges = {
             (share, least): mixed_range(cpu, curve, streamed)
             for (path, share, least), curve in curves.items()
@@ -118,6 +124,8 @@ class Crossovers:
             if one.saved > ranges[best].saved + MARGIN:
                 best = variant
         mixed = ranges[best]
+        if mixed.begin == NEVER and not whole:
+            return found
         return replace(
             found,
             mixed_from_tokens=mixed.begin,
@@ -141,7 +149,9 @@ class Crossovers:
         elif begin is not None:
             found.append("mixed never beats both")
         if (dual := self.dual_batch_from_requests) is not None:
-            found.append(f"dual batch beats plain decode {_from(dual, 'requests')}")
+            end = self.dual_batch_to_requests or NEVER
+            to = "" if end == NEVER else f" to {end - 1:,}"
+            found.append(f"dual batch beats plain decode {_from(dual, 'requests')}{to}")
         return found or ["too little was measured for a threshold"]
 
 
@@ -195,9 +205,17 @@ class Calibration:
         measured = {name: value for name, value in asdict(self.crossovers).items() if name in names}
         return replace(hardware, **measured, calibrated=f"{self.day}, code {self.code}")
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as in the file, but for thresholds that are "never"."""
+        found = asdict(self)
+        found["crossovers"] = {k: "never" if v == NEVER else v for k, v in found["crossovers"].items()}
+        return found
+
     def __str__(self) -> str:
         head = f"{self.name} on {self.machine}, device {self.subject.device} ({self.evidence}, {self.day})"
-        measured = f"{self.layers} MoE layers measured" + ("" if self.complete else "; interrupted, not kept")
+        most = max((point.tokens for point in self.points if point.kind == "prefill"), default=0)
+        measured = f"{self.layers} MoE layers, prompts to {most:,} tokens"
+        measured += "" if self.complete else "; interrupted, not kept"
         body = "\n".join(f"  {line}" for line in self.crossovers.lines())
         tables = "\n\n".join(filter(None, map(self._table, ("prefill", "decode"))))
         return f"{head}: {measured}\n{body}\n\n{tables}" if tables else f"{head}: {measured}\n{body}"

@@ -63,14 +63,16 @@ def _costs(sizes: Sequence[int], curve: Curve, margin: float = 0.0) -> list[floa
 
 
 def _size_of(switch: int, sizes: Sequence[int], before: Curve, after: Curve) -> int:
-    """The size at which lines through the points beside the switch cross; the first point after it if they do not."""
+    """The size at which lines through the points beside the switch cross; one of those points if they do not."""
     if switch == len(sizes):
         return NEVER
     low, high = sizes[switch - 1], sizes[switch]
     if switch == 0 or not {low, high} <= before.keys() & after.keys():
         return high
     lead, lag = log(after[low] / before[low]), log(before[high] / after[high])
-    if lead <= 0 or lag < 0:
+    if lead <= 0:  # within the margin, or noise: no later than this
+        return low + 1
+    if lag < 0:
         return high
     at = log(low) + (log(high) - log(low)) * lead / (lead + lag)
     return min(high, max(low + 1, ceil(round(exp(at), 6))))

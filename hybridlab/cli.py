@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from hybridlab.cli_bench import bench
+from hybridlab.cli_calibrate import calibrate
 from hybridlab.cli_checkpoint import checkpoint
 from hybridlab.cli_figures import figures
 from hybridlab.cli_output import Json, emit, human_output, note
@@ -67,6 +68,7 @@ app = typer.Typer(
 )
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(bench, name="bench")
+app.command()(calibrate)
 app.command()(figures)
 app.command()(plan)
 app.command()(sweep)

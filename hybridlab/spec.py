@@ -133,6 +133,8 @@ class HardwareSpec:
     """Tokens that an arrived expert must have to be computed on the GPU on the mixed path; the CPU takes the others."""
     dual_batch_from_requests: int | None = None
     """Requests of a decode step from which two microbatches are faster than one."""
+    dual_batch_to_requests: int | None = None
+    """Requests from which one microbatch is faster again: two of them read the experts that they share twice."""
     calibrated: str = ""
     """When and by which code the thresholds were measured; empty where they were not."""
     evidence: str = "measured"

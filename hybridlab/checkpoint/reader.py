@@ -76,6 +76,18 @@ class Checkpoint:
         name = f"{prefix}.weight"
         return LinearWeights(prefix, self.tensor(name), self._scales.get(name + SCALE_SUFFIX))
 
+    def first_moe_layers(self, count: int) -> Checkpoint:
+        """A view that ends after `count` MoE layers, or this one if it has no more: layers are alike when measured.
+
+        Embedding and head stay, so that it is a whole, if senseless, model.
+        """
+        if len(self.spec.moe_layers) <= count:
+            return self
+        layers = self.spec.moe_layers[count - 1] + 1
+        dense = frozenset(layer for layer in self.spec.dense_layers if layer < layers)
+        spec = replace(self.spec, num_layers=layers, dense_layers=dense)
+        return Checkpoint(self.folder, spec, {t.name: t for t in expected_tensors(spec)}, self._files)
+
     def populate(self) -> bool:
         """Map all weights ahead of use (`residency.populate`); reads from disk what is not in the page cache."""
         return populate({self._files.path(name) for name in self._tensors})

@@ -3,6 +3,7 @@
 Rows of several kinds of evidence are compared only if `evidence=[...]` asks for it.
 """
 
+from hybridlab.figures.crossover import crossover
 from hybridlab.figures.decode_tradeoff import decode_tradeoff, read_decode
 from hybridlab.figures.draw import draw_figures
 from hybridlab.figures.fp8_codes import fp8_codes, fp8_table
@@ -24,6 +25,7 @@ __all__ = [
     "ONE_COLUMN_IN",
     "TWO_COLUMNS_IN",
     "Tables",
+    "crossover",
     "decode_tradeoff",
     "draw_figures",
     "fp8_codes",

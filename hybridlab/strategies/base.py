@@ -55,7 +55,11 @@ class Placement(Protocol):
 
 @runtime_checkable
 class Overlap(Protocol):
-    """How the ops of a step are cut and ordered, so that lanes work at the same time."""
+    """How the ops of a step are cut and ordered, so that lanes work at the same time.
+
+    An overlap may have a method `calibrated(hardware) -> Overlap` beside these: `hl.load` calls it once, and takes what
+    it returns (the overlap with the thresholds that were measured on this machine for this model, where they were).
+    """
 
     def num_microbatches(self, step: StepPlan) -> int:
         """Into how many microbatches the requests of `step` are split, at least 1; capped at its requests."""

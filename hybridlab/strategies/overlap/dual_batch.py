@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hybridlab.plans import Op, StepPlan, Tier
-from hybridlab.spec import HardwareSpec
+from hybridlab.spec import NEVER, HardwareSpec
 from hybridlab.strategies.fields import check_positive
 
 
 @dataclass(frozen=True)
 class DualBatch:
-    """Dual-batch attention-MoE overlap (paper, section 4) for decode steps of at least `min_requests` requests.
+    """Dual-batch attention-MoE overlap (paper, section 4) for decode steps of `min_requests` to `max_requests`.
 
     Two microbatches read the weights twice, so that they pay only where what they hide is more than that: None takes
-    what was measured on this machine (`calibrated`), else two requests, the fewest there can be.
+    what was measured on this machine (`calibrated`), else from two requests, the fewest there can be, on.
 
     A layer's combine of one microbatch is put behind the attention of the other one, so that no lane waits for the
     experts that another lane still computes. Parts that come through the ring are computed by both microbatches one
@@ -23,17 +23,22 @@ class DualBatch:
     """
 
     min_requests: int | None = None
+    max_requests: int | None = None
 
     def __post_init__(self) -> None:
         check_positive("min_requests", self.min_requests, optional=True)
+        check_positive("max_requests", self.max_requests, optional=True)
 
     def calibrated(self, hardware: HardwareSpec) -> DualBatch:
         """This overlap with the threshold measured on `hardware`, unless one is given or none was measured."""
-        measured = hardware.dual_batch_from_requests
-        return self if self.min_requests or measured is None else replace(self, min_requests=measured)
+        measured, end = hardware.dual_batch_from_requests, hardware.dual_batch_to_requests
+        if self.min_requests or measured is None:
+            return self
+        return replace(self, min_requests=measured, max_requests=self.max_requests or (end and end - 1))
 
     def num_microbatches(self, step: StepPlan) -> int:
-        return 2 if step.role == "decode" and len(step.tokens) >= max(2, self.min_requests or 2) else 1
+        count, most = len(step.tokens), self.max_requests or NEVER
+        return 2 if step.role == "decode" and max(2, self.min_requests or 2) <= count <= most else 1
 
     def arrange(self, ops: Sequence[Op]) -> Sequence[Op]:
         count = 1 + max(op.microbatch for op in ops)
