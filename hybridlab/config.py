@@ -55,7 +55,8 @@ class ModelConfig(Section):
 class EngineConfig(Section):
     """How the engine runs. None leaves the choice to the engine."""
 
-    precision: Literal["exact", "bf16"] = "bf16"
+    precision: Literal["exact", "bf16", "fp8"] = "bf16"
+    """fp8: device "cuda" quantises activations too."""
     weight_layout: Literal["rows", "tiles"] | None = None
     """rows: mapped from the checkpoint (the default); tiles: packed into huge pages at load."""
     device: Literal["cpu", "emulated", "cuda"] | None = None
@@ -67,7 +68,7 @@ class EngineConfig(Section):
     vram_gb: float | None = Field(default=None, gt=0, le=1e6)
     """GPU memory to plan with, 1e9 bytes; of devices "emulated" and "cuda"."""
     token_budget: int | None = Field(default=None, gt=0)
-    """Most tokens of one step."""
+    """Most tokens of one step; None: 2,048 on the CPU, else the most that memory allows."""
     kv_tokens: int | None = Field(default=None, gt=0)
     memory_gb: float | None = Field(default=None, gt=0, le=1e9)
     prefix_cache: bool = True

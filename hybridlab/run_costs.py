@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from math import nan
 from pathlib import Path
@@ -20,7 +21,7 @@ from hybridlab.plans import PlacementPlan
 from hybridlab.prediction import EVIDENCE, Load, ModelCost, Rates, calibrated, estimated_rates, load_of, predict
 from hybridlab.routing import RoutingStats
 from hybridlab.run_files import read_manifest, read_run
-from hybridlab.spec import ModelSpec
+from hybridlab.spec import HardwareSpec, ModelSpec
 from hybridlab.workload import load_rows
 from hybridlab.workload.base import Row
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from hybridlab.engine.memory import MemoryPlan
 
 GIB = 2**30
+SMALL_STEP = 2048
+"""Tokens of a step for which the memory of a run that finds no room is shown."""
 ASSUMED_READ_GB_S = 10.0
 """Read bandwidth where it is not measured: stored runs scale it, or another process measures just now."""
 MANIFEST_BYTES, BYTES_PER_REQUEST, BYTES_PER_TOKEN, BYTES_PER_LAYER = 10_000, 150, 10, 6_000
@@ -92,24 +95,42 @@ class Costs:
         key = f"{draft.checkpoint} {draft.config.engine.model_dump_json()} {id(draft.strategies['placement'])}"
         if key not in self._memory:
             engine, model = draft.config.engine, self._model(draft)
-            placed, misplaced = self._placed(draft)
-            budget_bytes = self.budget_bytes if engine.memory_gb is None else int(engine.memory_gb * GIB)
+            hardware, elsewhere = self._machine(draft)
+            placed, misplaced = self._placed(draft, hardware)
+            problem = elsewhere or misplaced
+            memory_gb, least = engine.memory_gb, engine.kv_tokens
             try:
-                found = _memory_plan(draft, model, placed, budget_bytes, engine.kv_tokens), misplaced
+                found = _memory_plan(draft, model, placed, hardware, memory_gb, engine.token_budget, least), problem
             except MemoryBudgetError as error:
-                least = engine.kv_tokens or 1
-                found = _memory_plan(draft, model, placed, 2**62, least), misplaced or str(error)
+                endless = replace(hardware, gpu_memory_bytes=2**62)
+                sizes = engine.token_budget or SMALL_STEP, least or 1
+                found = _memory_plan(draft, model, placed, endless, 2.0**32, *sizes), problem or str(error)
             self._memory[key] = found
         return self._memory[key]
 
-    def _placed(self, draft: Draft) -> tuple[PlacementPlan, str]:
-        """Where the placement of `draft` puts experts on this machine, and why that cannot be ("" if it can)."""
-        from hybridlab.engine.options import check_placed, emulated_hardware
+    def _machine(self, draft: Draft) -> tuple[HardwareSpec, str]:
+        """What `draft` is planned with, and why it cannot run here ("" if it can): without a GPU, "cuda" is planned
+        with one of `vram_gb`, or with one that has room for all."""
+        from hybridlab.engine.options import check_device, cuda_hardware, emulated_hardware
+        from hybridlab.hardware import detect
 
-        engine, placement = draft.config.engine, deepcopy(draft.strategies["placement"])
-        hardware = self._hardware
+        engine = draft.config.engine
         if engine.device == "emulated":
-            hardware = emulated_hardware(hardware, engine.vram_gb, engine.link_gb_s)
+            return emulated_hardware(self._hardware, engine.vram_gb, engine.link_gb_s), ""
+        if engine.device != "cuda":
+            return self._hardware, ""
+        try:
+            check_device("cuda")
+        except ConfigError as error:
+            there = 2**62 if engine.vram_gb is None else int(engine.vram_gb * 1e9)
+            return replace(self._hardware, device="cuda", gpu_memory_bytes=there), str(error)
+        return cuda_hardware(detect(gpu=True), engine.vram_gb), ""
+
+    def _placed(self, draft: Draft, hardware: HardwareSpec) -> tuple[PlacementPlan, str]:
+        """Where the placement of `draft` puts experts on this machine, and why that cannot be ("" if it can)."""
+        from hybridlab.engine.options import check_placed
+
+        placement = deepcopy(draft.strategies["placement"])
         try:
             placed = placement.place(self._model(draft).spec, hardware, RoutingStats())
             check_placed(placed, type(placement).__name__, hardware.device)
@@ -178,28 +199,33 @@ def _shapes(draft: Draft) -> tuple[ModelSpec, int]:
 
 
 def _memory_plan(
-    draft: Draft, model: ModelCost, placed: PlacementPlan, budget_bytes: int, kv_tokens: int | None
+    draft: Draft,
+    model: ModelCost,
+    placed: PlacementPlan,
+    hardware: HardwareSpec,
+    memory_gb: float | None,
+    token_budget: int | None,
+    kv_tokens: int | None,
 ) -> MemoryPlan:
-    from hybridlab.engine.memory import plan_memory
-    from hybridlab.engine.ring import slots_bytes
-    from hybridlab.hardware import detect
+    from hybridlab.engine.load_plan import plan_load
+    from hybridlab.engine.options import host_precision
     from hybridlab.loading import load
     from hybridlab.model.numerics import make_numerics
 
     engine, defaults = draft.config.engine, inspect.signature(load).parameters
-    threads = engine.threads or detect().num_cores
-    numerics = make_numerics(engine.precision, threads)
-    return plan_memory(
+    threads = engine.threads or hardware.num_cores
+    return plan_load(
         model.spec,
+        placed,
+        hardware,
+        make_numerics(host_precision(engine.precision), threads),
         weight_bytes=model.weight_bytes,
-        budget_bytes=budget_bytes,
-        token_budget=engine.token_budget or defaults["token_budget"].default,
+        threads=threads,
+        token_budget=token_budget,
         kv_tokens=kv_tokens,
         kv_block_tokens=defaults["kv_block_tokens"].default,
-        kv_element_bytes=numerics.kv_dtype.itemsize,
-        precision_bytes=numerics.workspace_bytes(model.spec, threads),
+        memory_gb=memory_gb,
         weight_layout=engine.weight_layout or defaults["weight_layout"].default,
-        ring_bytes=slots_bytes(placed, model.spec),
     )
 
 

@@ -1,44 +1,49 @@
-"""What a model takes of a CUDA device, planned before anything is allocated there."""
+"""What a model takes of a GPU's memory: of a CUDA device, or of the one that device "emulated" stands for."""
 
 from __future__ import annotations
 
-from hybridlab.engine.memory import GIB, MemoryPlan
+from hybridlab.engine.memory import GIB, Needs
 from hybridlab.engine.ring import block_bytes, slot_experts, slots_bytes
-from hybridlab.errors import MemoryBudgetError
 from hybridlab.plans import PlacementPlan, Tier
 from hybridlab.spec import ModelSpec
 
 CONTEXT_BYTES = GIB
 """The CUDA context, cuBLAS workspaces and what the allocator cannot use."""
+HEAD_ROWS = 256
+"""Rows whose logits are computed at once."""
+OFFLOAD_BUFFERS = 2
+"""Layers whose KV is on the device at once, where the KV cache is offloaded."""
 
 
-def plan_vram(
-    model: ModelSpec, placed: PlacementPlan, *, budget_bytes: int, token_budget: int, kv_tokens: int
-) -> MemoryPlan:
-    """Bytes by purpose for steps of up to `token_budget` tokens; raises `MemoryBudgetError` with what to lower."""
+def gpu_needs(
+    model: ModelSpec,
+    placed: PlacementPlan,
+    *,
+    budget_bytes: int,
+    kv_element_bytes: int = 2,
+    kv_offloaded: bool = False,
+    context_bytes: int = CONTEXT_BYTES,
+) -> Needs:
+    """Projections, resident experts, ring, workspace, KV cache and activations, as `engine.cuda_device` takes them."""
     experts = [(layer, e) for layer in model.moe_layers for e in range(model.num_experts)]
     resident = [key for key in experts if placed.tier(*key) is Tier.RESIDENT]
     of_a_layer = [sum(1 for key in resident if key[0] == layer) for layer in model.moe_layers]
-    slot = slot_experts(placed, model)
-    widened = max([slot, *of_a_layer]) * 3 * model.moe_intermediate * model.hidden * 2
-    parts = {
+    widened = max([slot_experts(placed, model), *of_a_layer]) * 3 * model.moe_intermediate * model.hidden * 2
+    kv_bytes = model.kv_elements_per_token * kv_element_bytes
+    kv = "KV cache"
+    if kv_offloaded:
+        kv, kv_bytes = "KV cache (offloaded)", OFFLOAD_BUFFERS * kv_bytes // model.num_layers
+    fixed = {
         "projections (BF16)": _projection_bytes(model),
         "resident experts": len(resident) * block_bytes(model),
         "ring": slots_bytes(placed, model),
         "widened experts": widened,
-        "KV cache": kv_tokens * model.kv_elements_per_token * 2,
-        "activations": token_budget * _activation_bytes(model),
-        "context": CONTEXT_BYTES,
+        kv: 0,
+        "activations": 0,
+        "logits": HEAD_ROWS * model.vocab * (4 + 2),
+        "context": context_bytes,
     }
-    plan = MemoryPlan(parts, budget_bytes, kv_tokens)
-    if plan.total_bytes > budget_bytes:
-        needed, there = f"{plan.total_bytes / GIB:.2f} GiB", f"{budget_bytes / GIB:.2f} GiB"
-        raise MemoryBudgetError(
-            f"{needed} of GPU memory needed, {there} in the budget ({plan}); "
-            f"lower token_budget ({token_budget}), kv_tokens ({kv_tokens}), the placement's ring_slots or gpu_gb, or "
-            "raise its parts_per_layer"
-        )
-    return plan
+    return Needs("GPU memory", budget_bytes, fixed, _activation_bytes(model), kv_bytes, "activations", kv)
 
 
 def _projection_bytes(model: ModelSpec) -> int:

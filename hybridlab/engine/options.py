@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from hybridlab.errors import ConfigError, StrategyError
-from hybridlab.hardware.gpu import detect_gpus
+from hybridlab.hardware.gpu import Gpu, detect_gpus
 from hybridlab.model.weight_layout import check_weight_layout
 from hybridlab.plans import PlacementPlan, Tier
 from hybridlab.spec import HardwareSpec
 from hybridlab.strategies.fields import check_ring
 
+FP8_CAPABILITY = (8, 9)
+"""Compute capability from which NVIDIA's tensor cores multiply FP8."""
+
 
 def check_format(precision: str, weight_layout: str, device: str) -> None:
     """Raises `ConfigError` for an unknown precision or layout, or ones that do not go together or with the device."""
-    if precision not in ("bf16", "exact"):
-        raise ConfigError(f"precision is {precision!r}, expected 'bf16' or 'exact'")
+    if precision not in ("bf16", "exact", "fp8"):
+        raise ConfigError(f"precision is {precision!r}, expected 'bf16', 'exact' or 'fp8'")
     check_weight_layout(weight_layout)
     if weight_layout == "tiles" and precision == "exact":
         raise ConfigError("weight_layout is 'tiles', but precision 'exact' reads rows")
-    if device == "cuda" and precision != "bf16":
-        raise ConfigError(f"precision is {precision!r}, device 'cuda' computes in 'bf16'")
+    if device == "cuda" and precision == "exact":
+        raise ConfigError(f"precision is {precision!r}, device 'cuda' computes in 'bf16' or 'fp8'")
+    if device != "cuda" and precision == "fp8":
+        raise ConfigError(
+            f"precision is 'fp8', device {device!r} computes in 'bf16' or 'exact': activations are quantised only on "
+            "GPUs that have FP8 (device 'cuda')"
+        )
+
+
+def check_fp8(experts: str, gpus: Sequence[Gpu]) -> None:
+    """Raises `ConfigError` unless `experts` are stored as "fp8" and the first of `gpus` multiplies FP8."""
+    if experts != "fp8":
+        raise ConfigError(f"precision is 'fp8', but the experts of this checkpoint are stored in {experts!r}")
+    if gpus[0].capability < FP8_CAPABILITY:
+        found, least = (".".join(map(str, version)) for version in (gpus[0].capability, FP8_CAPABILITY))
+        raise ConfigError(
+            f"precision is 'fp8', but {gpus[0].name} has no FP8 (compute capability {found}, expected {least} or more)"
+        )
+
+
+def host_precision(precision: str) -> str:
+    """What the host's cores compute in: only a GPU has "fp8"."""
+    return "bf16" if precision == "fp8" else precision
 
 
 def check_numbers(counts: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
@@ -38,10 +62,20 @@ def check_numbers(counts: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
 
 
 def check_unused(options: Mapping[str, Any], device: str) -> None:
-    """Raises `ConfigError` naming an option of device "emulated" that is set for another device."""
+    """Raises `ConfigError` naming an option that is set for a device that has no use for it."""
     for name, value in options.items():
         if value is not None:
-            raise ConfigError(f"{name} is for device 'emulated', not for {device!r}")
+            devices = "devices 'emulated' and 'cuda'" if name == "vram_gb" else "device 'emulated'"
+            raise ConfigError(f"{name} is for {devices}, not for {device!r}")
+
+
+def check_worker(worker: str, device: str, *, in_files: bool) -> bool:
+    """Whether the worker is a process: it must be able to open the checkpoint's files. Raises `ConfigError`."""
+    if worker not in ("auto", "thread", "process"):
+        raise ConfigError(f"worker is {worker!r}, expected 'auto', 'thread' or 'process'")
+    if worker == "process" and not in_files:
+        raise ConfigError("worker is 'process', which needs the folder of a checkpoint to open, not an opened one")
+    return worker == "process" or (worker == "auto" and device == "cuda" and in_files)
 
 
 def is_count(value: Any) -> bool:

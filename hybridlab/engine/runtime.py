@@ -13,8 +13,9 @@ from hybridlab.engine.devices import Device, cpu_device, emulated_device
 from hybridlab.engine.executor import Executor
 from hybridlab.engine.kv_cache import KVCache
 from hybridlab.engine.link import CopyLink
-from hybridlab.engine.memory import GIB, MemoryPlan, plan_memory
-from hybridlab.engine.ring import slots_bytes
+from hybridlab.engine.load_plan import plan_load
+from hybridlab.engine.memory import MemoryPlan
+from hybridlab.engine.options import host_precision
 from hybridlab.engine.worker import EngineBackend, LocalWorker
 from hybridlab.engine.worker_thread import WorkerThread
 from hybridlab.model.numerics import make_numerics
@@ -36,48 +37,41 @@ class Runtime:
         weight_layout: WeightLayout,
         threads: int,
         accelerator_threads: int,
-        token_budget: int,
+        token_budget: int | None,
         kv_tokens: int | None,
         kv_block_tokens: int,
         memory_gb: float | None,
+        free_bytes: int | None,
         quiet: bool,
     ) -> None:
         source = weight_source(weight_layout, threads)
-        numerics = make_numerics(precision, threads, source)
-        budget_bytes = hardware.host_memory_bytes if memory_gb is None else int(memory_gb * GIB)
-        self.memory: MemoryPlan = plan_memory(
+        numerics = make_numerics(host_precision(precision), threads, source)
+        self.memory: MemoryPlan = plan_load(
             checkpoint.spec,
+            placed,
+            hardware,
+            numerics,
             weight_bytes=checkpoint.num_bytes,
-            budget_bytes=budget_bytes,
+            threads=threads,
             token_budget=token_budget,
             kv_tokens=kv_tokens,
             kv_block_tokens=kv_block_tokens,
-            kv_element_bytes=numerics.kv_dtype.itemsize,
-            precision_bytes=numerics.workspace_bytes(checkpoint.spec, threads),
+            memory_gb=memory_gb,
+            free_bytes=free_bytes,
             weight_layout=weight_layout,
-            ring_bytes=slots_bytes(placed, checkpoint.spec),
         )
         if not quiet:
-            print(f"hybridlab: {self.memory}", file=sys.stderr)
+            for plan in filter(None, (self.memory, self.memory.gpu)):
+                print(f"hybridlab: {plan}", file=sys.stderr)
         self.num_kv_blocks = self.memory.kv_tokens // kv_block_tokens
         self.kv_block_tokens = kv_block_tokens
         if hardware.device == "cpu":
             self._device: Device = cpu_device(checkpoint, numerics, threads)
         elif hardware.device == "cuda":
             from hybridlab.engine.cuda_device import cuda_device
-            from hybridlab.engine.cuda_memory import plan_vram
 
-            self.vram = plan_vram(
-                checkpoint.spec,
-                placed,
-                budget_bytes=hardware.gpu_memory_bytes,
-                token_budget=token_budget,
-                kv_tokens=self.memory.kv_tokens,
-            )
-            if not quiet:
-                print(f"hybridlab: GPU {self.vram}", file=sys.stderr)
             vram_bytes = hardware.gpu_memory_bytes
-            self._device = cuda_device(checkpoint, numerics, placed, threads, vram_bytes=vram_bytes, quiet=quiet)
+            self._device = cuda_device(checkpoint, placed, threads, vram_bytes=vram_bytes, quiet=quiet)
         else:
             accelerator = make_numerics(precision, accelerator_threads, source)
             host = make_numerics(precision, threads - accelerator_threads, source)
@@ -89,8 +83,9 @@ class Runtime:
         self._executor = Executor(self._device, self._cache)
         self.local = LocalWorker(self._executor, self._device.torch_device)
         self._worker = WorkerThread()
-        # Beside the first prompts: an unmapped page costs a fault in the middle of a kernel.
-        self._mapping = threading.Thread(target=checkpoint.populate, name="hybridlab-map", daemon=True)
+        # Beside the first prompts: an unmapped page costs a fault in the middle of a kernel. On "cuda", all is copied.
+        mapping = (lambda: None) if hardware.device == "cuda" else checkpoint.populate
+        self._mapping = threading.Thread(target=mapping, name="hybridlab-map", daemon=True)
         self._mapping.start()
 
     def wait_mapped(self) -> None:

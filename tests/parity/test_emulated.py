@@ -40,6 +40,11 @@ def subset(spec: ModelSpec) -> Mixed:
     return Mixed(parts_per_layer=2, prefetch=some_of(spec))
 
 
+def most_of(spec: ModelSpec) -> float:
+    """1e9 bytes that hold two experts of three."""
+    return 0.7 * len(spec.moe_layers) * spec.num_experts * spec.expert_bytes / 1e9
+
+
 # name -> (placement, tiers that must have computed)
 PLACEMENTS: dict[str, tuple[Any, set[Tier]]] = {
     "all_host": ("all_host", {HOST}),
@@ -49,12 +54,18 @@ PLACEMENTS: dict[str, tuple[Any, set[Tier]]] = {
         {"name": "streamed", "stream_from_tokens": 6, "ring_slots": 3, "parts_per_layer": 3},
         {STREAMED, HOST},
     ),
-    "hot_resident": ("hot_resident", {RESIDENT, HOST}),
+    "hot_resident": (lambda spec: {"name": "hot_resident", "gpu_gb": most_of(spec)}, {RESIDENT, HOST}),
     "hot_resident, streaming": (
-        {"name": "hot_resident", "ring_slots": 2, "parts_per_layer": 2, "stream_from_tokens": 6},
+        lambda spec: {
+            "name": "hot_resident",
+            "gpu_gb": most_of(spec),
+            "ring_slots": 2,
+            "parts_per_layer": 2,
+            "stream_from_tokens": 6,
+        },
         {RESIDENT, STREAMED, HOST},
     ),
-    "layer_split": ("layer_split", {RESIDENT, HOST}),
+    "layer_split": (lambda spec: {"name": "layer_split", "gpu_gb": most_of(spec)}, {RESIDENT, HOST}),
     "mixed": (Mixed(parts_per_layer=2, min_tokens=3), {STREAMED, HOST}),
     "subset": (subset, {STREAMED, HOST}),
 }
@@ -65,11 +76,8 @@ SCHEDULERS = [
 
 
 def load(oracle, placement, overlap, **options) -> hl.Engine:
-    """Half of the accelerator's memory holds two experts of three."""
-    spec = oracle.spec
-    placement = placement(spec) if callable(placement) else placement
-    all_bytes = len(spec.moe_layers) * spec.num_experts * spec.expert_bytes
-    own = {"precision": "exact", "threads": 2, "vram_gb": 2 * 0.7 * all_bytes / 1e9}
+    placement = placement(oracle.spec) if callable(placement) else placement
+    own = {"precision": "exact", "threads": 2}
     return oracle.load(device="emulated", placement=placement, overlap=overlap, **{**own, **options})
 
 
@@ -219,6 +227,6 @@ def test_bf16_is_within_its_tolerances_and_the_same_every_time(oracle, layout):
 def test_sampled_tokens_do_not_depend_on_the_device(oracle):
     prompt = oracle.prompts[-1]["prompt"]
     requests = [hl.Request(str(s), tuple(prompt[: 9 + s]), 8, 0.0, hl.Sampling(1.2, 0.9, s)) for s in range(4)]
-    with oracle.load(precision="exact") as cpu, load(oracle, "hot_resident", "dual_batch") as emulated:
+    with oracle.load(precision="exact") as cpu, load(oracle, PLACEMENTS["hot_resident"][0], "dual_batch") as emulated:
         expected = [record.output for record in cpu.serve(requests).records]
         assert [record.output for record in emulated.serve(requests).records] == expected

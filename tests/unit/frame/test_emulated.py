@@ -42,7 +42,7 @@ def load(**options) -> hl.Engine:
         ({"device": "emulate"}, "device 'emulate' is not available"),
         ({"device": "cpu", "accelerator_threads": 1}, "accelerator_threads is for device 'emulated', not for 'cpu'"),
         ({"device": "cpu", "link_gb_s": 5.0}, "link_gb_s is for device 'emulated', not for 'cpu'"),
-        ({"device": "auto", "vram_gb": 5.0}, "vram_gb is for device 'emulated', not for 'cpu'"),
+        ({"device": "auto", "vram_gb": 5.0}, "vram_gb is for devices 'emulated' and 'cuda', not for 'cpu'"),
     ],
     ids=str,
 )

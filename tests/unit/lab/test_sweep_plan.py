@@ -138,7 +138,7 @@ def test_predictions_come_from_stored_runs_where_there_are_any(preset: dict[str,
 def test_what_does_not_fit_is_told_and_not_raised(preset: dict[str, Any]) -> None:
     found = plan({**preset, "sweep": {"engine.memory_gb": [0.01, 64.0]}, "repeats": 1})
     first, second = found.frame["problem"].tolist()
-    assert "0.01 GiB in the budget" in first and second == ""
+    assert "10.24 MiB in the budget" in first and second == ""
     assert "will fail    1 runs; the first: " in str(found)
     assert found.frame["memory_gib"].iloc[0] > 0.5
     assert found.memory_bytes <= found.memory_budget_bytes
@@ -158,12 +158,12 @@ def test_memory_is_the_engines_own_plan(preset: dict[str, Any], tmp_path: Path) 
 
 
 def test_memory_counts_the_ring_of_each_placement_as_the_engine_does(preset: dict[str, Any], tmp_path: Path) -> None:
-    engine = {"device": "emulated", "threads": 2, "vram_gb": 0.0012, "kv_tokens": 4096}
+    engine = {"device": "emulated", "threads": 2, "vram_gb": 1.0, "kv_tokens": 4096}
     placements = [
         "all_host",
         {"name": "streamed", "ring_slots": 2},
         {"name": "streamed", "ring_slots": 3, "parts_per_layer": 4},
-        {"name": "hot_resident", "ring_slots": 2},
+        {"name": "hot_resident", "gpu_gb": 0.0006, "ring_slots": 2},
     ]
     config = {**preset, "model": {"preset": "tiny", "layers": 2}, "engine": engine, "repeats": 1}
     found = plan({**config, "sweep": {"placement": placements}}).frame["memory_gib"].tolist()

@@ -1,0 +1,81 @@
+"""What a model takes of the host's memory on each device."""
+
+from __future__ import annotations
+
+from hybridlab.engine.memory import GIB, Needs
+from hybridlab.engine.ring import block_bytes
+from hybridlab.model.weight_layout import ARENA_BYTES
+from hybridlab.plans import PlacementPlan, Tier
+from hybridlab.spec import ModelSpec
+
+RESERVE_BYTES = GIB // 2
+"""Interpreter, torch, and what else the process needs."""
+LOGITS_OF = 64
+"""Requests whose logits are held at once."""
+
+
+def host_needs(
+    model: ModelSpec,
+    *,
+    weight_bytes: int,
+    budget_bytes: int,
+    kv_token_bytes: int,
+    precision_bytes: int,
+    weight_layout: str = "rows",
+    ring_bytes: int = 0,
+) -> Needs:
+    """Where the host's cores compute, device "emulated" included: weights, KV cache, workspace and ring.
+
+    `precision_bytes` is what the precision needs beside the activations. Weights in "tiles" are a copy: the mapped
+    pages they were made from count as page cache.
+    """
+    packed = weight_layout == "tiles"
+    fixed = {
+        "weights (packed)" if packed else "weights (mapped)": weight_bytes + (ARENA_BYTES if packed else 0),
+        "KV cache": 0,
+        "workspace": precision_bytes + LOGITS_OF * 4 * model.vocab,
+        "ring": ring_bytes,
+        "reserve": RESERVE_BYTES,
+    }
+    return Needs("memory", budget_bytes, fixed, _token_bytes(model), kv_token_bytes, "workspace")
+
+
+def host_needs_beside_gpu(
+    model: ModelSpec,
+    placed: PlacementPlan,
+    *,
+    budget_bytes: int,
+    kv_token_bytes: int,
+    weight_layout: str = "rows",
+) -> Needs:
+    """Beside a CUDA device: the pinned copy of all experts, and what the host's cores need to compute some of them.
+
+    Once copied, the mapped checkpoint is page cache. `kv_token_bytes` is 0 unless the KV cache is offloaded.
+    """
+    layers = {
+        layer for layer in model.moe_layers
+        if any(placed.tier(layer, e) is not Tier.RESIDENT for e in range(model.num_experts))
+    }  # fmt: skip
+    pinned = len(model.moe_layers) * model.num_experts * block_bytes(model)
+    packed = len(layers) * model.num_experts * block_bytes(model) + ARENA_BYTES if weight_layout == "tiles" else 0
+    fixed = {
+        "experts (pinned)": pinned,
+        "experts (packed)": packed if layers else 0,
+        "staging": 2 * model.vocab * model.hidden,
+        "workspace": LOGITS_OF * 4 * model.vocab,
+        "reserve": RESERVE_BYTES,
+    }
+    token_bytes = _expert_bytes(model) if layers else 0
+    return Needs("host memory", budget_bytes, fixed, token_bytes, kv_token_bytes, "workspace", "KV cache (offloaded)")
+
+
+def _token_bytes(model: ModelSpec) -> int:
+    """float32 activations of one token of a step, at its widest point."""
+    attention = (2 * model.num_heads + 4 * model.num_kv_heads) * model.head_dim
+    dense = 3 * model.dense_intermediate if model.dense_layers else 0
+    return max((4 * model.hidden + max(attention, dense)) * 4, _expert_bytes(model))
+
+
+def _expert_bytes(model: ModelSpec) -> int:
+    """float32 activations of one token in a layer's experts, what goes in and comes out included."""
+    return (4 * model.hidden + model.top_k * (2 * model.moe_intermediate + model.hidden)) * 4
