@@ -150,7 +150,7 @@ def _advice(plan: MemoryPlan, needs: Needs, more: str | None) -> str:
     if needs.memory == "GPU memory":
         can = ["raise vram_gb"]
     elif weights > needs.budget_bytes:
-        can.append(f"take a smaller checkpoint (the weights alone take {weights / GIB:.2f} GiB)")
+        can.append(f"take a smaller checkpoint (the weights alone take {plan.shown(weights)})")
     if "ring" in plan.parts:
         can.append("lower the placement's ring_slots or raise its parts_per_layer")
     if "resident experts" in plan.parts:

@@ -32,9 +32,13 @@ class MemoryPlan:
     def require_room(self, advice: str) -> None:
         """Raises `MemoryBudgetError` with needed, there, the plan and `advice`, if the parts do not fit."""
         if self.total_bytes > self.budget_bytes:
-            size, unit = self._unit
-            needed, there = f"{self.total_bytes / size:.2f} {unit}", f"{self.budget_bytes / size:.2f} {unit}"
+            needed, there = self.shown(self.total_bytes), self.shown(self.budget_bytes)
             raise MemoryBudgetError(f"{needed} of {self.memory} needed, {there} in the budget ({self}); {advice}")
+
+    def shown(self, num_bytes: int) -> str:
+        """`num_bytes` in the unit that suits the budget."""
+        unit, name = self._unit
+        return f"{num_bytes / unit:.2f} {name}"
 
     def __str__(self) -> str:
         unit, named = self._unit

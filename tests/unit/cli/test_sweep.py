@@ -98,7 +98,7 @@ def test_failed_runs_make_exit_status_one(config: Path, tmp_path: Path) -> None:
 
 def test_if_all_runs_failed_the_first_error_is_the_line(config: Path, tmp_path: Path) -> None:
     config.write_text(CONFIG.replace("[8, SECOND]", "[0.002, 0.001]"))
-    for shown in ("GiB in the budget", "all 2 runs failed earlier (retry_failed=True or --retry-failed"):
+    for shown in ("MiB in the budget", "all 2 runs failed earlier (retry_failed=True or --retry-failed"):
         done = invoke("run", config, "--results-dir", tmp_path / "results")
         assert done.exit_code == 2 and done.stdout == ""
         line = done.stderr.splitlines()[-1]
