@@ -17,7 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from hybridlab import provenance
 from hybridlab.calibration import Calibration, Subject
+from hybridlab.engine.options import check_accelerator_threads, check_threads
 from hybridlab.errors import ConfigError
+from hybridlab.hardware import detect
 from hybridlab.sections import one_line
 from hybridlab.spec import HardwareSpec, ModelSpec
 
@@ -35,13 +37,16 @@ def subject_of(
     model: ModelSpec,
     *,
     device: str,
-    threads: int,
+    threads: int | None = None,
     accelerator_threads: int | None = None,
     link_gb_s: float | None = None,
     precision: str = "bf16",
     weight_layout: str = "rows",
 ) -> Subject:
-    """What a calibration of `model`, loaded like this on this machine, is filed under."""
+    """What a calibration of `model`, loaded like this on this machine, is filed under; defaults as in `hl.load`."""
+    threads = check_threads(threads, detect())
+    if device == "emulated":
+        accelerator_threads = check_accelerator_threads(accelerator_threads, threads)
     sizes = {name: getattr(model, name) for name in SIZES} | {"dense_layers": len(model.dense_layers)}
     here = {name: value for name, value in provenance.machine(gpu=device == "cuda").items() if name != "memory_gib"}
     cap = None if link_gb_s is None else float(link_gb_s)

@@ -16,9 +16,8 @@ from hybridlab.bench_steps import TimedStep, decode_steps, prompt_step, take_tur
 from hybridlab.calibration import CPU, DUAL, MIXED, PLAIN, STREAMED, Calibration, Crossovers, Point
 from hybridlab.calibration_files import subject_of, write_calibration
 from hybridlab.checkpoint import open_checkpoint
-from hybridlab.engine.options import check_format, check_numbers, check_threads
+from hybridlab.engine.options import check_format, check_numbers
 from hybridlab.errors import ConfigError
-from hybridlab.hardware import detect
 from hybridlab.loading import load
 from hybridlab.lowering import Planner
 from hybridlab.model.weight_layout import WeightLayout
@@ -114,12 +113,11 @@ def calibrate(
     if not whole.spec.moe_layers:
         raise ConfigError(f"{whole.folder}: the model has no MoE layer, so that there is no path to choose")
     cut = whole.first_moe_layers(layers)
-    on_emulated = device == "emulated"
     subject = subject_of(
         whole.spec,
         device=device,
-        threads=check_threads(threads, detect()),
-        accelerator_threads=options.chosen_accelerator_threads if on_emulated else None,
+        threads=threads,
+        accelerator_threads=accelerator_threads,
         link_gb_s=link_gb_s,
         precision=precision,
         weight_layout=weight_layout,
@@ -150,7 +148,7 @@ def calibrate(
         day=date.today().isoformat(),
         code=code_hash(),
         commit=f"{commit}+{version['dirty']}" if "dirty" in version else commit,
-        evidence="emulated" if on_emulated else "measured",
+        evidence="emulated" if device == "emulated" else "measured",
         complete=complete,
     )
     if save and complete:

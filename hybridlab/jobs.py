@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,10 @@ def _identity(draft: Draft, backend: str, once: Any) -> dict[str, Any]:
         workload["path"] = once(key, lambda: content_hash(config.workload, config.project_dir))
     versions = once("versions", provenance.versions)
     gpu = config.engine.device == "cuda"
+    loaded = config.engine.model_dump_json()
+    thresholds = once(("thresholds", draft.checkpoint, loaded), lambda: _thresholds(draft))
     return {
+        **({"thresholds": thresholds} if thresholds else {}),
         "backend": backend,
         "model": once(("model", draft.checkpoint), lambda: provenance.checkpoint_hash(draft.checkpoint)),
         "workload": workload,
@@ -156,6 +159,21 @@ def _identity(draft: Draft, backend: str, once: Any) -> dict[str, Any]:
         # The first of several is the run without repeats, so that raising `repeats` keeps it.
         "repeat": draft.repeat,
     }
+
+
+def _thresholds(draft: Draft) -> dict[str, Any]:
+    """What `hl.load` will find calibrated for the engine of a run: it decides paths, and so the result."""
+    engine = draft.config.engine
+    if engine.device not in ("emulated", "cuda"):
+        return {}
+    from hybridlab.calibration_files import find_calibration, subject_of
+    from hybridlab.checkpoint import open_checkpoint
+
+    names = ("device", "threads", "accelerator_threads", "link_gb_s", "precision")
+    how: dict[str, Any] = {name: getattr(engine, name) for name in names}
+    how["weight_layout"] = engine.weight_layout or "rows"
+    found = find_calibration(subject_of(open_checkpoint(draft.checkpoint).spec, **how))
+    return {} if found is None else asdict(found.crossovers)
 
 
 def _described(strategy: Any) -> dict[str, Any]:
