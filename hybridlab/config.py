@@ -71,6 +71,8 @@ class EngineConfig(Section):
     """Most tokens of one step; None: 2,048 on the CPU, else the most that memory allows."""
     kv_tokens: int | None = Field(default=None, gt=0)
     memory_gb: float | None = Field(default=None, gt=0, le=1e9)
+    worker: Literal["auto", "thread", "process"] | None = None
+    """process: model and memory in a process of their own, which is started again if it ends."""
     prefix_cache: bool = True
     """Requests that begin with the same tokens share their KV blocks."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hybridlab.checkpoint import Checkpoint, open_checkpoint
 from hybridlab.engine.options import (
@@ -14,10 +14,12 @@ from hybridlab.engine.options import (
     check_placed,
     check_threads,
     check_unused,
+    check_worker,
     cuda_hardware,
     emulated_hardware,
 )
 from hybridlab.engine.runtime import Runtime
+from hybridlab.engine.worker_process import WorkerProcess
 from hybridlab.errors import ConfigError
 from hybridlab.hardware import detect
 from hybridlab.hardware.host_memory import detect_host_memory
@@ -47,6 +49,7 @@ def load(
     memory_gb: float | None = None,
     prefix_cache: bool = True,
     routing: RoutingStats | None = None,
+    worker: Literal["auto", "thread", "process"] = "auto",
     quiet: bool = False,
 ) -> Engine:
     """Open a Hugging Face checkpoint folder and make it ready; the memory plan is printed before allocation.
@@ -59,6 +62,8 @@ def load(
     `device="emulated"` gives `accelerator_threads` cores (default: half) the place of a GPU of `vram_gb` (1e9 bytes)
     and copies to it at most at `link_gb_s`; the other cores are the CPU.
     With a link, placement and overlap see the thresholds that `hl.calibrate` measured for this model loaded like this.
+    With `worker="process"`, the model and its memory live in a process of their own: if that ends, or its GPU gives up,
+    the requests of one step fail and another process is started. "auto": a thread, but a process with device "cuda".
     Raises `CheckpointError`, `ConfigError`, `StrategyError` or `MemoryBudgetError`, each in one line.
     """
     device = check_device(device)
@@ -80,6 +85,7 @@ def load(
         hardware = emulated_hardware(hardware, vram_gb, link_gb_s)
     elif device == "cuda":
         hardware = cuda_hardware(hardware, vram_gb)
+    in_process = check_worker(worker, device, in_files=not isinstance(path, Checkpoint))
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     if device != "cpu":
         from hybridlab.calibration_files import calibrated
@@ -91,7 +97,7 @@ def load(
             overlap = resolved(hardware)
     placed = placement.place(checkpoint.spec, hardware, routing or RoutingStats())
     check_placed(placed, type(placement).__name__, device)
-    runtime = Runtime(
+    runtime = (WorkerProcess if in_process else Runtime)(
         checkpoint,
         hardware,
         placed,

@@ -14,6 +14,7 @@ from hybridlab.batch import Entry, OnRoute
 from hybridlab.checkpoint import Checkpoint
 from hybridlab.engine.options import is_count
 from hybridlab.engine.runtime import Runtime
+from hybridlab.engine.worker_process import WorkerProcess
 from hybridlab.errors import ConfigError, HybridlabError, RequestError
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.lowering import Planner
@@ -38,7 +39,7 @@ class Engine:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        runtime: Runtime,
+        runtime: Runtime | WorkerProcess,
         planner: Planner,
         precision: str,
         threads: int,
@@ -48,7 +49,7 @@ class Engine:
         self.checkpoint, self.spec = checkpoint, checkpoint.spec
         self.precision, self.threads, self.token_budget = precision, threads, token_budget
         self.memory = runtime.memory
-        self._runtime: Runtime | None = runtime
+        self._runtime: Runtime | WorkerProcess | None = runtime
         self.planner = planner
         self._prefixes = prefixes
         self._text = Text(checkpoint.folder)
@@ -145,14 +146,14 @@ class Engine:
             return np.concatenate(rows)
 
     @property
-    def runtime(self) -> Runtime:
+    def runtime(self) -> Runtime | WorkerProcess:
         """What computes, for benchmarks and tests; raises `HybridlabError` once closed."""
         if self._runtime is None:
             raise HybridlabError(f"the engine of {self.checkpoint.folder} is closed")
         return self._runtime
 
     def close(self) -> None:
-        """End the worker thread and free the KV cache; idempotent."""
+        """End the worker and free the KV cache; idempotent."""
         runtime, self._runtime = self._runtime, None
         if runtime is not None:
             runtime.close()
@@ -198,7 +199,7 @@ class Engine:
         requests: Sequence[Request],
         token_budget: int | None,
         prefixes: Callable[[BlockPool], Prefixes] | None = None,
-    ) -> Iterator[tuple[Runtime, RequestQueue]]:
+    ) -> Iterator[tuple[Runtime | WorkerProcess, RequestQueue]]:
         runtime = self.runtime
         if token_budget is not None and not is_count(token_budget):
             raise ConfigError(f"token_budget is {token_budget!r}, expected an int >= 1")
@@ -214,7 +215,7 @@ class Engine:
             self._queue = None
             self._turn.release()
 
-    def _pool(self, runtime: Runtime) -> BlockPool:
+    def _pool(self, runtime: Runtime | WorkerProcess) -> BlockPool:
         return BlockPool(runtime.num_kv_blocks, runtime.kv_block_tokens)
 
     def require_servable(self, request: Request) -> None:

@@ -183,7 +183,8 @@ def test_ring_and_cpu_share_the_experts_that_arrive(oracle, min_tokens, arrive):
 def spy(engine: hl.Engine) -> dict[int, tuple[int, Counter[int], dict[Tier, Counter[int]]]]:
     """Fills while `engine` runs: per choice of a router its layer, the routes of each expert, and who computed them."""
     found: dict[int, tuple[int, Counter[int], dict[Tier, Counter[int]]]] = {}
-    device: Any = engine.runtime._device
+    runtime: Any = engine.runtime
+    device = runtime._device
     route, kept = device.model.router, []
 
     def router(layer, x_TH):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,11 +80,13 @@ def test_placements_plan_with_the_emulated_machine():
 
 def test_both_sides_get_their_threads(monkeypatch):
     with load(threads=3, accelerator_threads=1, placement="hot_resident", precision="bf16") as engine:
-        device = engine.runtime._device
+        runtime: Any = engine.runtime
+        device = runtime._device
         host = device.experts[Tier.HOST]
-        assert (device.model._numerics.threads, host._numerics.threads) == (1, 2)  # type: ignore[attr-defined]
+        assert (device.model._numerics.threads, host._numerics.threads) == (1, 2)
     with load(threads=4) as engine:
-        assert engine.runtime._device.model._numerics.threads == 2  # type: ignore[attr-defined]
+        runtime = engine.runtime
+        assert runtime._device.model._numerics.threads == 2
 
 
 @pytest.mark.parametrize(
@@ -132,7 +135,8 @@ def test_a_ring_that_is_too_big_is_refused_with_the_numbers():
 def test_a_lane_that_fails_fails_the_requests_of_its_step_only(monkeypatch):
     before = set(threading.enumerate())
     with load(placement=STREAMED, overlap="dual_batch") as engine:
-        experts = engine.runtime._device.experts
+        runtime: Any = engine.runtime
+        experts = runtime._device.experts
         real = experts[Tier.STREAMED]
 
         def fails_for_long_prompts(op, routed):
@@ -153,7 +157,8 @@ def test_a_lane_that_fails_fails_the_requests_of_its_step_only(monkeypatch):
 def test_a_plan_error_on_a_lane_ends_the_run_in_one_line_and_the_engine_goes_on(monkeypatch):
     with load(placement=STREAMED, precision="exact") as engine:
         expected = engine.generate([5, 6, 7], 4)
-        device = engine.runtime._device
+        runtime: Any = engine.runtime
+        device = runtime._device
         with monkeypatch.context() as patched:
             patched.setattr(device.load.__self__, "_holds", _Forgetful([None] * 2))
             with pytest.raises(PlanError, match=r"slot \d of the ring does not hold part 0 of layer 0"):

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ STEP_S = 0.3
 def engine(monkeypatch):
     """An engine whose steps take a while, without holding the GIL."""
     with hl.load(ORACLE, precision="exact", quiet=True, kv_tokens=512) as engine:
-        model = engine.runtime._executor._model
+        runtime: Any = engine.runtime
+        model = runtime._executor._model
         head = model.head
 
         def slow(x_RH):

@@ -1,0 +1,177 @@
+"""A worker as a process: `python -m hybridlab.engine.worker_main DESCRIPTOR PARENT`, started by `worker_process`.
+
+It builds a `Runtime` from plain data, then answers one message after another on the thread that computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybridlab.batch import Entry
+from hybridlab.checkpoint import open_checkpoint
+from hybridlab.engine.channel import Channel, ChannelClosed, Kind, ProtocolError, pack_json, unpack_json
+from hybridlab.engine.program_messages import placement, unpack_moves, unpack_program
+from hybridlab.engine.runtime import Runtime
+from hybridlab.engine.step_messages import Step, pack_choice, pack_result, unpack_step
+from hybridlab.errors import WorkerLost
+from hybridlab.plans import Program
+from hybridlab.spec import HardwareSpec, ModelSpec
+
+MOST_PROGRAMS = 64
+"""Kept on both sides: the one that was sent longest ago makes room."""
+SETUP_KEYS = {"package", "checkpoint", "hardware", "placement", "options"}
+PACKAGE = str(Path(__file__).parents[1])
+SEED = struct.Struct("<Q")
+_PR_SET_PDEATHSIG = 1
+
+
+class HookFailed(Exception):
+    """The parent's routing hook raised; the parent knows what."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    descriptor, parent = map(int, arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=descriptor))
+    if not die_with(parent):
+        return 1
+    try:
+        if (ready := _setup(channel)) is not None:
+            _Loop(channel, *ready).run()
+    except ChannelClosed:
+        pass  # the parent wants nothing more
+    except ProtocolError as error:
+        _send_error(channel, Kind.LOST, error)
+        return 1
+    return 0
+
+
+def die_with(parent: int) -> bool:
+    """Have this process killed once the thread that started it ends; False if its process has ended already."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    return os.getppid() == parent
+
+
+def _setup(channel: Channel) -> tuple[Runtime, ModelSpec] | None:
+    kind, body = channel.receive()
+    if kind is not Kind.SETUP:
+        raise ProtocolError(f"{kind.name} before SETUP")
+    given = unpack_json(body)
+    if not isinstance(given, dict) or given.keys() != SETUP_KEYS:
+        raise ProtocolError(f"a setup of {sorted(given)!r:.200}")
+    if given["package"] != PACKAGE:
+        raise ProtocolError(f"this worker is hybridlab of {PACKAGE}, its parent that of {given['package']}")
+    try:
+        checkpoint = open_checkpoint(given["checkpoint"])
+        hardware, placed = HardwareSpec(**given["hardware"]), placement(given["placement"])
+        runtime = Runtime(checkpoint, hardware, placed, **given["options"])
+    except Exception as error:
+        _send_error(channel, Kind.FAILED, error)
+        return None
+    memory = dataclasses.asdict(runtime.memory)
+    sizes = {"num_kv_blocks": runtime.num_kv_blocks, "kv_block_tokens": runtime.kv_block_tokens}
+    channel.send(Kind.READY, pack_json({"memory": memory, **sizes}))
+    return runtime, checkpoint.spec
+
+
+class _Loop:
+    """Answers messages, in the order in which they come."""
+
+    def __init__(self, channel: Channel, runtime: Runtime, model: ModelSpec) -> None:
+        self._channel, self._runtime, self._model = channel, runtime, model
+        self._programs: OrderedDict[int, Program] = OrderedDict()
+        self._places: dict[int, dict[int, int]] = {}
+        self._step: Step | None = None
+
+    def run(self) -> None:
+        """Until the parent closes the channel, which raises `ChannelClosed`, or the device gives up."""
+        torch.set_num_threads(1)  # as on a worker's thread (engine/worker_thread.py)
+        while True:
+            kind, body = self._channel.receive()
+            try:
+                answer = self._answer(kind, body)
+            except WorkerLost as error:
+                _send_error(self._channel, Kind.LOST, error)
+                return
+            except (ChannelClosed, ProtocolError):
+                raise
+            except Exception as error:
+                _send_error(self._channel, Kind.FAILED, error)
+            else:
+                if answer is not None:
+                    self._channel.send(Kind.DONE, answer)
+
+    def _answer(self, kind: Kind, body: memoryview) -> Any:
+        match kind:
+            case Kind.STEP:
+                return self._run(self._unpack(body))
+            case Kind.PROGRAM:
+                number, program = unpack_program(body, self._model)
+                self._programs[number] = program
+                self._places[number] = {op.id: place for place, op in enumerate(program.ops)}
+                if len(self._programs) > MOST_PROGRAMS:
+                    del self._places[self._programs.popitem(last=False)[0]]
+                return None
+            case Kind.LOGITS:
+                step = self._unpack(body)
+                return self._runtime.local.logits(step.program, step.batch.entries[0]).contiguous().numpy().data
+            case Kind.ROUTES:
+                return np.ascontiguousarray(self._runtime.local.take_routes(), "<i8").data
+            case Kind.MOVE:
+                self._runtime.local.move(unpack_moves(body, self._model))
+            case Kind.RANDOMISE:
+                if len(body) != SEED.size:
+                    raise ProtocolError(f"a seed of {len(body)} bytes")
+                self._runtime.randomise_cache(*SEED.unpack(body))
+            case Kind.MAPPED:
+                self._runtime.wait_mapped()
+            case _:
+                raise ProtocolError(f"{kind.name} out of turn")
+        return b""
+
+    def _unpack(self, body: memoryview) -> Step:
+        runtime = self._runtime
+        return unpack_step(body, self._programs, self._model, runtime.num_kv_blocks, runtime.kv_block_tokens)
+
+    def _run(self, step: Step) -> bytes:
+        on_route = self._ask if step.asks else None
+        drawn, spans = self._runtime.local.run(step.program, step.batch, step.clock_start_s, on_route)
+        return pack_result(step, drawn, spans, self._places[step.number])
+
+    def _ask(self, layer: int, entries: Sequence[Entry], ids: np.ndarray) -> np.ndarray | None:
+        """The parent's routing hook; routers take turns, for they are all on one lane."""
+        self._channel.send(Kind.CHOICE, pack_choice(layer, entries, ids))
+        kind, body = self._channel.receive()
+        if kind is Kind.FAILED:
+            raise HookFailed
+        if kind is not Kind.CHOSEN or len(body) not in (0, 4 * ids.size):
+            raise ProtocolError(f"{kind.name} of {len(body)} bytes for a choice of {ids.size}")
+        return np.frombuffer(body, "<i4").reshape(ids.shape) if len(body) else None
+
+
+def _send_error(channel: Channel, kind: Kind, error: Exception) -> None:
+    text = "".join(traceback.format_exception(error))
+    told = {"class": type(error).__name__, "message": str(error), "traceback": text[-20_000:]}
+    channel.send(kind, pack_json(told))
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # threads of native code may be in the middle of something
