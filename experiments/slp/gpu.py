@@ -36,18 +36,19 @@ from hybridlab.plans import Op, Program, Span
 
 @dataclass(frozen=True)
 class LayerByLayer:
-    """Lanes whose host waits for the device behind each layer; a layer's loads are enqueued with the layer before.
+    """Lanes whose host waits for the device behind each layer; a layer's load is enqueued ahead of the layer before.
 
-    That is double buffering as it is often written: the device is never a layer ahead of the host.
+    That is double buffering as it is often written: the device is never a layer ahead of the host. The ring has to hold
+    two layers.
     """
 
     lanes: Lanes
     wait: Callable[[], None]
 
     def run(self, program: Program, execute: Callable[[Op], None], clock_start_s: float) -> Sequence[Span]:
-        order = sorted(program.order, key=_layer)
-        layers = [_layer(op) for op in order]
-        ends = {op.id for op, one, two in zip(order, layers, [*layers[1:], None], strict=True) if one != two}
+        order = sorted(program.order, key=lambda op: (_stage(op), op.kind != "load"))
+        stages = [_stage(op) for op in order]
+        ends = {op.id for op, one, two in zip(order, stages, [*stages[1:], None], strict=True) if one != two}
 
         def step(op: Op) -> None:
             execute(op)
@@ -57,8 +58,8 @@ class LayerByLayer:
         return self.lanes.run(replace(program, order=tuple(order)), step, clock_start_s)
 
 
-def _layer(op: Op) -> int:
-    return op.layer - (op.kind == "load")
+def _stage(op: Op) -> int:
+    return max(0, op.layer - (op.kind == "load"))
 
 
 @contextmanager
@@ -111,9 +112,9 @@ def without(*parts: Callable[[], Any]) -> Callable[..., hl.Engine]:
 
 
 WITHOUT = (
-    Variant("ring, pageable memory", RING, make=without(pageable)),
-    Variant("ring, a wait behind each layer", RING, make=without(synchronised)),
-    Variant("ring, pageable, a wait behind each layer", RING, make=without(pageable, synchronised)),
+    Variant("ring in pageable memory", RING, make=without(pageable)),
+    Variant("ring with a wait behind each layer", RING, make=without(synchronised)),
+    Variant("pageable with a wait behind each layer", RING, make=without(pageable, synchronised)),
 )
 
 

@@ -1,6 +1,6 @@
 """Stream-loading prefill: TTFT over prompt length, beside the floor that no overlap can pass.
 
-The rows are those of `experiments/slp/gpu.py`, one measurement a line.
+The rows are those of `hybridlab bench prefill --device ... --out` and `experiments/slp/gpu.py`, one measurement a line.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ LABEL_PT = 7.5
 def read_slp(folder: str | Path | None = None) -> pd.DataFrame:
     """The rows of `folder`/slp.jsonl, by default of the project's results/paper/slp, with their machine and code.
 
-    Those two come from origin.json beside it, and are "unknown" without one. Raises ConfigError if the rows are
-    missing or damaged.
+    Rows that do not name those two have them from origin.json beside it; without one they are "unknown". Raises
+    ConfigError if the rows are missing or damaged.
     """
     import pandas as pd
 
@@ -55,7 +55,9 @@ def read_slp(folder: str | Path | None = None) -> pd.DataFrame:
         told = {name: str(origin.get(name, "unknown")) for name in ("machine", "code")}
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{origin_path}: damaged ({error})") from None
-    return table.assign(**told)
+    for name, value in told.items():
+        table[name] = table[name].fillna(value) if name in table.columns else value
+    return table
 
 
 def slp_table(df: pd.DataFrame, *, where: Where | None = None, evidence: Kinds | None = None) -> pd.DataFrame:
