@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
 
+from hybridlab.engine.pinned import Pins, pages
 from hybridlab.errors import MemoryBudgetError
 from hybridlab.model.expert_block import Expert, ExpertBlock
 
@@ -31,7 +30,7 @@ class HostStore:
     ) -> None:
         self.block = block
         self._layers: dict[int, torch.Tensor] = {}
-        self._pinned: list[torch.Tensor] = []
+        self._pins = Pins()
         try:
             self._fill(layers, pin, threads, progress)
         except BaseException:
@@ -46,10 +45,7 @@ class HostStore:
 
     def close(self) -> None:
         """Give the pages back to the driver; idempotent."""
-        runtime: Any = torch.cuda.cudart() if self._pinned else None
-        for room in self._pinned:
-            runtime.cudaHostUnregister(room.data_ptr())
-        self._pinned.clear()
+        self._pins.close()
 
     def _fill(self, layers: Mapping[int, Sequence[Expert]], pin: bool, threads: int, progress: bool) -> None:
         from tqdm.auto import tqdm
@@ -61,9 +57,11 @@ class HostStore:
             for layer, experts in layers.items():
                 try:
                     # Filled first, pinned then: pages are touched by many threads instead of by the driver.
-                    room = _pages(len(experts) * size).view(len(experts), size)
+                    room = pages(len(experts) * size).view(len(experts), size)
                     list(pool.map(self._write, room.numpy(), experts))
-                    self._layers[layer] = self._pin(room) if pin else room
+                    if pin:
+                        self._pins.pin(room)
+                    self._layers[layer] = room
                 except RuntimeError as error:
                     done = len(self._layers) * len(experts) * size
                     raise MemoryBudgetError(
@@ -75,20 +73,3 @@ class HostStore:
     def _write(self, target: np.ndarray, expert: Expert) -> None:
         for offset, source in self.block.pieces(expert):
             target[offset : offset + len(source)] = source
-
-    def _pin(self, room: torch.Tensor) -> torch.Tensor:
-        """Registers the memory of `room` with CUDA in place; raises RuntimeError when the driver refuses."""
-        runtime: Any = torch.cuda.cudart()
-        status = int(runtime.cudaHostRegister(room.data_ptr(), room.nbytes, 0))
-        if status != 0:
-            raise RuntimeError(f"cudaHostRegister: error {status}")
-        self._pinned.append(room)
-        return room
-
-
-def _pages(size: int) -> torch.Tensor:
-    """Flat uint8 in pages of its own, huge ones where the system gives them."""
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
