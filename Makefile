@@ -16,10 +16,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Meson looks for ninja and cython on PATH and records where it found them; they must be .venv's own.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-all lint notebooks clean help
+.PHONY: demo test test-all test-gpu lint notebooks clean help
 
 help:
-	@echo "make demo | test | test-all | lint | notebooks | clean      (TORCH=existing, PYTHON=...; see the top of the Makefile)"
+	@echo "make demo | test | test-all | test-gpu | lint | notebooks | clean      (TORCH=existing, PYTHON=...; see the top of the Makefile)"
 
 demo: $(STAMP)
 	$(BIN)/hybridlab run experiments/quickstart/config.yaml
@@ -33,6 +33,10 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+# What needs a CUDA device; skipped, with a reason, without one.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu
 
 # Every notebook from its .py pair, in an empty copy of the project; what they show is written into the .ipynb.
 notebooks: $(STAMP)

@@ -65,11 +65,16 @@ PLACEMENTS: dict[str, tuple[Any, set[Tier]]] = {
         },
         {RESIDENT, STREAMED, HOST},
     ),
+    "lru_cache": (
+        lambda spec: {"name": "lru_cache", "gpu_gb": most_of(spec) / 2, "update_every_steps": 3},
+        {RESIDENT, HOST},
+    ),
     "layer_split": (lambda spec: {"name": "layer_split", "gpu_gb": most_of(spec)}, {RESIDENT, HOST}),
     "mixed": (Mixed(parts_per_layer=2, min_tokens=3), {STREAMED, HOST}),
     "subset": (subset, {STREAMED, HOST}),
 }
 OVERLAPS = registry.names("overlap")
+
 SCHEDULERS = [
     {"name": name, "chunk_tokens": chunk} for name, chunk in product(("fcfs", "chunked_prefill"), (6, 9, 100))
 ]
@@ -98,6 +103,10 @@ def check_lanes(oracle, spans: Sequence[Span], name: str, overlap: str) -> None:
     assert {op.lane.kind.value for op in experts} == {"cpu" if tier is HOST else "gpu" for tier in tiers}
     assert (STREAMED in tiers) == any(span.op.kind == "load" for span in spans)
     assert {op.microbatch for op in experts} == ({0, 1} if overlap == "dual_batch" else {0})
+
+
+def test_no_placement_is_forgotten():
+    assert set(registry.names("placement")) <= {name.partition(",")[0] for name in PLACEMENTS}
 
 
 PAIRS = [
