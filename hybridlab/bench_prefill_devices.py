@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -186,6 +187,7 @@ class _Run:
         lengths = [n for n in self.lengths if first.most_tokens is None or n <= first.most_tokens]
         if skipped := [n for n in self.lengths if n not in lengths]:
             self.notes.append(f"{names}: left out from {skipped[0]} tokens on, since a step would take long")
+        gc.collect()  # the last engine's memory is free from here on
         peak, start_s = self.options.peak_flop_s(), perf_counter()
         engine = self._open(first, names, lengths)
         if engine is None:
@@ -283,7 +285,7 @@ class _Run:
         }
 
     def _missing(self, what: str, error: HybridlabError) -> None:
-        self.errors.append(error)
+        self.errors.append(type(error)(*error.args))  # a new one: frames would keep the engine and its memory
         self.notes.append(f"{what}: {error}")
 
 

@@ -94,7 +94,9 @@ def test_prefill_rows_are_what_the_figure_reads(prompts: tuple[DeviceBench, Path
     bench, out = prompts
     lines = (out / "slp.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == list(bench.records)
-    table = hl.figures.slp_table(hl.figures.read_slp(out))
+    read = hl.figures.read_slp(out)
+    assert read["machine"].tolist() == [row["machine"] for row in bench.records]
+    table = hl.figures.slp_table(read)
     assert set(table["variant"]) == set(VARIANTS) - {RESIDENT}
     assert min(table["fraction"]) > 0
 
