@@ -4,7 +4,7 @@ Rows of several kinds of evidence are compared only if `evidence=[...]` asks for
 """
 
 from hybridlab.figures.crossover import crossover
-from hybridlab.figures.decode_tradeoff import decode_tradeoff, read_decode
+from hybridlab.figures.decode_tradeoff import decode_table, decode_tradeoff, read_decode
 from hybridlab.figures.draw import draw_figures
 from hybridlab.figures.fp8_codes import fp8_codes, fp8_table
 from hybridlab.figures.kernel_bench import read_kernel_bench, save_kernel_bench
@@ -26,6 +26,7 @@ __all__ = [
     "TWO_COLUMNS_IN",
     "Tables",
     "crossover",
+    "decode_table",
     "decode_tradeoff",
     "draw_figures",
     "fp8_codes",

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 FILES = "decode*.jsonl"
 COLUMNS = ("variant", "batch", "tpot_s", "tpot_s_q1", "tpot_s_q3", "tokens_per_s")
+RUN = ["file", "preset", "machine", "code", "depth"]
+PLAIN, DUAL, CPU = "plain batch", "dual batch", "device cpu"
 SETTING = ("preset", "depth", "threads", "accelerator_threads", "machine", "code")
 """What must be the same in all rows of a figure: else a line says less about the overlap than about these."""
 MARGIN = 1.18
@@ -38,7 +40,8 @@ MARGIN = 1.18
 def read_decode(folder: str | Path | None = None) -> pd.DataFrame:
     """The rows of all decode*.jsonl in `folder` and below, by default of the project's results/paper/dual_batch.
 
-    The column `file` says which one, relative to `folder`. Raises ConfigError if there are none, or one is damaged.
+    The column `file` says which one, relative to `folder`; where nothing was measured yet there are no rows. Raises
+    ConfigError if a file is damaged.
     """
     import pandas as pd
 
@@ -53,9 +56,41 @@ def read_decode(folder: str | Path | None = None) -> pd.DataFrame:
         if missing := [name for name in (*COLUMNS, "evidence") if name not in table.columns]:
             raise ConfigError(f"{path}: damaged (no column {missing[0]!r})")
         tables.append(table.assign(file=str(path.relative_to(folder))))
-    if not tables:
-        raise ConfigError(f"{folder}: no {FILES} in it; `hybridlab bench decode --device DEVICE --out` writes one")
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*RUN, *COLUMNS, "evidence"])
+
+
+def decode_table(df: pd.DataFrame) -> pd.DataFrame:
+    """One row per dual batch of `bench decode`'s rows, beside the plain batch of as many requests on the same machine.
+
+    plain_s, dual_s, alone_s and cpu_s are TPOTs: of the plain and the dual batch, of one request alone, and with device
+    "cpu" (NaN where not measured). attention_s and experts_s are the sums of the dual batch's ops on each lane while
+    the other one works, bound_s what no order of these ops can beat, `fraction` the median over the steps of bound /
+    step. `gain` is the median of plain / dual, round by round. Raises ConfigError for a missing column.
+    """
+    import pandas as pd
+
+    keys = [*RUN, "batch"]
+    names = {
+        "tpot_s": "dual_s",
+        "attention_busy_s": "attention_s",
+        "experts_busy_s": "experts_s",
+        "times_plain": "gain",
+    }
+    measured = ["attention_s", "experts_s", "bound_s", "fraction", "hand_offs_s", "dual_s", "gain"]
+    columns = [*keys, *measured, "plain_s", "alone_s", "cpu_s"]
+    if not len(df):
+        return pd.DataFrame(columns=columns)
+    frame: Any = df if "file" in df.columns else df.assign(file="")
+    frame = rows_of(frame, "table", [*keys, "variant", *names, "bound_s", "fraction", "hand_offs_s"], "decode_table")
+    times: dict[Any, float] = frame.set_index([*keys, "variant"])["tpot_s"].to_dict()
+    dual = frame[frame["variant"] == DUAL].rename(columns=names)
+    of = list(dual[keys].itertuples(index=False, name=None))
+    dual = dual.assign(
+        plain_s=[times.get((*key, PLAIN), np.nan) for key in of],
+        alone_s=[times.get((*run, 1, PLAIN), np.nan) for *run, _ in of],
+        cpu_s=[times.get((*key, CPU), np.nan) for key in of],
+    )
+    return dual[columns].reset_index(drop=True)
 
 
 def decode_tradeoff(

@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
+from hybridlab import bench_decode_devices
 from hybridlab.errors import ConfigError
-from hybridlab.figures import ONE_COLUMN_IN, decode_tradeoff, read_decode, save_figure
+from hybridlab.figures import ONE_COLUMN_IN, decode_table, decode_tradeoff, read_decode, save_figure
+from hybridlab.figures.decode_tradeoff import CPU, DUAL, PLAIN
 
 TPOT_S = {
     "plain batch": {1: 0.05, 2: 0.08, 4: 0.125},
@@ -30,6 +32,8 @@ def make_rows(*variants: str, **changes: Any) -> Any:
             row = {"variant": variant, "batch": batch, "tpot_s": tpot_s, "tokens_per_s": batch / tpot_s}
             row |= {"tpot_s_q1": 0.9 * tpot_s, "tpot_s_q3": 1.2 * tpot_s, "preset": "tiny", "depth": 1024}
             row |= {"machine": "test", "code": "c0ffee", "accelerator_threads": 1 if emulated else None}
+            row |= {"attention_busy_s": 0.03, "experts_busy_s": 0.04, "bound_s": 0.05, "hand_offs_s": 0.001}
+            row |= {"fraction": 0.05 / tpot_s, "times_plain": TPOT_S["plain batch"][batch] / tpot_s}
             rows.append(row | {"evidence": "emulated" if emulated else "measured"} | changes)
     return pd.DataFrame(rows)
 
@@ -120,12 +124,38 @@ def test_all_files_of_a_folder_are_read(tmp_path: Path) -> None:
     assert list(rows.loc[rows["machine"] == "H100", "tpot_s"]) == list(TPOT_S["plain batch"].values())
 
 
-def test_a_folder_without_rows_and_a_damaged_file_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="bench decode --device"):
-        read_decode(tmp_path)
+def test_a_damaged_file_is_told(tmp_path: Path) -> None:
     write(tmp_path / "decode.jsonl", make_rows().drop(columns="batch"))
     with pytest.raises(ConfigError, match="no column 'batch'"):
         read_decode(tmp_path)
     (tmp_path / "decode.jsonl").write_text('{"variant": ', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"decode\.jsonl: cannot be read"):
         read_decode(tmp_path)
+
+
+def test_where_nothing_was_measured_there_are_no_rows(tmp_path: Path) -> None:
+    rows = read_decode(tmp_path / "none")
+    assert len(rows) == len(decode_table(rows)) == 0
+    assert {"machine", "file", "variant"} <= set(rows.columns)
+    with pytest.raises(ConfigError, match="no rows to draw"):
+        decode_tradeoff(rows)
+
+
+def test_table_puts_each_dual_batch_beside_what_it_is_held_against() -> None:
+    deeper = make_rows("plain batch", "dual batch", depth=4096)
+    deeper = deeper[deeper["batch"] > 1].assign(tpot_s=lambda rows: 2 * rows["tpot_s"])
+    table: Any = decode_table(pd.concat([make_rows(*TPOT_S), deeper], ignore_index=True))
+    assert list(zip(table["depth"], table["batch"], strict=True)) == [(1024, 2), (1024, 4), (4096, 2), (4096, 4)]
+    assert list(table["dual_s"]) == [0.0625, 0.1, 0.125, 0.2]
+    assert list(table["plain_s"]) == [0.08, 0.125, 0.16, 0.25]
+    assert list(table["gain"]) == [0.08 / 0.0625, 0.125 / 0.1] * 2
+    assert list(table["alone_s"][:2]) == [0.05, 0.05] and table["alone_s"][2:].isna().all()
+    assert list(table["cpu_s"][:2]) == [0.0625, 0.1] and table["cpu_s"][2:].isna().all()
+    assert list(table["fraction"][:2]) == [0.05 / 0.0625, 0.05 / 0.1]
+    assert set(table["attention_s"]) == {0.03} and set(table["experts_s"]) == {0.04}
+
+
+def test_variants_are_called_as_the_benchmark_calls_them() -> None:
+    named = (bench_decode_devices.PLAIN, bench_decode_devices.DUAL, bench_decode_devices.CPU)
+    assert (PLAIN, DUAL, CPU) == named == tuple(TPOT_S)
+    assert set(make_rows(*TPOT_S).columns) <= set(bench_decode_devices.COLUMNS)
