@@ -44,8 +44,8 @@ int hl_host_lane(const hl_host_op *ops, int64_t count, int threads, const uint32
         if (status == 0) status = wait_for(ops[i].ready, stop);
         times[2 * i] = now();
         if (status == 0) status = compute(&ops[i], threads);
-        __atomic_store_n(ops[i].done, 1, __ATOMIC_RELEASE);
         times[2 * i + 1] = now();
+        __atomic_store_n(ops[i].done, 1, __ATOMIC_RELEASE);
     }
     return status;
 }

@@ -40,7 +40,8 @@ class HostLane:
         self.ops = tuple(ops)
         for op in self.ops:
             _check(op)
-        self._times = np.zeros((len(self.ops), 2))
+        self.times = np.zeros((len(self.ops), 2))
+        """Of the last run, as it returned them."""
         layers = [op.layer for op in self.ops if op.layer is not None]
         self._native = None
         if native is not None and all(layer.native_layer is not None for layer in layers):
@@ -55,19 +56,19 @@ class HostLane:
         if self._native is None:
             self._run_plain(threads, stop)
         else:
-            self._native.run(threads, address(stop), address(self._times))
-        return self._times
+            self._native.run(threads, address(stop), address(self.times))
+        return self.times
 
     def _run_plain(self, threads: int, stop: np.ndarray) -> None:
         try:
-            for op, times in zip(self.ops, self._times, strict=True):
+            for op, times in zip(self.ops, self.times, strict=True):
                 while not op.ready[0] and not stop[0]:
                     sleep(0)
                 times[0] = perf_counter()
                 if op.layer is not None and not stop[0]:
                     op.layer(op.x, op.ids, op.weights, op.out, threads=threads)
-                op.done[0] = 1
                 times[1] = perf_counter()
+                op.done[0] = 1
         finally:
             for op in self.ops:
                 op.done[0] = 1

@@ -7,20 +7,23 @@ from collections import defaultdict
 import torch
 
 from hybridlab.checkpoint import Checkpoint
+from hybridlab.engine.cuda_capture import GraphCapture, PlainCapture
 from hybridlab.engine.cuda_lanes import CudaLanes
 from hybridlab.engine.cuda_memory import CONTEXT_BYTES
 from hybridlab.engine.cuda_ring import CudaRing, ResidentExperts
-from hybridlab.engine.devices import Device, TierExperts, no_link, nothing_to_bring
+from hybridlab.engine.devices import Capture, Device, TierExperts, no_link, nothing_to_bring
+from hybridlab.engine.host_exchange import HostExchange
 from hybridlab.engine.host_store import HostStore
 from hybridlab.engine.lane_threads import LaneThreads
+from hybridlab.engine.lanes import Lanes
 from hybridlab.engine.ring import slot_experts
 from hybridlab.model import build_model
-from hybridlab.model.base import Routed
+from hybridlab.model.cuda_blocks import triton_module
 from hybridlab.model.cuda_experts import Workspace
 from hybridlab.model.cuda_numerics import CudaBf16
 from hybridlab.model.expert_block import ExpertBlock, experts_of
-from hybridlab.model.numerics import ExpertsFn, Numerics
-from hybridlab.plans import Op, PlacementPlan, Tier
+from hybridlab.plans import PlacementPlan, Tier
+from hybridlab.spec import ModelSpec
 
 CUDA = "cuda:0"
 """The one device; on "cpu" the same code runs in torch alone, which is how it is tested without a GPU."""
@@ -28,7 +31,6 @@ CUDA = "cuda:0"
 
 def cuda_device(
     checkpoint: Checkpoint,
-    host: Numerics,
     placed: PlacementPlan,
     threads: int,
     *,
@@ -57,8 +59,9 @@ def cuda_device(
                 resident[layer].append(expert)
     size = slot_experts(placed, spec)
     largest = max([size, *map(len, resident.values())])
-    lanes = CudaLanes(device) if device.type == "cuda" else LaneThreads()
-    experts: dict[Tier, TierExperts] = {Tier.HOST: _HostExperts(store, host, spec.num_experts, lanes)}
+    host = HostExchange(store, spec, threads, device)
+    lanes = CudaLanes(device, host) if device.type == "cuda" else LaneThreads()
+    experts: dict[Tier, TierExperts] = {Tier.HOST: host}
     load, move = no_link, nothing_to_bring
     if largest:
         workspace = Workspace(largest, block, device)
@@ -70,23 +73,15 @@ def cuda_device(
 
     def close() -> None:
         lanes.close()
+        host.close()
         store.close()
 
-    return Device(model, lanes, experts, load, close, where, move)
+    return Device(model, lanes, experts, load, close, where, move, host.around, _capture(lanes, host, spec))
 
 
-class _HostExperts:
-    """The host's cores on the pinned weights: what they need comes down and what they made goes up on one stream."""
-
-    def __init__(self, store: HostStore, numerics: Numerics, num_experts: int, lanes: CudaLanes | LaneThreads) -> None:
-        self._store, self._numerics = store, numerics
-        self._num_experts, self._lanes = num_experts, lanes
-        self._layers: dict[int, ExpertsFn] = {}
-
-    def __call__(self, op: Op, routed: Routed) -> torch.Tensor:
-        if (compute := self._layers.get(op.layer)) is None:
-            groups = zip(*self._store.experts(op.layer), strict=True)
-            compute = self._layers[op.layer] = self._numerics.experts(*groups)
-        here = Routed(routed.x_TH.cpu(), routed.expert_ids.cpu(), routed.weights.cpu())
-        out = compute(here.x_TH, here.only(op.experts, self._num_experts), here.weights)
-        return self._lanes.bring(out) if isinstance(self._lanes, CudaLanes) else out
+def _capture(lanes: Lanes, host: HostExchange, spec: ModelSpec) -> Capture | None:
+    """None where decode attention has no kernel: without one, the host would have to look at every length."""
+    if not isinstance(lanes, CudaLanes):
+        return PlainCapture(lanes, host)
+    is_power_of_2 = spec.head_dim & (spec.head_dim - 1) == 0
+    return GraphCapture(lanes, host) if is_power_of_2 and triton_module("triton_attention") else None

@@ -1,101 +1,103 @@
-"""Lanes of a CUDA device: a stream each for computing and copying, and a thread for the host's experts."""
+"""Lanes of a CUDA device: a stream each for computing and copying; the host's lane is `HostExchange`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from hybridlab.engine.worker_thread import WorkerThread
-from hybridlab.plans import LaneKind, Op, Program, Span
-
-
-@dataclass
-class _Mark:
-    """When an op ran: two CUDA events on its stream, or seconds of the host's clock."""
-
-    start: Any
-    end: Any
+from hybridlab.engine.host_exchange import HostExchange
+from hybridlab.plans import Lane, LaneKind, Op, Program, Span
 
 
 class CudaLanes:
-    """The calling thread enqueues the program in its execution order; needs across streams become event waits.
+    """The calling thread enqueues a program in its execution order; needs across streams become event waits.
 
-    An op of the CPU lane runs on a thread of its own once the events that it needs have come; what needs it is
-    enqueued after it. The step ends with one synchronisation, and holds none but the CPU lane's.
+    Nothing waits for the device before the end of the step: what the host computes is waited for on the device.
+    An op's span begins when its lane is free and its needs are done, and ends with the event behind it.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._streams = {kind: torch.cuda.Stream(device) for kind in (LaneKind.GPU, LaneKind.H2D, LaneKind.D2H)}
-        self._host = WorkerThread("hybridlab-host-experts")
+    def __init__(self, device: torch.device, host: HostExchange) -> None:
+        assert host.up is not None and host.down is not None
+        self._device, self._host = device, host
+        self._streams = {kind: torch.cuda.Stream(device) for kind in (LaneKind.GPU, LaneKind.H2D)}
+        self._streams[LaneKind.CPU] = host.up
+        # What an op of the host needs is sent on a stream of its own: not behind the results that come up.
+        self._sending = {**self._streams, LaneKind.CPU: host.down}
 
     def run(self, program: Program, execute: Callable[[Op], None], clock_start_s: float) -> tuple[Span, ...]:
+        begin, begin_s = self._begin(clock_start_s)
+        ends = self._enqueue(program, execute)
+        torch.cuda.synchronize(self._device)
+        return self._spans(program, begin, begin_s, ends, clock_start_s)
+
+    def capture(
+        self, program: Program, execute: Callable[[Op], None], upload: Callable[[], None]
+    ) -> Callable[[float], tuple[Span, ...]]:
+        """`upload` and the program as one CUDA graph; every tensor that it reads or writes stays where it is."""
+        graph, compute = torch.cuda.CUDAGraph(), self._streams[LaneKind.GPU]
+        with torch.cuda.graph(graph, stream=compute):
+            upload()
+            ends = self._enqueue(program, execute, captured=True)
+
+        def replay(clock_start_s: float) -> tuple[Span, ...]:
+            begin, begin_s = self._begin(clock_start_s)
+            with torch.cuda.stream(compute):
+                graph.replay()
+            compute.synchronize()
+            return self._spans(program, begin, begin_s, ends, clock_start_s)
+
+        return replay
+
+    def close(self) -> None:
+        """Streams end with the object."""
+
+    def _begin(self, clock_start_s: float) -> tuple[Any, float]:
         torch.cuda.synchronize(self._device)
         begin = torch.cuda.Event(enable_timing=True)
         begin.record(self._streams[LaneKind.GPU])
         begin.synchronize()
-        begin_s = perf_counter() - clock_start_s
-        done: dict[int, Any] = {}
-        marks: dict[int, _Mark] = {}
-        on_host: dict[int, Future[None]] = {}
+        return begin, perf_counter() - clock_start_s
+
+    def _enqueue(self, program: Program, execute: Callable[[Op], None], *, captured: bool = False) -> dict[int, Any]:
+        """The timing events at the ends of the ops, by id."""
         lane_of = {op.id: op.lane.kind for op in program.ops}
+        done: dict[int, Any] = {}
+        ends: dict[int, Any] = {}
         for op in program.order:
-            for need in op.needs:
-                if need in on_host:
-                    on_host[need].result()  # its events exist now
-            if op.lane.kind is LaneKind.CPU:
-                on_host[op.id] = self._host.call(lambda op=op: self._on_host(op, execute, done, marks, clock_start_s))
-                continue
             stream = self._streams[op.lane.kind]
+            for need in op.needs:
+                if lane_of[need] is not op.lane.kind:
+                    self._sending[op.lane.kind].wait_event(done[need])
             with torch.cuda.stream(stream):
-                for need in op.needs:
-                    if lane_of[need] is not op.lane.kind:
-                        stream.wait_event(done[need])
-                start = _event()
-                start.record(stream)
                 execute(op)
-                end = _event()
-                end.record(stream)
-            done[op.id], marks[op.id] = end, _Mark(start, end)
-        for future in on_host.values():
-            future.result()
-        torch.cuda.synchronize(self._device)
+                if captured:  # an event that others of the graph wait for cannot be read outside
+                    ends[op.id] = _recorded(stream, enable_timing=True, external=True)
+                    done[op.id] = _recorded(stream)
+                else:
+                    done[op.id] = ends[op.id] = _recorded(stream, enable_timing=True)
+        return ends
 
-        def seconds(mark: Any) -> float:
-            return mark if isinstance(mark, float) else begin_s + begin.elapsed_time(mark) / 1e3
-
-        spans = [Span(op, seconds(marks[op.id].start), seconds(marks[op.id].end)) for op in program.order]
+    def _spans(
+        self, program: Program, begin: Any, begin_s: float, ends: Mapping[int, Any], clock_start_s: float
+    ) -> tuple[Span, ...]:
+        end_s = {number: begin_s + begin.elapsed_time(end) / 1e3 for number, end in ends.items()}
+        free_s: dict[Lane, float] = {}
+        spans = []
+        for op in program.order:
+            start_s = max([free_s.get(op.lane, begin_s), *(end_s[need] for need in op.needs)])
+            if op.lane.kind is LaneKind.CPU:
+                assert self._host.current is not None
+                host_start_s, host_end_s = self._host.current.times_of(op)
+                start_s, end_s[op.id] = host_start_s - clock_start_s, host_end_s - clock_start_s
+            free_s[op.lane] = end_s[op.id]
+            spans.append(Span(op, min(start_s, end_s[op.id]), end_s[op.id]))
         return tuple(sorted(spans, key=lambda span: span.start_s))
 
-    def _on_host(
-        self, op: Op, execute: Callable[[Op], None], done: dict[int, Any], marks: dict[int, _Mark],
-        clock_start_s: float,
-    ) -> None:  # fmt: skip
-        stream = self._streams[LaneKind.D2H]
-        with torch.inference_mode(), torch.cuda.stream(stream):
-            for need in op.needs:
-                if need in done:
-                    done[need].synchronize()
-            start_s = perf_counter() - clock_start_s
-            execute(op)
-            end = torch.cuda.Event()
-            end.record(stream)
-        done[op.id], marks[op.id] = end, _Mark(start_s, perf_counter() - clock_start_s)
 
-    def bring(self, out: torch.Tensor) -> torch.Tensor:
-        """What the host computed, on its way to the device on the current stream, for the computing one to use."""
-        there = out.pin_memory().to(self._device, non_blocking=True)
-        there.record_stream(self._streams[LaneKind.GPU])
-        return there
-
-    def close(self) -> None:
-        self._host.close()
-
-
-def _event() -> Any:
-    return torch.cuda.Event(enable_timing=True)
+def _recorded(stream: torch.cuda.Stream, **kind: bool) -> Any:
+    event = torch.cuda.Event(**kind)
+    event.record(stream)
+    return event

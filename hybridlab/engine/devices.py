@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +19,23 @@ from hybridlab.model import build_model
 from hybridlab.model.base import Model, Routed
 from hybridlab.model.expert_block import experts_of
 from hybridlab.model.numerics import Bf16, ExpertsFn, Numerics
-from hybridlab.plans import Move, Op, PlacementPlan, Tier
+from hybridlab.plans import Move, Op, PlacementPlan, Program, Span, Tier
 
 TierExperts = Callable[[Op, Routed], torch.Tensor]
 """(an "experts" op, the router's choice) -> the part that the op's experts have in the results, [T, H]."""
+
+
+Execute = Callable[[Op], None]
+Replay = Callable[[float], tuple[Span, ...]]
+"""(the clock's start) -> the spans of a step that was captured."""
+Capture = Callable[[Program, Sequence[int], Execute, Callable[[], None]], Replay]
+"""(a program, tokens of its microbatches, what runs an op, what comes before the first) -> all that, to be replayed on
+the tensors that it was captured with; it has run once before."""
+
+
+def nothing_around(program: Program, tokens: Sequence[int]) -> AbstractContextManager[object]:
+    """`Device.around` where lanes bring all that they need."""
+    return nullcontext()
 
 
 def nothing_to_bring(moves: Sequence[Move]) -> None:
@@ -40,6 +54,9 @@ class Device:
     torch_device: str = "cpu"
     """Where the KV cache lies."""
     move: Callable[[Sequence[Move]], None] = nothing_to_bring
+    around: Callable[[Program, Sequence[int]], AbstractContextManager[object]] = nothing_around
+    """A run of a program, with so many tokens in its microbatches, happens inside."""
+    capture: Capture | None = None
 
 
 def cpu_device(checkpoint: Checkpoint, numerics: Numerics, threads: int) -> Device:

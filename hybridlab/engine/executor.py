@@ -3,42 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from hybridlab.batch import Entry, OnRoute, StepBatch
-from hybridlab.engine.devices import Device
-from hybridlab.engine.kv_cache import KVCache
+from hybridlab.engine.captured_steps import CapturedSteps
+from hybridlab.engine.devices import Device, Execute
+from hybridlab.engine.kv_cache import KVStorage
 from hybridlab.engine.local_ids import LocalIds, count_ids
-from hybridlab.engine.sampling import draw
+from hybridlab.engine.running import Running, micro_batch, split
+from hybridlab.engine.sampling import draw_all
 from hybridlab.errors import PlanError, StrategyError
-from hybridlab.model.base import MicroBatch, Routed
+from hybridlab.model.base import DecodeBatch, Routed
 from hybridlab.plans import Move, Op, Program, RequestId, Span, Tier
-
-
-@dataclass
-class _Running:
-    """One microbatch on its way through the layers."""
-
-    entries: tuple[Entry, ...]
-    batch: MicroBatch
-    x_TH: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    routed: Mapping[Tier, Routed] = field(default_factory=dict)
-    """The router's choice, as far as each tier computes it."""
-    parts: dict[int, torch.Tensor] = field(default_factory=dict)
-    """What each "experts" op, by its id, adds: lanes finish in any order, sums are made in one."""
-    logits: torch.Tensor | None = None
 
 
 class Executor:
     """Runs one step at a time on one model, cache and set of lanes."""
 
-    def __init__(self, device: Device, cache: KVCache) -> None:
+    def __init__(self, device: Device, cache: KVStorage) -> None:
         self._device, self._model, self._cache = device, device.model, cache
         device.model.cache = cache
         self._local = LocalIds(device.model.spec.num_experts, device.torch_device)
+        self._captured = CapturedSteps(device, cache, self._execute_for)
         self._counts_LE: torch.Tensor | None = None
         """Where the model is, and with a last column for skipped routes; None until somebody asks."""
 
@@ -48,6 +37,7 @@ class Executor:
         if self._counts_LE is None:
             shape = spec.num_layers, spec.num_experts + 1
             self._counts_LE = torch.zeros(shape, dtype=torch.int64, device=self._device.torch_device)
+            self._captured.forget()  # steps count from now on
         found = self._counts_LE[list(spec.moe_layers), :-1].cpu().numpy()
         self._counts_LE.zero_()
         return found
@@ -64,9 +54,9 @@ class Executor:
         micros, spans = self._run(program, batch.entries, clock_start_s, on_route, all_rows=False)
         for micro in micros:
             drawing = [entry for entry in micro.entries if entry.wants_token]
-            for row, entry in enumerate(drawing):
+            if drawing:
                 assert micro.logits is not None
-                tokens[entry.id] = draw(micro.logits[row].cpu(), entry.sampling, entry.context_tokens - 1)
+                tokens.update(draw_all(micro.logits, drawing))
         return tokens, spans
 
     def logits(self, program: Program, entry: Entry) -> torch.Tensor:
@@ -83,9 +73,23 @@ class Executor:
         on_route: OnRoute | None,
         *,
         all_rows: bool,
-    ) -> tuple[list[_Running], tuple[Span, ...]]:
-        groups = _split(entries, program.shape.num_microbatches)
-        micros = [_Running(group, self._micro_batch(group)) for group in groups]
+    ) -> tuple[list[Running], tuple[Span, ...]]:
+        groups = split(entries, program.shape.num_microbatches)
+        with torch.inference_mode():
+            if on_route is None and not all_rows:
+                replayed = self._captured.run(program, groups, clock_start_s)
+                if replayed is not None:
+                    return replayed
+            self._cache.begin()
+            micros = [Running(group, micro_batch(group, self._cache)) for group in groups]
+            execute = self._execute_for(program, micros, on_route, all_rows=all_rows)
+            with self._device.around(program, [len(micro.batch.token_ids) for micro in micros]):
+                return micros, self._device.lanes.run(program, execute, clock_start_s)
+
+    def _execute_for(
+        self, program: Program, micros: list[Running], on_route: OnRoute | None = None, *, all_rows: bool = False
+    ) -> Execute:
+        """What runs an op of `program` on its microbatch."""
         model = self._model
 
         def execute(op: Op) -> None:
@@ -114,14 +118,14 @@ class Executor:
                 case "embed":
                     micro.x_TH = model.embed(micro.batch)
                 case "head":
-                    rows = range(len(micro.x_TH)) if all_rows else _last_rows(micro)
-                    if rows:
-                        micro.logits = model.head(micro.x_TH if all_rows else micro.x_TH[rows])
+                    if all_rows or isinstance(micro.batch, DecodeBatch):
+                        micro.logits = model.head(micro.x_TH)
+                    elif rows := _last_rows(micro):
+                        micro.logits = model.head(micro.x_TH[rows])
                 case _:
                     raise PlanError(f"this device cannot run op {op.id} ({op.kind} on {op.lane}) yet")
 
-        with torch.inference_mode():
-            return micros, self._device.lanes.run(program, execute, clock_start_s)
+        return execute
 
     def _by_tier(self, layer: int, routed: Routed, program: Program) -> Mapping[Tier, Routed]:
         """What each tier computes of the router's choice: experts that arrived in the ring stay with it if they have
@@ -138,20 +142,6 @@ class Executor:
             Tier.STREAMED: replace(routed, expert_ids=ring),
             Tier.HOST: replace(routed, expert_ids=host),
         }
-
-    def _micro_batch(self, entries: Sequence[Entry]) -> MicroBatch:
-        ids: list[int] = []
-        positions: list[int] = []
-        contexts, slots = [], []
-        for entry in entries:
-            count = len(entry.token_ids)
-            context, new = self._cache.context(entry.block_table, len(ids), count, entry.start)
-            contexts.append(context)
-            slots.append(new)
-            ids.extend(entry.token_ids)
-            positions.extend(range(entry.start, entry.start + count))
-        all_slots = torch.cat(slots).to(self._device.torch_device)
-        return MicroBatch(torch.tensor(ids), torch.tensor(positions), all_slots, tuple(contexts))
 
 
 def _replaced(routed: Routed, on_route: OnRoute, layer: int, entries: Sequence[Entry], num_experts: int) -> Routed:
@@ -178,21 +168,6 @@ def check_chosen(ids: object, own: np.ndarray, layer: int, num_experts: int) -> 
     return ids
 
 
-def _last_rows(micro: _Running) -> list[int]:
+def _last_rows(micro: Running) -> list[int]:
     pairs = zip(micro.entries, micro.batch.contexts, strict=True)
     return [context.last - 1 for entry, context in pairs if entry.wants_token]
-
-
-def _split(entries: Sequence[Entry], count: int) -> list[tuple[Entry, ...]]:
-    """Cut into `count` runs of about equal token counts, none empty (there are at least `count` entries)."""
-    total = sum(len(entry.token_ids) for entry in entries)
-    groups: list[list[Entry]] = [[]]
-    done = 0
-    for i, entry in enumerate(entries):
-        must_open = len(entries) - i == count - len(groups)
-        wants_open = len(groups) < count and done >= total * len(groups) / count
-        if groups[-1] and (must_open or wants_open):
-            groups.append([])
-        groups[-1].append(entry)
-        done += len(entry.token_ids)
-    return [tuple(group) for group in groups]

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
+from hybridlab.batch import Entry
+from hybridlab.plans import RequestId
 from hybridlab.request import Sampling
+
+
+def draw_all(logits_RV: torch.Tensor, entries: Sequence[Entry]) -> dict[RequestId, int]:
+    """The next token of each entry, a row each; where the logits are if all are greedy, so that ids alone travel."""
+    if all(entry.sampling.temperature == 0 for entry in entries):
+        return dict(zip((entry.id for entry in entries), logits_RV.argmax(-1).tolist(), strict=True))
+    pairs = zip(logits_RV.cpu(), entries, strict=True)
+    return {entry.id: draw(logits, entry.sampling, entry.context_tokens - 1) for logits, entry in pairs}
 
 
 def draw(logits_V: torch.Tensor, sampling: Sampling, position: int) -> int:

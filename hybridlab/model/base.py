@@ -52,6 +52,19 @@ class MicroBatch:
         return self.runs if len(self.contexts) == len(self.token_ids) else None
 
 
+@dataclass(frozen=True)
+class DecodeBatch(MicroBatch):
+    """One new token for each request, with all that says where it stands on the device: a captured step reads it anew.
+
+    `contexts` is empty. `tables` int32 [T, blocks] names each request's KV blocks of `block_tokens` slots, `lengths`
+    int32 [T] how many tokens it sees, the new one included.
+    """
+
+    tables: torch.Tensor
+    lengths: torch.Tensor
+    block_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class Routed:
     """The router's choice: experts' input x_TH (float32), `expert_ids` int32 [T, K], `weights` float32 [T, K]."""

@@ -6,6 +6,7 @@ Legend: E experts, N rows, K columns, T tokens, S slots of a token, H hidden.
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -22,7 +23,7 @@ def widen_blocks(
     """
     if out is None:
         out = torch.empty(codes_ENK.shape, dtype=torch.bfloat16, device=codes_ENK.device)
-    if codes_ENK.is_cuda and not twin and (kernels := _triton_kernels()) is not None:
+    if codes_ENK.is_cuda and not twin and (kernels := triton_module("triton_kernels")) is not None:
         kernels.widen(codes_ENK, scale, out)
         return out
     n, k = codes_ENK.shape[1:]
@@ -39,7 +40,7 @@ def weighted_sum(
 
     y BF16 [R, H], place int64, weights float32.
     """
-    if y_RH.is_cuda and not twin and (kernels := _triton_kernels()) is not None:
+    if y_RH.is_cuda and not twin and (kernels := triton_module("triton_kernels")) is not None:
         return kernels.weighted_sum(y_RH, place_TS, weights_TS)
     out = torch.zeros(len(place_TS), y_RH.shape[1], device=y_RH.device)
     for place, weight in zip(place_TS.T, weights_TS.T, strict=True):
@@ -49,9 +50,9 @@ def weighted_sum(
 
 
 @cache
-def _triton_kernels() -> ModuleType | None:
+def triton_module(name: str) -> ModuleType | None:
+    """`hybridlab.model.<name>`, or None beside a torch without Triton."""
     try:
-        from hybridlab.model import triton_kernels
-    except ImportError:  # torch without Triton
+        return import_module(f"hybridlab.model.{name}")
+    except ImportError:
         return None
-    return triton_kernels

@@ -17,7 +17,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from hybridlab.checkpoint.reader import LinearWeights
 from hybridlab.errors import HybridlabError
-from hybridlab.model.base import MicroBatch
+from hybridlab.model.base import DecodeBatch, MicroBatch
+from hybridlab.model.cuda_attention import decode_attention
 from hybridlab.model.cuda_blocks import widen_blocks
 from hybridlab.model.numerics import ExpertsFn, LinearFn, RouterFn, StepFn
 from hybridlab.spec import ModelSpec
@@ -102,6 +103,8 @@ class CudaBf16:
 
     def attend(self, q_TND: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         q = q_TND.to(torch.bfloat16)
+        if isinstance(batch, DecodeBatch):
+            return decode_attention(q, keys, values, batch)
         out = torch.empty_like(q)
         for context in batch.contexts:
             cached = context.cached if isinstance(context.cached, slice) else context.cached.to(self.device)

@@ -27,12 +27,13 @@ class Qwen3Moe:
         self._numerics = numerics
         self._embedding = numerics.embedding(checkpoint.tensor("model.embed_tokens.weight"))
         self._attention = Attention(numerics, threads)
-        self._rope = Rope(spec.rope, spec.head_dim, numerics.place)
+        self._rope = Rope(spec.rope, spec.head_dim, spec.max_positions, numerics.place)
         self._final_norm = _vector(checkpoint, numerics, "model.norm.weight")
         self._head = numerics.linear(checkpoint.linear("model.embed_tokens" if spec.tie_embeddings else "lm_head"))
         self._layers = [_Layer(checkpoint, numerics, i) for i in range(spec.num_layers)]
 
     def embed(self, batch: MicroBatch) -> torch.Tensor:
+        self._rope.start(batch.positions)
         return self._embedding(batch.token_ids)
 
     def attention(self, layer: int, x_TH: torch.Tensor, batch: MicroBatch) -> torch.Tensor:

@@ -17,29 +17,48 @@ MICROBATCHES = 4
 class Rope:
     """cos and sin tables, float32 [positions, head_dim / 2], grown when a later position is met."""
 
-    def __init__(self, spec: RopeSpec, head_dim: int, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, spec: RopeSpec, head_dim: int, max_positions: int, place: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
         self._inv_freq, self._factor = _frequencies(spec, head_dim)
         self._cos = self._sin = torch.empty(0, head_dim // 2)
-        self._place = place
+        self._place, self._max_positions = place, max_positions
+        self._placed: tuple[torch.Tensor, torch.Tensor] | None = None
         self._recent: deque[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = deque(maxlen=MICROBATCHES)
 
-    def tables(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each [T, head_dim / 2], put where `place` puts them; positions int64 [T] on the CPU.
+    def start(self, positions_T: torch.Tensor) -> None:
+        """A step begins: its tables are made anew, also if it brings a tensor of before with new positions in it."""
+        kept = [item for item in self._recent if item[0] is not positions_T]
+        self._recent = deque([*kept, (positions_T, self._make(positions_T))], MICROBATCHES)
 
-        Results of late are kept: all layers of a step ask alike.
-        """
+    def tables(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin), each [T, head_dim / 2], where `place` puts them; positions int64 [T], as given to `start`."""
         for positions, tables in self._recent:
             if positions is positions_T:
                 return tables
-        needed = int(positions_T.max()) + 1
+        self.start(positions_T)
+        return self._recent[-1][1]
+
+    def _make(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if positions_T.is_cuda:
+            cos, sin = self._whole()
+            return cos[positions_T], sin[positions_T]
+        self._grow(int(positions_T.max()) + 1)
+        return self._place(self._cos[positions_T]), self._place(self._sin[positions_T])
+
+    def _whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tables of all positions on the device: positions there are not looked at, that would wait for them."""
+        if self._placed is None:
+            self._grow(self._max_positions)
+            self._placed = self._place(self._cos), self._place(self._sin)
+        return self._placed
+
+    def _grow(self, needed: int) -> None:
         if needed > len(self._cos):
             # Angles in float32, as the reference implementation has them.
             size = max(needed, 2 * len(self._cos), 1024)
             angles = torch.arange(size, dtype=torch.float32)[:, None] * self._inv_freq
             self._cos, self._sin = angles.cos() * self._factor, angles.sin() * self._factor
-        tables = self._place(self._cos[positions_T]), self._place(self._sin[positions_T])
-        self._recent.append((positions_T, tables))
-        return tables
 
 
 def _frequencies(spec: RopeSpec, dim: int) -> tuple[torch.Tensor, float]:

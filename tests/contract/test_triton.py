@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybridlab.model import cuda_blocks, fp8_twin
+from hybridlab.model import cuda_attention, cuda_blocks, fp8_twin
 from hybridlab.model.fp8_twin import FLOAT32_UNIT, HOPPER_UNIT, Scaled, error_bound
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,3 +169,24 @@ def test_a_block_of_zeros_and_columns_behind_the_edge_do_not_reach_a_scale(kerne
     out = kernels.hidden(fp8_twin.quantise(random(5, 128)), torch.arange(5, device=DEVICE), gate, up, ends_E)
     assert (out.scale[:, 1] == 1.0).all() and (out.codes[:, 128:] & 0x7F == 0).all()
     assert (out.scale[:, 0] != 1.0).all()
+
+
+@pytest.mark.parametrize(("heads", "groups", "dim", "block"), [(8, 2, 64, 16), (3, 3, 32, 8), (16, 1, 128, 7)])
+def test_decode_attention_sees_what_each_table_and_length_name(kernels, heads, groups, dim, block):
+    from hybridlab.model.base import DecodeBatch
+    from hybridlab.model.triton_attention import decode_attention
+
+    generator = torch.Generator().manual_seed(heads)
+    lengths = torch.tensor([1, 70, 300, 2048 if DEVICE == "cuda" else 129], dtype=torch.int32)
+    blocks = int(lengths.max()) // block + 1
+    slots = len(lengths) * blocks
+    tables = torch.randperm(slots, generator=generator).view(len(lengths), blocks).to(DEVICE, torch.int32)
+    q, keys, values = (
+        torch.randn(shape, generator=generator).to(DEVICE, torch.bfloat16)
+        for shape in ((len(lengths), heads, dim), (slots * block, groups, dim), (slots * block, groups, dim))
+    )
+    nothing = torch.empty(0, dtype=torch.int64)
+    batch = DecodeBatch(nothing, nothing, nothing, (), tables, lengths.to(DEVICE), block)
+    expected = cuda_attention.decode_attention(q, keys, values, batch, twin=True)
+    got = decode_attention(q, keys, values, batch.tables, batch.lengths, block)
+    torch.testing.assert_close(got.float(), expected.float(), rtol=0.02, atol=0.01)

@@ -18,7 +18,6 @@ from hybridlab.engine.kv_cache import KVCache
 from hybridlab.hardware import detect
 from hybridlab.lowering import Planner
 from hybridlab.model.cuda_blocks import weighted_sum, widen_blocks
-from hybridlab.model.numerics import make_numerics
 from hybridlab.plans import StepPlan
 from hybridlab.request import Sampling
 from hybridlab.routing import RoutingStats
@@ -46,7 +45,7 @@ def executor(request, oracle, placement) -> Iterator[tuple[Executor, Planner]]:
     checkpoint = open_checkpoint(oracle.folder)
     hardware = replace(detect(), device="cuda", gpu_memory_bytes=2**33)
     placed = placement.place(checkpoint.spec, hardware, RoutingStats())
-    device = cuda_device(checkpoint, make_numerics("bf16", 2), placed, 2, where=request.param)
+    device = cuda_device(checkpoint, placed, 2, where=request.param)
     cache = KVCache(checkpoint.spec, 16, 16, torch.bfloat16, device.torch_device)
     overlap = resolve("overlap", "prefetch")
     yield Executor(device, cache), Planner(checkpoint.spec, hardware, placement, overlap, placed)

@@ -1,0 +1,57 @@
+"""One microbatch on its way through the layers, and the tokens of requests as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from hybridlab.batch import Entry
+from hybridlab.engine.kv_cache import KVStorage
+from hybridlab.model.base import MicroBatch, Routed
+from hybridlab.plans import Tier
+
+
+@dataclass
+class Running:
+    """`batch` and what the ops make of it, one after another."""
+
+    entries: tuple[Entry, ...]
+    batch: MicroBatch
+    x_TH: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    routed: Mapping[Tier, Routed] = field(default_factory=dict)
+    """The router's choice, as far as each tier computes it."""
+    parts: dict[int, torch.Tensor] = field(default_factory=dict)
+    """What each "experts" op, by its id, adds: lanes finish in any order, sums are made in one."""
+    logits: torch.Tensor | None = None
+
+
+def micro_batch(entries: Sequence[Entry], cache: KVStorage) -> MicroBatch:
+    """The tokens of `entries` one after another; KV slots where `cache` wants them."""
+    ids: list[int] = []
+    positions: list[int] = []
+    contexts, slots = [], []
+    for entry in entries:
+        count = len(entry.token_ids)
+        context, new = cache.context(entry.block_table, len(ids), count, entry.start)
+        contexts.append(context)
+        slots.append(new)
+        ids.extend(entry.token_ids)
+        positions.extend(range(entry.start, entry.start + count))
+    return MicroBatch(torch.tensor(ids), torch.tensor(positions), cache.slots(slots), tuple(contexts))
+
+
+def split(entries: Sequence[Entry], count: int) -> list[tuple[Entry, ...]]:
+    """Cut into `count` runs of about equal token counts, none empty (there are at least `count` entries)."""
+    total = sum(len(entry.token_ids) for entry in entries)
+    groups: list[list[Entry]] = [[]]
+    done = 0
+    for i, entry in enumerate(entries):
+        must_open = len(entries) - i == count - len(groups)
+        wants_open = len(groups) < count and done >= total * len(groups) / count
+        if groups[-1] and (must_open or wants_open):
+            groups.append([])
+        groups[-1].append(entry)
+        done += len(entry.token_ids)
+    return [tuple(group) for group in groups]

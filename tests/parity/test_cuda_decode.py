@@ -1,0 +1,142 @@
+"""Decode steps of device="cuda" that are captured and replayed, against the oracles' greedy tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hybridlab.batch import Entry, StepBatch
+from hybridlab.checkpoint import open_checkpoint
+from hybridlab.engine import captured_steps
+from hybridlab.engine.cuda_device import CUDA, cuda_device
+from hybridlab.engine.executor import Executor
+from hybridlab.engine.kv_cache import KVCache
+from hybridlab.hardware import detect
+from hybridlab.lowering import Planner
+from hybridlab.plans import LaneKind, StepPlan
+from hybridlab.request import Sampling
+from hybridlab.routing import RoutingStats
+from hybridlab.strategies.registry import resolve
+
+HAS_GPU = torch.cuda.is_available()
+WHERE = ("cpu", pytest.param(CUDA, marks=pytest.mark.skipif(not HAS_GPU, reason="torch finds no CUDA device")))
+PLACEMENTS = ("all_host", "all_resident", {"name": "hot_resident", "gpu_gb": 1e-4})
+BLOCK, BLOCKS_EACH = 8, 16
+
+
+class Decoding:
+    """The oracle's prompts in the KV cache of a device, each in blocks of its own that are no neighbours."""
+
+    def __init__(self, oracle, placement, overlap: str, where: str) -> None:
+        checkpoint = open_checkpoint(oracle.folder)
+        hardware = replace(detect(), device="cuda", gpu_memory_bytes=2**33)
+        placement = resolve("placement", placement)
+        placed = placement.place(checkpoint.spec, hardware, RoutingStats())
+        self.planner = Planner(checkpoint.spec, hardware, placement, resolve("overlap", overlap), placed)
+        self.device = cuda_device(checkpoint, placed, 2, where=where)
+        self.requests, count = oracle.prompts, len(oracle.prompts)
+        cache = KVCache(checkpoint.spec, count * BLOCKS_EACH, BLOCK, torch.bfloat16, self.device.torch_device)
+        self.executor = Executor(self.device, cache)
+        self.tables = [tuple(range(i, count * BLOCKS_EACH, count)) for i in range(count)]
+
+    def prefill(self) -> None:
+        for i, request in enumerate(self.requests):
+            ids = tuple(request["prompt"])
+            step = StepPlan("prefill", {"r": len(ids)})
+            program = self.planner.program(self.planner.shape("main", step))
+            entry = Entry("r", ids, 0, self.tables[i], Sampling(), wants_token=True)
+            self.executor.run(program, StepBatch("main", step, (entry,)), 0.0)
+
+    def decode(self, numbers: list[int], steps: int) -> tuple[list[list[int]], list]:
+        """Tokens drawn and spans, fed with the expected ones."""
+        drawn = []
+        step = StepPlan("decode", {str(i): 1 for i in numbers})
+        program = self.planner.program(self.planner.shape("main", step))
+        spans = ()
+        for at in range(steps):
+            entries = tuple(
+                Entry(str(i), (self.requests[i]["greedy"][at],), len(self.requests[i]["prompt"]) + at, self.tables[i],
+                      Sampling(), wants_token=True)
+                for i in numbers
+            )  # fmt: skip
+            tokens, spans = self.executor.run(program, StepBatch("main", step, entries), 0.0)
+            drawn.append([tokens[str(i)] for i in numbers])
+        return drawn, list(spans)
+
+
+@pytest.fixture
+def replays(monkeypatch) -> list[int]:
+    """The number of microbatches of each replayed step."""
+    found: list[int] = []
+    run = captured_steps.CapturedSteps.run
+
+    def counted(self, *given):
+        result = run(self, *given)
+        if result is not None:
+            found.append(len(result[0]))
+        return result
+
+    monkeypatch.setattr(captured_steps.CapturedSteps, "run", counted)
+    return found
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("overlap", ("prefetch", "dual_batch"))
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+def test_replayed_steps_draw_what_the_oracle_draws(oracle, placement, overlap, where, replays):
+    decoding = Decoding(oracle, placement, overlap, where)
+    try:
+        decoding.prefill()
+        steps = 16
+        numbers = list(range(len(decoding.requests)))
+        drawn, spans = decoding.decode(numbers, steps)
+        assert replays == [2 if overlap == "dual_batch" else 1] * (steps - captured_steps.CAPTURE_FROM + 1)
+        expected = [[decoding.requests[i]["greedy"][at + 1] for i in numbers] for at in range(steps)]
+        agree = sum(a == b for got, want in zip(drawn, expected, strict=True) for a, b in zip(got, want, strict=True))
+        assert agree / (steps * len(numbers)) >= oracle.expected["bf16_top1_agree"] - 0.1
+        assert all(span.end_s >= span.start_s for span in spans)
+        host = [span for span in spans if span.op.lane.kind is LaneKind.CPU]
+        assert bool(host) == (placement != "all_resident")
+        ends = {span.op.id: span.end_s for span in spans}
+        for span in host:  # on one clock: not before the router is done, as far as events resolve it
+            assert span.start_s >= max(ends[need] for need in span.op.needs) - 1e-4
+    finally:
+        decoding.device.close()
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_another_number_of_requests_is_a_step_of_its_own(oracle, where, replays):
+    decoding = Decoding(oracle, "all_host", "prefetch", where)
+    try:
+        decoding.prefill()
+        for numbers in ([0], [1, 2], [2, 1], [0]):
+            drawn, _ = decoding.decode(numbers, captured_steps.CAPTURE_FROM)
+            wanted = [[decoding.requests[i]["greedy"][at + 1] for i in numbers] for at in range(len(drawn))]
+            agree = [a == b for got, want in zip(drawn, wanted, strict=True) for a, b in zip(got, want, strict=True)]
+            assert sum(agree) >= 0.7 * len(agree)
+        # Two shapes came three times, then each three times more.
+        assert len(replays) == 2 * (1 + captured_steps.CAPTURE_FROM)
+    finally:
+        decoding.device.close()
+
+
+def test_an_error_in_a_replayed_step_leaves_the_next_one_well(oracle, monkeypatch, replays):
+    decoding = Decoding(oracle, "all_host", "prefetch", "cpu")
+    try:
+        decoding.prefill()
+        before, _ = decoding.decode([0], captured_steps.CAPTURE_FROM)
+        head = decoding.device.model.head
+        monkeypatch.setattr(decoding.device.model, "head", lambda x: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            decoding.decode([0], 1)
+        monkeypatch.setattr(decoding.device.model, "attention", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # before the host has had its first layer
+            decoding.decode([0], 1)
+        monkeypatch.undo()
+        monkeypatch.setattr(decoding.device.model, "head", head)
+        after, _ = decoding.decode([0], captured_steps.CAPTURE_FROM)
+        assert after == before
+    finally:
+        decoding.device.close()
