@@ -8,7 +8,6 @@ the same chain without hand-offs. Evidence for docs/decisions/0012.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import statistics
 import threading
@@ -16,11 +15,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import handoff_kernels
 import numpy as np
 import torch
 
+import hybridlab as hl
+from hybridlab.engine.stream_words import StreamWords
 from hybridlab.kernels import native
-from hybridlab.model import triton_exchange
 
 HIDDEN, TOP_K = 2048, 8
 WORD_BYTES = 64
@@ -38,6 +39,8 @@ class Chain:
         self.host_x, self.host_out = (torch.zeros(tokens, HIDDEN).pin_memory() for _ in range(2))
         self.host_ids = torch.zeros(tokens, TOP_K, dtype=torch.int32).pin_memory()
         self.host_weights = torch.zeros(tokens, TOP_K).pin_memory()
+        self.staged = torch.zeros(tokens * (HIDDEN + 2 * TOP_K), dtype=torch.int32, device="cuda")
+        self.host_staged = torch.zeros_like(self.staged, device="cpu").pin_memory()
         self.words = torch.zeros(2 * layers, WORD_BYTES // 4, dtype=torch.int32).pin_memory()
         self.stop = np.zeros(1, np.uint32)
         self.times = np.zeros((layers, 2))
@@ -67,43 +70,49 @@ class Chain:
 def by_kernels(chain: Chain) -> None:
     for layer in range(chain.layers):
         chain.compute()
-        triton_exchange.send(
+        handoff_kernels.send(
             chain.x, chain.ids, chain.weights, chain.host_x, chain.host_ids, chain.host_weights, chain.ready(layer)
         )
-        triton_exchange.receive(chain.done(layer), chain.host_out, chain.out)
+        handoff_kernels.receive(chain.done(layer), chain.host_out, chain.out)
         chain.x.add_(chain.out)
 
 
 def by_stream_words(chain: Chain) -> None:
-    driver = ctypes.CDLL("libcuda.so.1")
-    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-
-    def check(status: int) -> None:
-        if status:
-            raise RuntimeError(f"driver: error {status}")
-
+    words = StreamWords()
     for layer in range(chain.layers):
         chain.compute()
         for host, there in ((chain.host_x, chain.x), (chain.host_ids, chain.ids), (chain.host_weights, chain.weights)):
             host.copy_(there, non_blocking=True)
-        check(driver.cuStreamWriteValue32_v2(stream, ctypes.c_uint64(chain.ready(layer).data_ptr()), 1, 0))
-        check(driver.cuStreamWaitValue32_v2(stream, ctypes.c_uint64(chain.done(layer).data_ptr()), 1, 0))
+        words.write(chain.ready(layer))
+        words.wait(chain.done(layer))
+        chain.out.copy_(chain.host_out, non_blocking=True)
+        chain.x.add_(chain.out)
+
+
+def by_words_and_one_copy(chain: Chain) -> None:
+    """As the engine does: what goes down is one run of bytes."""
+    words = StreamWords()
+    for layer in range(chain.layers):
+        chain.compute()
+        pieces = (chain.x.view(torch.int32), chain.ids, chain.weights.view(torch.int32))
+        torch.cat([piece.flatten() for piece in pieces], out=chain.staged)
+        chain.host_staged.copy_(chain.staged, non_blocking=True)
+        words.write(chain.ready(layer))
+        words.wait(chain.done(layer))
         chain.out.copy_(chain.host_out, non_blocking=True)
         chain.x.add_(chain.out)
 
 
 def by_kernels_and_words(chain: Chain) -> None:
     """Data by our kernels, which do not spin: the stream waits for the word."""
-    driver = ctypes.CDLL("libcuda.so.1")
-    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    words = StreamWords()
     for layer in range(chain.layers):
         chain.compute()
-        triton_exchange.send(
+        handoff_kernels.send(
             chain.x, chain.ids, chain.weights, chain.host_x, chain.host_ids, chain.host_weights, chain.ready(layer)
         )
-        if status := driver.cuStreamWaitValue32_v2(stream, ctypes.c_uint64(chain.done(layer).data_ptr()), 1, 0):
-            raise RuntimeError(f"driver: error {status}")
-        triton_exchange.receive(chain.done(layer), chain.host_out, chain.out)
+        words.wait(chain.done(layer))
+        handoff_kernels.receive(chain.done(layer), chain.host_out, chain.out)
         chain.x.add_(chain.out)
 
 
@@ -149,6 +158,7 @@ def main() -> None:
             ("no hand-off", nothing, False),
             ("events, a Python thread", by_events, False),
             ("stream words, copies", by_stream_words, True),
+            ("stream words, one copy", by_words_and_one_copy, True),
             ("stream waits, kernels copy", by_kernels_and_words, True),
             ("kernels", by_kernels, True),
         ):
@@ -161,7 +171,7 @@ def main() -> None:
                     base.setdefault(graph, seconds)
                     row["step_us"] = seconds * 1e6
                     row["us_a_layer"] = (seconds - base[graph]) / given.layers * 1e6
-                except RuntimeError as error:
+                except (RuntimeError, hl.HybridlabError) as error:
                     row["error"] = str(error).splitlines()[0]
                 row["gpu"] = torch.cuda.get_device_name()
                 with (given.out / "handoff.jsonl").open("a") as file:
