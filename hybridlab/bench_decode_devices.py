@@ -22,7 +22,7 @@ from hybridlab.bench_steps import (
     with_overlap,
 )
 from hybridlab.device_lock import alone
-from hybridlab.errors import ConfigError
+from hybridlab.errors import ConfigError, HybridlabError
 from hybridlab.loading import load
 from hybridlab.lowering import Planner
 from hybridlab.model.weight_layout import WeightLayout
@@ -80,7 +80,7 @@ def decode(
 
     `device`, `vram_gb`, `link_gb_s`, `accelerator_threads` as for `hl.load`. With `out`, rows are appended to
     `out`/decode.jsonl as they are made. An interrupt ends it early; the result holds what was measured.
-    Raises `ConfigError` for a mistake.
+    Raises `ConfigError` for a mistake, and what ended it before the first row; later on that is a note.
     """
     options = DeviceOptions(device, threads, accelerator_threads, link_gb_s, vram_gb, weight_layout)
     (steps,), batches = counts("steps", steps), counts("batch", batch)
@@ -111,6 +111,10 @@ def decode(
                 raise
             complete = False
             notes.append(f"interrupted after {len(log.records)} rows")
+        except HybridlabError as error:
+            if not log.records:
+                raise
+            notes.append(f"ended after {len(log.records)} rows: {error}")
     return DeviceBench("decode", tuple(log.records), SHOWN, tuple(notes), complete)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -175,7 +176,7 @@ class DeviceBench:
 
     def _repr_html_(self) -> str:
         text = self._table().to_html(index=False, na_rep="", float_format=_digits, border=0)
-        return "<br>".join((self._title(), text, *self.notes))
+        return "<br>".join((escape(self._title()), text, *map(escape, self.notes)))
 
     def _title(self) -> str:
         first = self.records[0]

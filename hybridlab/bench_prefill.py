@@ -8,16 +8,11 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 from hybridlab import kernels
-from hybridlab.batch import Entry, StepBatch
 from hybridlab.bench import opened
-from hybridlab.engine.worker import WORKER
+from hybridlab.bench_steps import prompt_step
 from hybridlab.errors import ConfigError
 from hybridlab.model.weight_layout import WeightLayout
-from hybridlab.plans import StepPlan
-from hybridlab.request import Sampling
 from hybridlab.session import Engine
 from hybridlab.spec import ModelSpec
 
@@ -114,17 +109,13 @@ def _time_prefill(
 
     runtime, spec = engine.runtime, engine.spec
     runtime.wait_mapped()
-    ids = tuple(int(token) for token in np.random.default_rng(seed).integers(0, spec.vocab, tokens))
-    step = StepPlan("prefill", {"prompt": tokens})
-    program = engine.planner.program(engine.planner.shape(WORKER, step))
-    entry = Entry("prompt", ids, 0, tuple(range(runtime.num_kv_blocks)), Sampling(), wants_token=True)
-    batch, flop = StepBatch(WORKER, step, (entry,)), step_flop(spec, tokens)
+    step, flop = prompt_step(engine, tokens, seed=seed), step_flop(spec, tokens)
     times, ceilings, fractions = [], [], []
-    runtime.step(program, batch)  # warm-up
+    runtime.step(step.program, step.batch)  # warm-up
     for _ in trange(steps, desc="prefill", disable=not progress):
         before = kernels.multiply_rate(engine.threads)
         start = perf_counter()
-        runtime.step(program, batch)
+        runtime.step(step.program, step.batch)
         elapsed = perf_counter() - start
         after = kernels.multiply_rate(engine.threads)
         times.append(elapsed)

@@ -256,6 +256,17 @@ def test_a_failed_step_ends_its_variant_alone(tiny: Path, monkeypatch: pytest.Mo
     assert bench.notes == ("one buffer: the step failed: x",)
 
 
+def test_a_failed_step_of_a_large_batch_keeps_the_small_ones(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = bench_decode_devices.WARMUP + 1
+    monkeypatch.setattr(
+        bench_decode_devices, "timed", failing(HybridlabError("the step <b> failed"), from_call=small + 1)
+    )
+    bench = decode(checkpoint=tiny, batch=[1, 2], depth=0, steps=1, **EMULATED)
+    assert [(row["variant"], row["batch"]) for row in bench.records] == [(PLAIN, 1)]
+    assert bench.notes == ("ended after 1 rows: the step <b> failed",)
+    assert "&lt;b&gt; failed" in bench._repr_html_()
+
+
 def test_nothing_measured_is_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_prefill_devices, "timed", failing(HybridlabError("the step failed: x"), from_call=1))
     with pytest.raises(HybridlabError, match="the step failed: x"):
