@@ -82,8 +82,8 @@ class GroupedExperts:
         w13, w2 = self._widened(experts)
         routes = sort_routes(local_ids_TS, self._numbers[:experts])
         x_RH = x_TH.to(torch.bfloat16)[routes.tokens_R]
-        gate, up = _grouped(x_RH, w13, routes.ends_E).chunk(2, dim=-1)
-        y_RH = _grouped(functional.silu(gate) * up, w2, routes.ends_E)
+        gate, up = grouped_product(x_RH, w13, routes.ends_E).chunk(2, dim=-1)
+        y_RH = grouped_product(functional.silu(gate) * up, w2, routes.ends_E)
         return weighted_sum(y_RH, routes.place_TS, weights_TS)
 
     def _widened(self, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +100,7 @@ class GroupedExperts:
         return w13, w2
 
 
-def _grouped(x_RK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+def grouped_product(x_RK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """Rows [ends[e - 1], ends[e]) of x times w[e].T -> [R, N]; rows behind the last end are left as they come."""
     if x_RK.is_cuda:
         product: Any = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm")  # noqa: B009
