@@ -109,6 +109,9 @@ def calibrate(
     check_numbers(numbers, {"seconds": seconds})
     check_format(precision, weight_layout, device)
     decoding = counts("requests", requests)
+    for name, least in (("repeats", repeats), ("requests", min(decoding))):
+        if least < 2:
+            raise ConfigError(f"{name}: expected at least 2, got {least}")
     whole = open_checkpoint(path)
     if not whole.spec.moe_layers:
         raise ConfigError(f"{whole.folder}: the model has no MoE layer, so that there is no path to choose")

@@ -201,3 +201,18 @@ def test_process_exit_status_and_streams(tmp_path: Path) -> None:
     lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert (done.returncode, done.stdout, len(lines)) == (2, "", 1)
     assert "| torch" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["nowhere", "--device", "emulated"], "nowhere"),
+        (["nowhere", "--device", "cpu"], "device is 'cpu', expected one of cuda, emulated"),
+        (["nowhere", "--device", "emulated", "--requests", "1"], "--requests"),
+        (["nowhere", "--device", "emulated", "--seconds", "nan"], "seconds is nan, expected a finite number > 0"),
+        (["nowhere", "--device", "emulated", "--threads", "2", "--link-gb-s", "0"], "link_gb_s is 0.0"),
+        ([], "Missing argument"),
+    ],
+)
+def test_calibrate_with_bad_input(words: list[str], shown: str) -> None:
+    assert shown in error_line(invoke("calibrate", *words))
