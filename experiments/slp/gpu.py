@@ -22,7 +22,6 @@ from unittest.mock import patch
 import torch
 
 import hybridlab as hl
-from hybridlab import loading
 from hybridlab.bench_decode_devices import decode
 from hybridlab.bench_prefill_devices import RING, VARIANTS, Variant, prefill
 from hybridlab.checkpoint.writer import make_checkpoint
@@ -30,7 +29,6 @@ from hybridlab.engine import cuda_device
 from hybridlab.engine.devices import Device
 from hybridlab.engine.host_store import HostStore
 from hybridlab.engine.lanes import Lanes
-from hybridlab.engine.runtime import Runtime
 from hybridlab.plans import Op, Program, Span
 
 
@@ -102,11 +100,9 @@ def without(*parts: Callable[[], Any]) -> Callable[..., hl.Engine]:
 
     def load(*given: Any, **options: Any) -> hl.Engine:
         with ExitStack() as held:
-            if hasattr(loading, "WorkerProcess"):
-                held.enter_context(patch.object(loading, "WorkerProcess", Runtime))
             for part in parts:
                 held.enter_context(part())
-            return hl.load(*given, **options)
+            return hl.load(*given, **options, worker="thread")
 
     return load
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import hybridlab as hl
-from hybridlab.bench_decode_devices import DUAL, PLAIN
+from hybridlab.bench_decode_devices import CPU, DUAL, PLAIN
 from hybridlab.bench_prefill_devices import LINK, RESIDENT
 from hybridlab.engine import cuda_device
 from hybridlab.engine.host_store import HostStore
@@ -91,3 +92,31 @@ def test_what_was_not_put_in_place_is_not_measured(gpu: ModuleType) -> None:
         with pytest.raises(RuntimeError, match="there is nothing to measure"), part():
             pass
     assert cuda_device.HostStore is HostStore
+
+
+def test_parts_are_replaced_in_the_device(gpu: ModuleType) -> None:
+    """On torch's CPU tensors, whose store is not pinned anyway: what is replaced is what the device is made of."""
+    checkpoint = hl.open_checkpoint(ORACLE)
+    placed = hl.PlacementPlan(hl.Tier.STREAMED, ring_slots=2)
+    for part in (gpu.pageable, gpu.synchronised):
+        with part():
+            device = cuda_device.cuda_device(checkpoint, placed, 2, where="cpu")
+        device.close()
+        assert isinstance(device.lanes, gpu.LayerByLayer) == (part is gpu.synchronised)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_every_variant_is_measured_on_a_gpu(gpu: ModuleType, tmp_path: Path) -> None:
+    words = ["--preset", "tiny", "--tokens", "64,512", "--steps", "2", "--decode", "1,3", "--beside-cpu"]
+    gpu.main([str(tmp_path), *words])
+    lines = (tmp_path / "slp.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    names = [*gpu.VARIANTS, *(one.name for one in gpu.WITHOUT)]
+    assert {(row["variant"], row["tokens"]) for row in rows if row["variant"] != LINK} == {
+        (name, tokens) for name in names for tokens in (64, 512)
+    }
+    assert all(row["mfu"] > 0 for row in rows if row["variant"] != LINK)
+    lines = (tmp_path / "decode.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [(row["variant"], row["batch"]) for row in map(json.loads, lines)] == [
+        (PLAIN, 1), (CPU, 1), (PLAIN, 3), (DUAL, 3), (CPU, 3)
+    ]  # fmt: skip
