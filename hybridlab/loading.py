@@ -10,6 +10,7 @@ from hybridlab.engine.options import (
     check_accelerator_threads,
     check_device,
     check_format,
+    check_fp8,
     check_numbers,
     check_placed,
     check_threads,
@@ -22,6 +23,7 @@ from hybridlab.engine.runtime import Runtime
 from hybridlab.engine.worker_process import WorkerProcess
 from hybridlab.errors import ConfigError
 from hybridlab.hardware import detect
+from hybridlab.hardware.gpu import detect_gpus
 from hybridlab.hardware.host_memory import detect_host_memory
 from hybridlab.lowering import Planner
 from hybridlab.model.weight_layout import WeightLayout
@@ -55,8 +57,9 @@ def load(
     """Open a Hugging Face checkpoint folder and make it ready; the memory plan is printed before allocation.
 
     Weights stay in the memory map ("rows"), or are packed into huge pages for a faster decode ("tiles": seconds of
-    loading, and memory of their own). `precision` is "bf16" or "exact"; `threads` defaults to all cores of this
-    process; a step computes at most `token_budget` tokens; the KV cache holds `kv_tokens` (default: planned).
+    loading, and memory of their own). `precision` is "bf16", "exact" or, with device "cuda", "fp8", where experts on
+    the GPU quantise their activations as well; `threads` defaults to all cores of this process; a step computes at
+    most `token_budget` tokens; the KV cache holds `kv_tokens` (default: planned).
     With `prefix_cache`, requests of one run that begin with the same tokens share their KV blocks. `routing` is what
     the placement knows of the experts' popularity (see `hl.record_routing`).
     `device="emulated"` gives `accelerator_threads` cores (default: half) the place of a GPU of `vram_gb` (1e9 bytes)
@@ -87,6 +90,8 @@ def load(
         hardware = cuda_hardware(hardware, vram_gb)
     in_process = check_worker(worker, device, in_files=not isinstance(path, Checkpoint))
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    if precision == "fp8":
+        check_fp8(checkpoint.spec.expert_dtype, detect_gpus())
     if device != "cpu":
         from hybridlab.calibration_files import calibrated
 

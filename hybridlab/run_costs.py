@@ -226,6 +226,7 @@ def _memory_plan(
         kv_block_tokens=defaults["kv_block_tokens"].default,
         memory_gb=memory_gb,
         weight_layout=engine.weight_layout or defaults["weight_layout"].default,
+        precision=engine.precision,
     )
 
 

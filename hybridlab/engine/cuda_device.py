@@ -19,9 +19,9 @@ from hybridlab.engine.lanes import Lanes
 from hybridlab.engine.ring import slot_experts
 from hybridlab.model import build_model
 from hybridlab.model.cuda_blocks import triton_module
-from hybridlab.model.cuda_experts import Workspace
 from hybridlab.model.cuda_numerics import CudaBf16
 from hybridlab.model.expert_block import ExpertBlock, experts_of
+from hybridlab.model.fp8_experts import expert_format
 from hybridlab.plans import PlacementPlan, Tier
 from hybridlab.spec import ModelSpec
 
@@ -34,12 +34,14 @@ def cuda_device(
     placed: PlacementPlan,
     threads: int,
     *,
+    precision: str = "bf16",
     where: str = CUDA,
     vram_bytes: int | None = None,
     quiet: bool = True,
 ) -> Device:
     """Experts are pinned in host memory once (`HostStore`); the link and the CPU's kernels read the same bytes.
 
+    With `precision` "fp8" experts on the device quantise their activations too.
     The process may take no more than `vram_bytes` of the device, its context included (None: all of it).
     """
     device = torch.device(where)
@@ -64,11 +66,11 @@ def cuda_device(
     experts: dict[Tier, TierExperts] = {Tier.HOST: host}
     load, move = no_link, nothing_to_bring
     if largest:
-        workspace = Workspace(largest, block, device)
-        on_device = ResidentExperts(resident, store, workspace, spec.num_experts, device)
+        make_group = expert_format(precision, block, largest, device)
+        on_device = ResidentExperts(resident, store, make_group, spec.num_experts, device)
         experts[Tier.RESIDENT], move = on_device, on_device.move
         if size:
-            ring = CudaRing(placed.ring_slots, size, store, workspace, spec.num_experts, device)
+            ring = CudaRing(placed.ring_slots, size, store, make_group, spec.num_experts, device)
             experts[Tier.STREAMED], load = ring.experts, ring.load
 
     def close() -> None:

@@ -23,12 +23,14 @@ def gpu_needs(
     kv_element_bytes: int = 2,
     kv_offloaded: bool = False,
     context_bytes: int = CONTEXT_BYTES,
+    precision: str = "bf16",
 ) -> Needs:
     """Projections, resident experts, ring, workspace, KV cache and activations, as `engine.cuda_device` takes them."""
     experts = [(layer, e) for layer in model.moe_layers for e in range(model.num_experts)]
     resident = [key for key in experts if placed.tier(*key) is Tier.RESIDENT]
     of_a_layer = [sum(1 for key in resident if key[0] == layer) for layer in model.moe_layers]
     widened = max([slot_experts(placed, model), *of_a_layer]) * 3 * model.moe_intermediate * model.hidden * 2
+    widened *= precision != "fp8"  # which multiplies them as they are
     kv_bytes = model.kv_elements_per_token * kv_element_bytes
     kv = "KV cache"
     if kv_offloaded:

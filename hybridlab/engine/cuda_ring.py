@@ -11,7 +11,7 @@ from hybridlab.engine.host_store import HostStore
 from hybridlab.engine.local_ids import LocalIds, table_of
 from hybridlab.errors import PlanError
 from hybridlab.model.base import Routed
-from hybridlab.model.cuda_experts import GroupedExperts, Workspace
+from hybridlab.model.cuda_experts import ExpertGroup, MakeGroup
 from hybridlab.plans import Move, Op, Tier
 
 
@@ -19,13 +19,13 @@ class CudaRing:
     """`load` fills a slot from the host store, `experts` computes on it. As `ring.Ring`, on a device."""
 
     def __init__(
-        self, num_slots: int, experts_per_slot: int, store: HostStore, workspace: Workspace, num_experts: int,
+        self, num_slots: int, experts_per_slot: int, store: HostStore, make_group: MakeGroup, num_experts: int,
         device: torch.device,
     ) -> None:  # fmt: skip
         self._store = store
         size = store.block.num_bytes
         self._slots = [torch.empty(experts_per_slot, size, dtype=torch.uint8, device=device) for _ in range(num_slots)]
-        self._experts = [GroupedExperts(slot, store.block, workspace) for slot in self._slots]
+        self._experts = [make_group(slot) for slot in self._slots]
         self._holds: list[tuple | None] = [None] * num_slots
         self._local = LocalIds(num_experts, device)
 
@@ -55,7 +55,7 @@ class ResidentExperts:
     """
 
     def __init__(
-        self, resident: Mapping[int, Sequence[int]], store: HostStore, workspace: Workspace, num_experts: int,
+        self, resident: Mapping[int, Sequence[int]], store: HostStore, make_group: MakeGroup, num_experts: int,
         device: torch.device,
     ) -> None:  # fmt: skip
         self._store, self._num_experts = store, num_experts
@@ -64,7 +64,7 @@ class ResidentExperts:
         """Layer -> which expert is in each place."""
         self._tables: dict[int, torch.Tensor] = {}
         """Layer -> the place of each expert."""
-        self._experts: dict[int, GroupedExperts] = {}
+        self._experts: dict[int, ExpertGroup] = {}
         for layer, experts in resident.items():
             pool = torch.empty(len(experts), store.block.num_bytes, dtype=torch.uint8, device=device)
             place = 0
@@ -73,7 +73,7 @@ class ResidentExperts:
                 place += end - first
             self._pools[layer], self._places[layer] = pool, list(experts)
             self._tables[layer] = table_of(experts, num_experts).to(device)
-            self._experts[layer] = GroupedExperts(pool, store.block, workspace)
+            self._experts[layer] = make_group(pool)
 
     def __call__(self, op: Op, routed: Routed) -> torch.Tensor:
         places = self._places[op.layer]

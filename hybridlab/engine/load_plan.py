@@ -39,6 +39,7 @@ def plan_load(
     memory_gb: float | None = None,
     free_bytes: int | None = None,
     weight_layout: str = "rows",
+    precision: str = "bf16",
 ) -> MemoryPlan:
     """The plan of the host's memory, with that of the GPU's where there is one; `numerics` are the host's.
 
@@ -61,7 +62,8 @@ def plan_load(
                 kv_token_bytes=kv_token_bytes if offloaded else 0,
                 weight_layout=weight_layout,
             )
-            gpu = gpu_needs(model, placed, budget_bytes=hardware.gpu_memory_bytes, kv_offloaded=offloaded)
+            vram = hardware.gpu_memory_bytes
+            gpu = gpu_needs(model, placed, budget_bytes=vram, kv_offloaded=offloaded, precision=precision)
             return [gpu, host]
         precision_bytes = numerics.workspace_bytes(model, threads)
         if hardware.device == "emulated" and isinstance(numerics, Exact):

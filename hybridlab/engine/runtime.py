@@ -59,6 +59,7 @@ class Runtime:
             memory_gb=memory_gb,
             free_bytes=free_bytes,
             weight_layout=weight_layout,
+            precision=precision,
         )
         if not quiet:
             for plan in filter(None, (self.memory, self.memory.gpu)):
@@ -70,8 +71,8 @@ class Runtime:
         elif hardware.device == "cuda":
             from hybridlab.engine.cuda_device import cuda_device
 
-            vram_bytes = hardware.gpu_memory_bytes
-            self._device = cuda_device(checkpoint, placed, threads, vram_bytes=vram_bytes, quiet=quiet)
+            vram = hardware.gpu_memory_bytes
+            self._device = cuda_device(checkpoint, placed, threads, precision=precision, vram_bytes=vram, quiet=quiet)
         else:
             accelerator = make_numerics(precision, accelerator_threads, source)
             host = make_numerics(precision, threads - accelerator_threads, source)

@@ -19,9 +19,6 @@ from hybridlab.model.cuda_experts import GroupedExperts, MakeGroup, Workspace, b
 from hybridlab.model.expert_block import ExpertBlock
 from hybridlab.model.fp8_twin import Rows, Scaled
 
-LEAST_CAPABILITY = (8, 9)
-"""CUDA devices have FP8 tensor cores since Ada."""
-
 
 class Fp8GroupedExperts:
     """Activations quantised to E4M3FN, a scale per 128 columns, before both products."""
@@ -69,33 +66,18 @@ class _CodedWeights:
 
 
 def expert_format(precision: str, block: ExpertBlock, largest: int, device: torch.device) -> MakeGroup:
-    """How groups of up to `largest` experts compute in `precision`.
+    """How groups of up to `largest` experts compute in `precision`: "fp8" (whose weights must be FP8) or "bf16".
 
-    Raises `ConfigError` if "fp8" has no FP8 weights, or no GPU that multiplies them.
+    Raises `ConfigError` if "fp8" lacks Triton.
     """
-    if precision != "fp8":
-        workspace = Workspace(largest, block, device)
-        return lambda blocks: GroupedExperts(blocks, block, workspace)
-    check_fp8(block, device)
-    return lambda blocks: Fp8GroupedExperts(blocks, block)
-
-
-def check_fp8(block: ExpertBlock, device: torch.device) -> None:
-    """Raises `ConfigError` if precision "fp8" has no FP8 weights, or no GPU and Triton that multiply them."""
-    if not block.scales:
-        raise ConfigError("precision is 'fp8', but the checkpoint's experts are BF16, expected block-FP8; use 'bf16'")
-    if device.type != "cuda":
-        return  # the twin, for tests
-    capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST_CAPABILITY:
-        name, (major, minor) = torch.cuda.get_device_name(device), capability
-        raise ConfigError(
-            f"precision is 'fp8', but {name} has compute capability {major}.{minor}, expected 8.9 or more; use 'bf16'"
-        )
-    try:
-        grouped_kernels(device)
-    except ImportError as error:
-        raise ConfigError(f"precision is 'fp8', which needs Triton ({error}); use 'bf16'") from None
+    if precision == "fp8":
+        try:
+            grouped_kernels(device)
+        except ImportError as error:
+            raise ConfigError(f"precision is 'fp8', which needs Triton ({error}); use 'bf16'") from None
+        return lambda blocks: Fp8GroupedExperts(blocks, block)
+    workspace = Workspace(largest, block, device)
+    return lambda blocks: GroupedExperts(blocks, block, workspace)
 
 
 def grouped_kernels(device: torch.device) -> ModuleType:
