@@ -136,7 +136,7 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
 def test_where_nothing_was_measured_there_are_no_rows(tmp_path: Path) -> None:
     rows = read_decode(tmp_path / "none")
     assert len(rows) == len(decode_table(rows)) == 0
-    assert {"machine", "file", "variant"} <= set(rows.columns)
+    assert {"machine", "device", "file", "variant"} <= set(rows.columns)
     with pytest.raises(ConfigError, match="no rows to draw"):
         decode_tradeoff(rows)
 
