@@ -4,11 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 
-from hybridlab.model.base import Context
+from hybridlab.model.base import Context, KVStore
 from hybridlab.spec import ModelSpec
+
+
+class KVStorage(KVStore, Protocol):
+    """Where the KV cache lies: of these, the model knows `write` and `entries`."""
+
+    num_blocks: int
+    block_tokens: int
+
+    def begin(self) -> None: ...
+
+    def context(
+        self, block_table: Sequence[int], first_row: int, num_new: int, start: int
+    ) -> tuple[Context, torch.Tensor]: ...
+
+    def slots(self, new: Sequence[torch.Tensor]) -> torch.Tensor: ...
+
+    def randomise(self, seed: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class KVCache:
@@ -18,11 +38,15 @@ class KVCache:
         self, model: ModelSpec, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: str = "cpu"
     ) -> None:
         self.num_blocks, self.block_tokens = num_blocks, block_tokens
+        self._device = device
         rows = num_blocks * block_tokens
         self._layers = [
             tuple(torch.empty(rows, *entry.shape, dtype=dtype, device=device) for entry in model.kv_entries)
             for _ in range(model.num_layers)
         ]
+
+    def begin(self) -> None:
+        """A step begins: the contexts and slots that are asked for next are its own."""
 
     def write(self, layer: int, slots_T: torch.Tensor, *entries: torch.Tensor) -> None:
         """Store this layer's entries of T tokens at rows `slots_T`, in the order of `ModelSpec.kv_entries`."""
@@ -44,14 +68,28 @@ class KVCache:
         self, block_table: Sequence[int], first_row: int, num_new: int, start: int
     ) -> tuple[Context, torch.Tensor]:
         """The `Context` of a request's new rows, and the slots (int64) that they are written to."""
-        size, total = self.block_tokens, start + num_new
-        table = block_table[: -(-total // size)]
-        if table[-1] - table[0] == len(table) - 1 and all(b - a == 1 for a, b in pairwise(table)):
-            base = table[0] * size
-            cached: slice | torch.Tensor = slice(base, base + total)
-            new = torch.arange(base + start, base + total)
-        else:
-            blocks = torch.tensor(table, dtype=torch.int64)
-            cached = (blocks[:, None] * size + torch.arange(size)).view(-1)[:total]
-            new = cached[start:]
-        return Context(first_row, first_row + num_new, start, cached), new
+        return block_context(block_table, self.block_tokens, first_row, num_new, start)
+
+    def slots(self, new: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The slots of a microbatch from those of its requests, where `write` wants them: int64 [T]."""
+        return torch.cat(list(new)).to(self._device)
+
+    def close(self) -> None:
+        """Nothing is held beyond tensors."""
+
+
+def block_context(
+    block_table: Sequence[int], block_tokens: int, first_row: int, num_new: int, start: int
+) -> tuple[Context, torch.Tensor]:
+    """As `KVStorage.context`, of blocks of `block_tokens` slots."""
+    size, total = block_tokens, start + num_new
+    table = block_table[: -(-total // size)]
+    if table[-1] - table[0] == len(table) - 1 and all(b - a == 1 for a, b in pairwise(table)):
+        base = table[0] * size
+        cached: slice | torch.Tensor = slice(base, base + total)
+        new = torch.arange(base + start, base + total)
+    else:
+        blocks = torch.tensor(table, dtype=torch.int64)
+        cached = (blocks[:, None] * size + torch.arange(size)).view(-1)[:total]
+        new = cached[start:]
+    return Context(first_row, first_row + num_new, start, cached), new

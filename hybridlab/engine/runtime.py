@@ -11,10 +11,11 @@ from hybridlab.batch import Entry, OnRoute, StepBatch
 from hybridlab.checkpoint import Checkpoint
 from hybridlab.engine.devices import Device, cpu_device, emulated_device
 from hybridlab.engine.executor import Executor
-from hybridlab.engine.kv_cache import KVCache
+from hybridlab.engine.kv_cache import KVCache, KVStorage
 from hybridlab.engine.link import CopyLink
 from hybridlab.engine.load_plan import plan_load
 from hybridlab.engine.memory import MemoryPlan
+from hybridlab.engine.offloaded_kv import OffloadedKV
 from hybridlab.engine.options import host_precision
 from hybridlab.engine.worker import EngineBackend, LocalWorker
 from hybridlab.engine.worker_thread import WorkerThread
@@ -78,7 +79,8 @@ class Runtime:
             host = make_numerics(precision, threads - accelerator_threads, source)
             link = CopyLink(hardware.link_gb_s)
             self._device = emulated_device(checkpoint, accelerator, host, placed, accelerator_threads, link)
-        self._cache = KVCache(
+        storage = OffloadedKV if self.memory.kv_offloaded else KVCache
+        self._cache: KVStorage = storage(
             checkpoint.spec, self.num_kv_blocks, kv_block_tokens, numerics.kv_dtype, self._device.torch_device
         )
         self._executor = Executor(self._device, self._cache)
@@ -115,4 +117,5 @@ class Runtime:
 
     def close(self) -> None:
         self._worker.close()
+        self._cache.close()
         self._device.close()
