@@ -19,7 +19,7 @@ from hybridlab.checkpoint.reader import LinearWeights
 from hybridlab.errors import HybridlabError
 from hybridlab.model.base import DecodeBatch, MicroBatch
 from hybridlab.model.cuda_attention import decode_attention
-from hybridlab.model.cuda_blocks import widen_blocks
+from hybridlab.model.cuda_blocks import triton_module, widen_blocks
 from hybridlab.model.numerics import ExpertsFn, LinearFn, RouterFn, StepFn
 from hybridlab.spec import ModelSpec
 
@@ -82,10 +82,13 @@ class CudaBf16:
     def norm_rope(
         self, x_TND: torch.Tensor, weight_D: torch.Tensor, eps: float, cos_TF: torch.Tensor, sin_TF: torch.Tensor
     ) -> torch.Tensor:
+        half = x_TND.shape[2] // 2
+        is_power_of_2 = half & (half - 1) == 0
+        if x_TND.is_cuda and is_power_of_2 and (kernels := triton_module("triton_norm_rope")) is not None:
+            return kernels.norm_rope(x_TND, weight_D, eps, cos_TF, sin_TF)
         a, b = self.rms_norm(x_TND, weight_D, eps).chunk(2, dim=-1)
         c, s = cos_TF.unsqueeze(1), sin_TF.unsqueeze(1)
         out = torch.empty(x_TND.shape, dtype=torch.bfloat16, device=x_TND.device)
-        half = x_TND.shape[2] // 2
         out[..., :half] = a * c - b * s
         out[..., half:] = b * c + a * s
         return out

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from hybridlab.model import cuda_attention, cuda_blocks, fp8_twin
+from hybridlab.model.cuda_numerics import CudaBf16
 from hybridlab.model.fp8_twin import FLOAT32_UNIT, HOPPER_UNIT, Scaled, error_bound
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,3 +191,13 @@ def test_decode_attention_sees_what_each_table_and_length_name(kernels, heads, g
     expected = cuda_attention.decode_attention(q, keys, values, batch, twin=True)
     got = decode_attention(q, keys, values, batch.tables, batch.lengths, block)
     torch.testing.assert_close(got.float(), expected.float(), rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(5, 3, 32), (70, 1, 128), (1, 8, 64)])
+def test_norm_rope_equals_the_twin_up_to_bf16(kernels, tokens, heads, dim):
+    from hybridlab.model.triton_norm_rope import norm_rope
+
+    x, weight, angle = random(tokens, heads, dim), random(dim) + 1, random(tokens, dim // 2, scale=3.0)
+    got = norm_rope(x, weight, 1e-6, angle.cos(), angle.sin()).float()
+    expected = CudaBf16("cpu").norm_rope(x.cpu(), weight.cpu(), 1e-6, angle.cos().cpu(), angle.sin().cpu()).float()
+    torch.testing.assert_close(got.cpu(), expected, rtol=2.0**-7, atol=1e-5)
