@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from math import log
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -73,6 +74,11 @@ class Point:
     gpu_experts_s: Annotated[float, Field(ge=0)]
     other_s: Annotated[float, Field(ge=0)]
 
+    @property
+    def noise(self) -> float:
+        """Half of what lies between the fastest and the slowest repeat, as a share."""
+        return log(self.layer_s_max / self.layer_s_min) / 2
+
 
 @dataclass(frozen=True)
 class Crossovers:
@@ -99,21 +105,23 @@ class Crossovers:
         If the measuring ended before the longest prompts (not `whole`), what was not faster by then may be later: None.
         """
         curves: dict[tuple[str, float, int], dict[int, float]] = {}
+        noise: dict[tuple[str, float, int], dict[int, float]] = {}
         for point in points:
             share, least = (point.share, point.min_tokens) if point.path == MIXED else (0.0, 0)
             curves.setdefault((point.path, share, least), {})[point.tokens] = point.step_s
+            noise.setdefault((point.path, share, least), {})[point.tokens] = point.noise
         cpu, streamed, plain, dual = (curves.get((path, 0.0, 0)) for path in (CPU, STREAMED, PLAIN, DUAL))
         found = cls()
         if plain and dual:
-            between = mixed_range(plain, dual, plain)
+            between = mixed_range(plain, dual, plain, noise[DUAL, 0.0, 0])
             end = between.end if between.begin < NEVER else NEVER
             found = cls(dual_batch_from_requests=between.begin, dual_batch_to_requests=end)
         if not (cpu and streamed):
             return found
-        stream_from = crossover(cpu, streamed)
+        stream_from = crossover(cpu, streamed, noise[STREAMED, 0.0, 0])
         found = replace(found, stream_from_tokens=stream_from if whole or stream_from < NEVER else None)
         ranges = {
-            (share, least): mixed_range(cpu, curve, streamed)
+            (share, least): mixed_range(cpu, curve, streamed, noise[path, share, least])
             for (path, share, least), curve in curves.items()
             if path == MIXED
         }

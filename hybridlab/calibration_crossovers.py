@@ -17,6 +17,8 @@ MARGIN = 0.02
 
 Curve = Mapping[int, float]
 """Size of a step -> seconds; a size that was left out because the path was far behind counts as infinitely slow."""
+Noise = Mapping[int, float]
+"""Size of a step -> by what share repeats differ; so much more than `MARGIN` must a path gain to be preferred there."""
 
 
 class MixedRange(NamedTuple):
@@ -31,18 +33,24 @@ class MixedRange(NamedTuple):
     gain: float
 
 
-def crossover(before: Curve, after: Curve) -> int:
-    """The size from which `after` is faster; `NEVER` if it is not, the smallest size if it always is."""
+def crossover(before: Curve, after: Curve, noise: Noise | None = None) -> int:
+    """The size from which `after` is faster; `NEVER` if it is not, the smallest size if it always is.
+
+    `noise` is of `after`.
+    """
     sizes = sorted({*before, *after})
-    costs = _costs(sizes, before), _costs(sizes, after, MARGIN)
+    costs = _costs(sizes, before), _costs(sizes, after, noise or {}, MARGIN)
     switch = min(range(len(sizes), -1, -1), key=lambda i: sum(costs[0][:i]) + sum(costs[1][i:]))  # ties: the later
     return _size_of(switch, sizes, before, after)
 
 
-def mixed_range(cpu: Curve, mixed: Curve, streamed: Curve) -> MixedRange:
-    """Where `mixed` takes over from `cpu`, and `streamed` from it; from `NEVER` on if it is nowhere the fastest."""
+def mixed_range(cpu: Curve, mixed: Curve, streamed: Curve, noise: Noise | None = None) -> MixedRange:
+    """Where `mixed` takes over from `cpu`, and `streamed` from it; from `NEVER` on if it is nowhere the fastest.
+
+    `noise` is of `mixed`.
+    """
     sizes = sorted({*cpu, *mixed, *streamed})
-    costs = _costs(sizes, cpu), _costs(sizes, mixed, MARGIN), _costs(sizes, streamed)
+    costs = _costs(sizes, cpu), _costs(sizes, mixed, noise or {}, MARGIN), _costs(sizes, streamed)
     pairs = [(i, j) for i in range(len(sizes) + 1) for j in range(i, len(sizes) + 1)]
 
     def cost(pair: tuple[int, int]) -> float:
@@ -58,8 +66,8 @@ def mixed_range(cpu: Curve, mixed: Curve, streamed: Curve) -> MixedRange:
     return MixedRange(begin, end, sum(saved), exp(sum(saved) / max(1, len(saved))))
 
 
-def _costs(sizes: Sequence[int], curve: Curve, margin: float = 0.0) -> list[float]:
-    return [log(curve[size]) + margin if size in curve else inf for size in sizes]
+def _costs(sizes: Sequence[int], curve: Curve, noise: Noise | None = None, margin: float = 0.0) -> list[float]:
+    return [log(curve[n]) + margin + (noise or {}).get(n, 0.0) if n in curve else inf for n in sizes]
 
 
 def _size_of(switch: int, sizes: Sequence[int], before: Curve, after: Curve) -> int:

@@ -6,8 +6,8 @@ from typing import Any
 
 from hybridlab.calibration import CPU, DUAL, MIXED, PLAIN, STREAMED, Calibration, Crossovers, Point, Subject
 
-TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
-REQUESTS = (2, 4, 8, 16)
+TOKENS: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096)
+REQUESTS: tuple[int, ...] = (2, 4, 8, 16)
 LINK_S = 0.010
 
 
