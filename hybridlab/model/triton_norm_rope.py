@@ -1,4 +1,4 @@
-"""Norm of each head and rotary embedding as one Triton kernel: a decode step is bound by how many kernels it launches."""
+"""Norm of each head and rotary embedding as one Triton kernel: a decode step is bound by the kernels it launches."""
 
 from __future__ import annotations
 
