@@ -16,6 +16,7 @@ from hybridlab.bench_steps import TimedStep, decode_steps, prompt_step, take_tur
 from hybridlab.calibration import CPU, DUAL, MIXED, PLAIN, STREAMED, Calibration, Crossovers, Point
 from hybridlab.calibration_files import subject_of, write_calibration
 from hybridlab.checkpoint import open_checkpoint
+from hybridlab.engine.captured_steps import CAPTURE_FROM
 from hybridlab.engine.options import check_format, check_numbers
 from hybridlab.errors import ConfigError
 from hybridlab.loading import load
@@ -127,7 +128,8 @@ def calibrate(
     )
     most = min(max_tokens, whole.spec.max_positions)
     deep = min(depth, whole.spec.max_positions // 2)
-    room = max(most + 64, max(decoding) * (deep + 64))
+    longest = deep + CAPTURE_FROM + 1 + repeats + 16  # each decode step is a token deeper; blocks are rounded down
+    room = max(most + 16, max(decoding) * longest)
     points: list[Point] = []
     complete = True
     loaded: dict[str, Any] = {"placement": Streamed(stream_from_tokens=1), "overlap": "prefetch", "quiet": True}
@@ -207,9 +209,11 @@ class _Bench:
 
     def _by_turns(self, kind: Any, size: int, calls: Mapping[_Path, Any], left_s: float) -> Iterator[Point]:
         """Points of the paths in `calls`; none if the time left is too short for them."""
-        start_s = perf_counter()
         named = {str(number): call for number, call in enumerate(calls.values())}
-        list(take_turns(named, 0))  # warm-up
+        one_token_each = kind == "decode" or size == 1
+        list(take_turns(named, 0, warmup=CAPTURE_FROM if one_token_each else 0))  # until such steps are replayed
+        start_s = perf_counter()
+        list(take_turns(named, 0, warmup=1))
         round_s = perf_counter() - start_s
         repeats = min(self._repeats, int((left_s - round_s) / round_s))
         if repeats < LEAST_REPEATS:

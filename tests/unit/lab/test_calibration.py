@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from calibrated import calibration
 
 import hybridlab as hl
@@ -85,7 +86,8 @@ def test_every_path_is_measured_and_loading_takes_what_was_found(tiny: Path, cac
         hardware = engine.planner.hardware
         assert hardware == found.applied(replace(hardware, calibrated=""))
         assert f"thresholds=calibrated {found.day}, code {found.code}" in repr(engine)
-        assert engine.planner.overlap.min_requests == found.crossovers.dual_batch_from_requests
+        overlap: Any = engine.planner.overlap
+        assert overlap.min_requests == found.crossovers.dual_batch_from_requests
 
 
 def test_a_few_layers_stand_for_the_others(tiny: Path) -> None:
@@ -165,16 +167,16 @@ def test_an_interrupt_keeps_the_points_but_no_file(tiny: Path, cache: Path, monk
 
     def interrupted(*given: Any) -> Any:
         calls.append(given)
-        if len(calls) > 20:
+        if len(calls) > 30:
             raise KeyboardInterrupt
         return real(*given)
 
     monkeypatch.setattr(calibration_steps, "timed", interrupted)
     found = hl.calibrate(tiny, "emulated", **QUICK)
-    # Warm-up and two repeats of two paths are 6 steps; a third size was begun.
+    # Four rounds of warm-up and two repeats of two paths are 12 steps; a third size was begun.
     assert not found.complete and {(one.kind, one.tokens) for one in found.points} == {("decode", 2), ("decode", 3)}
     assert found.crossovers.stream_from_tokens is None and not cache.exists()
-    calls[:] = [()] * 20
+    calls[:] = [()] * 30
     with pytest.raises(KeyboardInterrupt):
         hl.calibrate(tiny, "emulated", **QUICK)
 
@@ -230,10 +232,10 @@ def test_the_folder_is_the_one_that_is_named(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def damaged(**changes: Any) -> str:
-    data: dict[str, Any] = json.loads(json.dumps({"format": "hybridlab-calibration/1", **asdict(calibration())}))
+    data: Any = json.loads(json.dumps({"format": "hybridlab-calibration/1", **asdict(calibration())}))
     for key, value in changes.items():
         *parents, last = key.split("__")
-        node = data
+        node: Any = data
         for parent in parents:
             node = node[int(parent)] if isinstance(node, list) else node[parent]
         if value is None:
@@ -295,3 +297,14 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         write_calibration(calibration(), tmp_path / "file" / "below.json")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_on_a_gpu(tiny: Path) -> None:
+    found = hl.calibrate(tiny, "cuda", **QUICK, vram_gb=4.0)
+    assert found.complete and found.evidence == "measured"
+    assert {one.path for one in found.points} == {"cpu", "mixed", "streamed", "plain", "dual batch"}
+    assert found.crossovers.stream_from_tokens is not None
+    with hl.load(tiny, device="cuda", threads=2, placement="streamed", vram_gb=4.0, quiet=True) as engine:
+        assert engine.planner.hardware.stream_from_tokens == found.crossovers.stream_from_tokens
