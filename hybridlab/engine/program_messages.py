@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from hybridlab.engine.channel import ProtocolError, pack_json, unpack_json
-from hybridlab.errors import HybridlabError
 from hybridlab.plans import (
     OP_KINDS,
     ROLES,
@@ -72,7 +71,7 @@ def unpack_program(body: memoryview, model: ModelSpec) -> tuple[int, Program]:
         lanes = [Lane(str(worker), LaneKind(kind)) for worker, kind in plain["lanes"]]
         ops = tuple(_ops(rows, lanes, needs, experts, model))
         order = validate(ops, ring_slots=shape.placement.ring_slots, ranks=shape.ranks)
-    except (KeyError, TypeError, ValueError, IndexError, HybridlabError) as error:
+    except Exception as error:  # whatever a text that is no program leads to
         raise ProtocolError(f"a program that cannot be: {type(error).__name__}: {error}") from None
     return number, Program(shape, ops, order)
 

@@ -40,8 +40,8 @@ class RemoteWorker:
     while it computes and by its process descriptor while it is idle.
     """
 
-    def __init__(self, setup: Mapping[str, Any], model: ModelSpec, command: Sequence[str] = COMMAND) -> None:
-        self._setup, self._model, self._command = setup, model, command
+    def __init__(self, setup: Mapping[str, Any], model: ModelSpec) -> None:
+        self._setup, self._model = setup, model
         self.losses = 0
         self.ready = False
         self.gone: WorkerLost | None = None
@@ -71,7 +71,7 @@ class RemoteWorker:
         with self._lock:
             if self._closing:
                 raise closed()
-            child = self._child = Child(self._command)
+            child = self._child = Child(COMMAND)
         child.on_end(self._note_loss)
         self._numbers.clear()
         try:
