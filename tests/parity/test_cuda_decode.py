@@ -21,7 +21,8 @@ from hybridlab.routing import RoutingStats
 from hybridlab.strategies.registry import resolve
 
 HAS_GPU = torch.cuda.is_available()
-WHERE = ("cpu", pytest.param(CUDA, marks=pytest.mark.skipif(not HAS_GPU, reason="torch finds no CUDA device")))
+NO_GPU = pytest.mark.skipif(not HAS_GPU, reason="torch finds no CUDA device")
+WHERE = ("cpu", pytest.param(CUDA, marks=[NO_GPU, pytest.mark.gpu]))
 PLACEMENTS = ("all_host", "all_resident", {"name": "hot_resident", "gpu_gb": 1e-4})
 BLOCK, BLOCKS_EACH = 8, 16
 

@@ -24,7 +24,8 @@ from hybridlab.routing import RoutingStats
 from hybridlab.strategies.registry import resolve
 
 HAS_GPU = torch.cuda.is_available()
-WHERE = ("cpu", pytest.param(CUDA, marks=pytest.mark.skipif(not HAS_GPU, reason="torch finds no CUDA device")))
+NO_GPU = pytest.mark.skipif(not HAS_GPU, reason="torch finds no CUDA device")
+WHERE = ("cpu", pytest.param(CUDA, marks=[NO_GPU, pytest.mark.gpu]))
 PLACEMENTS = {
     "all_host": "all_host",
     "all_resident": "all_resident",
@@ -72,6 +73,7 @@ def test_prompts_are_within_the_bf16_tolerances(oracle, executor):
     assert np.concatenate(agree).mean() >= oracle.expected["bf16_top1_agree"] - 0.1
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="torch finds no CUDA device: Triton's kernels cannot run")
 @pytest.mark.parametrize("shape", [(3, 128, 256), (2, 200, 136), (1, 16, 1024)])
 def test_kernels_equal_their_twins(shape):
