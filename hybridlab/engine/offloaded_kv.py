@@ -99,7 +99,7 @@ class OffloadedKV:
         if buffer.ready is not None:
             torch.cuda.current_stream(self._device).wait_event(buffer.ready)
         if layer + 1 < len(self._host):
-            self._bring(layer + 1, keep=buffer)
+            self._bring(layer + 1)
         return buffer.entries
 
     def randomise(self, seed: int) -> None:
@@ -113,11 +113,11 @@ class OffloadedKV:
         """Give the pinned memory back; idempotent."""
         self._pins.close()
 
-    def _bring(self, layer: int, keep: _Buffer | None = None) -> _Buffer:
-        """The buffer of `layer`, its copies enqueued; `keep` stays as it is."""
+    def _bring(self, layer: int) -> _Buffer:
+        """The buffer of `layer`, its copies enqueued: the one that was not asked for longest, if there is none yet."""
         found = next((buffer for buffer in self._buffers if buffer.layer == layer), None)
         if found is None:
-            found = next(buffer for buffer in self._buffers if buffer is not keep)
+            found = self._buffers[0]
             self._follow()  # whoever reads what is there now is done by then
             with torch.cuda.stream(self._stream):
                 for target, source in zip(found.entries, self._host[layer], strict=True):
@@ -127,7 +127,6 @@ class OffloadedKV:
                     found.ready = torch.cuda.Event()
                     found.ready.record(self._stream)
             found.layer = layer
-        # Least lately used first.
         self._buffers.remove(found)
         self._buffers.append(found)
         return found
