@@ -21,6 +21,6 @@ def require_usable(where: str) -> None:
         torch.cuda.synchronize(device)
     except torch.OutOfMemoryError:
         return  # of a device that still answers
-    except RuntimeError as error:
+    except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise WorkerLost(f"{where} can compute no more in this process: {lines[0]}") from error

@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-POINTS = ("loaded", "step", "op", "done", "half", "garbage", "raise", "lost", "input")
+POINTS = ("loaded", "step", "op", "done", "half", "garbage", "raise", "lost", "input", "assert")
 
 
 def main() -> int:
@@ -69,9 +69,14 @@ def fail_at(point: str, times: int) -> None:
 
         def faulty_lanes(self, program, execute, clock_start_s):
             def faulty_op(op):
-                if point in ("op", "raise", "lost", "input") and is_now():
+                if point in ("op", "raise", "lost", "input", "assert") and is_now():
                     if point == "op":
                         die()
+                    if point == "assert":  # on the device: an index that is not there
+                        import torch
+
+                        nothing = torch.zeros(1, device="cuda")[torch.full((1,), 9, device="cuda")]
+                        raise RuntimeError(f"injected after {nothing}")
                     raise {"raise": RuntimeError, "lost": WorkerLost, "input": StrategyError}[point]("injected")
                 execute(op)
 

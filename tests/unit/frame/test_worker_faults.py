@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import hybridlab as hl
 from hybridlab.checkpoint import open_checkpoint
@@ -139,6 +140,19 @@ def test_a_lost_worker_costs_the_request_that_it_computed(faults, device, fault,
         again = engine.serve(requests(), OneByOne())
         assert [record.output for record in again.records] == GREEDY
         assert len(faults.pids) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_a_failed_assertion_on_a_gpu_costs_one_request_and_the_process(faults):
+    faults.at("assert:95")
+    with load("cuda", precision="bf16", worker="auto") as engine:
+        records = engine.serve(requests(), OneByOne()).records
+        failed = [record for record in records if record.status is Status.FAILED]
+        assert len(failed) == 1 and "cuda:0 can compute no more in this process" in failed[0].error
+        assert [record.status for record in records].count(Status.FINISHED) == len(records) - 1
+        assert len(faults.pids) == 2 and is_dead(faults.pids[0])
+        assert {record.status for record in engine.serve(requests()).records} == {Status.FINISHED}
 
 
 @pytest.mark.parametrize(("device", "fault"), [("cpu", "raise:95"), ("emulated", "raise:155")])
