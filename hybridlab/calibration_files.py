@@ -54,16 +54,19 @@ def subject_of(
 
 
 def calibration_path(subject: Subject) -> Path:
-    """Where the calibration of `subject` is kept, there or not."""
+    """Where the calibration of `subject` is kept, there or not. Raises ConfigError without any folder to look in."""
     named, cache = os.environ.get("HYBRIDLAB_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    folder = Path(named) if named else Path(cache or Path.home() / ".cache") / "hybridlab"
+    try:
+        folder = Path(named) if named else Path(cache or Path.home() / ".cache") / "hybridlab"
+    except RuntimeError:
+        raise ConfigError("HYBRIDLAB_CACHE is not set and there is no home folder; set it to a folder") from None
     return folder / "calibrations" / f"{subject.key}.json"
 
 
 def find_calibration(subject: Subject) -> Calibration | None:
     """The one kept of `subject`, None if there is none. Raises ConfigError for a damaged file."""
     path = calibration_path(subject)
-    found = read_calibration(path) if path.exists() else None
+    found = read_calibration(path) if os.path.exists(path) else None
     if found is not None and found.subject.key != subject.key:
         raise ConfigError(f"{path}: damaged (it is of another machine or model); {_REMEDY}")
     return found

@@ -30,14 +30,17 @@ def calibrate(
     precision: Annotated[str, typer.Option(help="As the model will be loaded.")] = "bf16",
     weight_layout: Annotated[str, typer.Option(help="rows or tiles, as the model will be loaded.")] = "rows",
     save: Annotated[bool, typer.Option(help="Keep the result where loading finds it.")] = True,
-    figure: Annotated[Path | None, typer.Option(help="Draw it, too: a file name without suffix.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write calibration.json and figures into this folder, too.")] = None,
     json: Json = False,
 ) -> None:
     """Measure from how many tokens streamed experts, or a share of them, beat the CPU's, and when dual batch pays."""
-    if figure is not None:
+    if out is not None:
         import matplotlib
 
         matplotlib.use("Agg")  # a terminal has no window to draw into
+        from hybridlab.figures.kernel_bench import check_folder
+
+        check_folder(out)
     from hybridlab.calibration_files import calibration_path
     from hybridlab.calibration_steps import REQUESTS
     from hybridlab.calibration_steps import calibrate as measure
@@ -62,12 +65,11 @@ def calibrate(
         )
         if save and found.complete:
             note(f"kept in {calibration_path(found.subject)}")
-        if figure is not None:
-            from hybridlab.figures import crossover, save_figure
+        if out is not None:
+            from hybridlab.figures.crossover import save_calibration
 
-            command = f"hybridlab calibrate {checkpoint} --device {device}"
-            for path in save_figure(crossover(found), figure, command=command).values():
-                note(f"figure  {path}")
+            for path in save_calibration(found, out, f"hybridlab calibrate {checkpoint} --device {device} --out DIR"):
+                note(str(path))
     emit(found.as_dict() if json else str(found), json)
     if not found.complete:
         raise typer.Exit(130)

@@ -3,7 +3,8 @@
 Rows of several kinds of evidence are compared only if `evidence=[...]` asks for it.
 """
 
-from hybridlab.figures.crossover import crossover
+from hybridlab.calibration_files import read_calibration
+from hybridlab.figures.crossover import crossover, save_calibration
 from hybridlab.figures.decode_tradeoff import decode_table, decode_tradeoff, read_decode
 from hybridlab.figures.draw import draw_figures
 from hybridlab.figures.fp8_codes import fp8_codes, fp8_table
@@ -34,10 +35,12 @@ __all__ = [
     "latency_cdf",
     "load_curves",
     "pareto_front",
+    "read_calibration",
     "read_decode",
     "read_kernel_bench",
     "read_slp",
     "roofline",
+    "save_calibration",
     "save_figure",
     "save_kernel_bench",
     "save_perfetto",

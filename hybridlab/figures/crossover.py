@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,10 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from hybridlab.calibration import CPU, DUAL, MIXED, PLAIN, STREAMED, Crossovers, Point, path_name
+from hybridlab.calibration_files import write_calibration
 from hybridlab.errors import ConfigError
 from hybridlab.figures.arguments import check_choice, check_target
+from hybridlab.figures.files import file_path
 from hybridlab.figures.marks import evidence_handle, evidence_mark, line_of, put_legend, series_handles
 from hybridlab.figures.origin import note_origin
+from hybridlab.figures.save import save_figure
 from hybridlab.figures.style import GREY, TWO_COLUMNS_IN, log_axis, new_axes, style
 from hybridlab.figures.tables import Kinds, Series, Where, chosen, rows_of
 from hybridlab.spec import NEVER
@@ -72,6 +76,20 @@ def crossover(
         log_axis(ax, "y")
     note_origin(ax, [one.rows for one in series])
     return ax
+
+
+def save_calibration(calibration: Calibration, folder: str | Path, command: str) -> list[Path]:
+    """Write calibration.json (`read_calibration`) and a figure for prompts and for decoding, where both were measured.
+
+    Returns the files. Raises ConfigError for one that cannot be written.
+    """
+    folder = file_path(folder, "save_calibration")
+    written = [write_calibration(calibration, folder / "calibration.json")]
+    for kind in PATHS:
+        if any(point.kind == kind for point in calibration.points):
+            ax = crossover(calibration, kind=kind)
+            written += save_figure(ax, folder / f"crossover_{kind}", command=command).values()
+    return written
 
 
 def _rows(data: Any, kind: str, where: Where | None, evidence: Kinds | None, what: str) -> Any:

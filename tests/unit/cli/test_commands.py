@@ -109,14 +109,16 @@ def test_doctor_json_without_probes() -> None:
 
 def test_calibrate_prints_what_it_found_and_keeps_it(tiny: Path, tmp_path: Path) -> None:
     words = ["--device", "emulated", "--threads", 2, "--max-tokens", 8, "--repeats", 2, "--requests", 2, "--depth", 4]
-    done = invoke("calibrate", tiny, *words, "--json", "--figure", tmp_path / "crossover")
+    done = invoke("calibrate", tiny, *words, "--json", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["evidence"] == "emulated" and set(found["crossovers"]) >= {"stream_from_tokens", "mixed_share"}
     assert {point["tokens"] for point in found["points"] if point["kind"] == "prefill"} == {1, 4, 8}
     kept = next(line for line in done.stderr.splitlines() if line.startswith("kept in ")).removeprefix("kept in ")
     assert json.loads(Path(kept).read_text())["points"] == found["points"]
-    assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg", ".pdf", ".json"}
+    figures = {f"crossover_{kind}{end}" for kind in ("prefill", "decode") for end in (".png", ".svg", ".pdf", ".json")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"calibration.json"} | figures
+    assert (tmp_path / "out" / "calibration.json").read_bytes() == Path(kept).read_bytes()
     Path(kept).unlink()
     text = invoke("calibrate", tiny, *words, "--no-save")
     assert text.stdout.startswith("tiny on ") and "ms a layer over tokens:" in text.stdout
