@@ -7,7 +7,7 @@ per entry (-1: none was drawn) and the spans: which op, start and end. Requests 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -20,12 +20,7 @@ from hybridlab.request import Sampling
 from hybridlab.spec import ModelSpec
 
 _HEAD = struct.Struct("<IIIIBd")  # program, entries, tokens, blocks, whether routers ask, start of the clock
-_ENTRY = np.dtype(
-    [
-        ("start", "<i8"), ("tokens", "<u4"), ("blocks", "<u4"), ("temperature", "<f8"), ("top_p", "<f8"),
-        ("seed", "<u8"), ("wants_token", "u1"),
-    ]
-)  # fmt: skip
+_ENTRY = struct.Struct("<qIIddQB")  # start, tokens, blocks, temperature, top_p, seed, whether a token is drawn
 _RESULT = struct.Struct("<II")  # entries, spans
 _CHOICE = struct.Struct("<IIIII")  # layer, first entry, entries, tokens, experts of a token
 
@@ -44,20 +39,17 @@ class Step:
 
 def pack_step(number: int, entries: Sequence[Entry], clock_start_s: float, asks: bool) -> bytes:
     """`entries` for the program that is called `number`."""
-    rows = np.array(
-        [
-            (
-                entry.start, len(entry.token_ids), len(entry.block_table), entry.sampling.temperature,
-                entry.sampling.top_p, entry.sampling.seed % 2**64, entry.wants_token,
-            )
-            for entry in entries
-        ],
-        _ENTRY,
-    )  # fmt: skip
+    rows = [
+        _ENTRY.pack(
+            entry.start, len(entry.token_ids), len(entry.block_table), entry.sampling.temperature,
+            entry.sampling.top_p, entry.sampling.seed % 2**64, entry.wants_token,
+        )
+        for entry in entries
+    ]  # fmt: skip
     tokens = np.array([token for entry in entries for token in entry.token_ids], "<i4")
     blocks = np.array([block for entry in entries for block in entry.block_table], "<i4")
     head = _HEAD.pack(number, len(rows), len(tokens), len(blocks), asks, clock_start_s)
-    return b"".join((head, rows.tobytes(), tokens.tobytes(), blocks.tobytes()))
+    return b"".join((head, *rows, tokens.tobytes(), blocks.tobytes()))
 
 
 def unpack_step(
@@ -67,32 +59,34 @@ def unpack_step(
     if len(body) < _HEAD.size:
         raise ProtocolError(f"a step of {len(body)} bytes")
     number, num_entries, num_tokens, num_table, asks, clock_start_s = _HEAD.unpack_from(body)
-    if len(body) != _HEAD.size + num_entries * _ENTRY.itemsize + 4 * (num_tokens + num_table):
+    start = _HEAD.size + num_entries * _ENTRY.size
+    if len(body) != start + 4 * (num_tokens + num_table):
         raise ProtocolError(f"a step of {len(body)} bytes for {num_entries} requests")
     if number not in programs:
         raise ProtocolError(f"a step of program {number}, which was never sent")
-    rows = np.frombuffer(body, _ENTRY, num_entries, _HEAD.size)
-    tokens, blocks = np.split(np.frombuffer(body, "<i4", offset=_HEAD.size + rows.nbytes), [num_tokens])
-    if rows["tokens"].sum() != num_tokens or rows["blocks"].sum() != num_table:
-        raise ProtocolError(f"{num_tokens} tokens and {num_table} blocks, which is not what the requests count")
     program = programs[number]
-    if num_entries < program.shape.num_microbatches or (rows["tokens"] == 0).any():
+    # Lists, not arrays: a decode step has few of each.
+    rows = list(_ENTRY.iter_unpack(body[_HEAD.size : start]))
+    numbers = np.frombuffer(body, "<i4", offset=start).tolist()
+    tokens, blocks = numbers[:num_tokens], numbers[num_tokens:]
+    if sum(row[1] for row in rows) != num_tokens or sum(row[2] for row in rows) != num_table:
+        raise ProtocolError(f"{num_tokens} tokens and {num_table} blocks, which is not what the requests count")
+    if num_entries < program.shape.num_microbatches or not all(row[1] for row in rows):
         raise ProtocolError(f"{num_entries} requests of a step with {program.shape.num_microbatches} microbatches")
-    if not 0 <= tokens.min() <= tokens.max() < model.vocab:
-        raise ProtocolError(f"tokens {tokens.min()} to {tokens.max()} of {model.vocab}")
-    if len(blocks) and not 0 <= blocks.min() <= blocks.max() < num_blocks:
-        raise ProtocolError(f"KV blocks {blocks.min()} to {blocks.max()} of {num_blocks}")
-    end = rows["start"] + rows["tokens"]
-    if (rows["start"] < 0).any() or (end > rows["blocks"].astype(np.int64) * block_tokens).any():
+    if not 0 <= min(tokens) <= max(tokens) < model.vocab:
+        raise ProtocolError(f"tokens {min(tokens)} to {max(tokens)} of {model.vocab}")
+    if blocks and not 0 <= min(blocks) <= max(blocks) < num_blocks:
+        raise ProtocolError(f"KV blocks {min(blocks)} to {max(blocks)} of {num_blocks}")
+    if any(row[0] < 0 or row[0] + row[1] > row[2] * block_tokens for row in rows):
         raise ProtocolError("a request beyond the end of its KV blocks")
-    entries = tuple(_entries(rows, tokens.tolist(), blocks.tolist()))
+    entries = tuple(_entries(rows, tokens, blocks))
     plan = StepPlan(program.shape.role, {entry.id: len(entry.token_ids) for entry in entries})
     return Step(number, program, StepBatch(program.shape.worker, plan, entries), clock_start_s, bool(asks))
 
 
-def _entries(rows: np.ndarray, tokens: list[int], blocks: list[int]) -> Iterator[Entry]:
+def _entries(rows: Iterable[tuple], tokens: list[int], blocks: list[int]) -> Iterator[Entry]:
     token, block = 0, 0
-    for index, (start, num_tokens, num_blocks, temperature, top_p, seed, wants) in enumerate(rows.tolist()):
+    for index, (start, num_tokens, num_blocks, temperature, top_p, seed, wants) in enumerate(rows):
         yield Entry(
             str(index),
             tokens[token : token + num_tokens],
@@ -108,7 +102,7 @@ def pack_result(step: Step, drawn: Mapping[RequestId, int], spans: Sequence[Span
     """`place` are the places of the program's ops, by their ids."""
     tokens = np.array([drawn.get(entry.id, -1) for entry in step.batch.entries], "<i4")
     ops = np.array([place[span.op.id] for span in spans], "<u4")
-    times = np.array([(span.start_s, span.end_s) for span in spans], "<f8")
+    times = np.array([time_s for span in spans for time_s in (span.start_s, span.end_s)], "<f8")
     return b"".join((_RESULT.pack(len(tokens), len(ops)), tokens.tobytes(), ops.tobytes(), times.tobytes()))
 
 
