@@ -23,8 +23,8 @@ from hybridlab.model.base import Routed
 from hybridlab.plans import LaneKind, Op, Program
 from hybridlab.spec import ModelSpec
 
-KEPT_STEPS = 8
-"""Programs whose buffers are kept beside the captured ones."""
+KEPT_STEPS, KEPT_TOKENS = 8, 8192
+"""Programs whose buffers are kept beside the captured ones, and tokens that these are for."""
 WORD_BYTES = 64
 """A word has a cache line to itself."""
 
@@ -36,7 +36,8 @@ class HostStep:
         self, ops: Sequence[Op], tokens: Sequence[int], layers: Mapping[int, kernels.MoeLayer], spec: ModelSpec,
         device: torch.device,
     ) -> None:  # fmt: skip
-        self._buffers = [_Buffers.of(count, spec, device) for count in tokens]
+        self._buffers = {part: _Buffers.of(tokens[part], spec, device) for part in {op.microbatch for op in ops}}
+        self.tokens = sum(buffers.tokens for buffers in self._buffers.values())
         self._words = _pinned((2 * len(ops), WORD_BYTES // 4), torch.int32, device)
         self._numbers = {op.id: number for number, op in enumerate(ops)}
         self.stop = np.zeros(1, np.uint32)
@@ -102,6 +103,10 @@ class HostExchange:
             self._layers[layer] = kernels.moe_layer(g, u, d, gs, us, ds)
         return HostStep(ops, tokens, self._layers, self._spec, self._device)
 
+    @property
+    def _kept_tokens(self) -> int:
+        return sum(step.tokens for step in self._steps.values())
+
     @contextmanager
     def running(self, step: HostStep) -> Iterator[None]:
         """The host computes along; at the end its thread is free again, also after an error."""
@@ -130,7 +135,7 @@ class HostExchange:
         key = (program, *tokens)
         if (step := self._steps.get(key)) is None:
             step = self._steps[key] = self.step(program, tokens)
-            if len(self._steps) > KEPT_STEPS:
+            while len(self._steps) > 1 and (len(self._steps) > KEPT_STEPS or self._kept_tokens > KEPT_TOKENS):
                 self._steps.popitem(last=False)
         self._steps.move_to_end(key)
         return self.running(step)
@@ -138,19 +143,23 @@ class HostExchange:
     def __call__(self, op: Op, routed: Routed) -> torch.Tensor:
         """Enqueue one layer; the result, [T, H], is there once the stream `up` is at the place where it is now."""
         assert self.current is not None
-        if len(op.experts) < self._spec.num_experts:
-            here = self._local(routed.expert_ids, op.experts) >= 0
-            routed = Routed(routed.x_TH, torch.where(here, routed.expert_ids, -1), routed.weights)
         if self.down is None or self.up is None:
-            self.current.send(op, routed, self.words)
+            self.current.send(op, self._mine(op, routed), self.words)
             return self.current.receive(op, self.words)
-        with torch.cuda.stream(self.down):
-            self.current.send(op, routed, self.words)
+        with torch.cuda.stream(self.down):  # which alone waits for the router
+            self.current.send(op, self._mine(op, routed), self.words)
             sent = torch.cuda.Event()
             sent.record(self.down)
         with torch.cuda.stream(self.up):
             self.up.wait_event(sent)
             return self.current.receive(op, self.words)
+
+    def _mine(self, op: Op, routed: Routed) -> Routed:
+        """Without the routes to experts that other tiers hold."""
+        if len(op.experts) == self._spec.num_experts:
+            return routed
+        here = self._local(routed.expert_ids, op.experts) >= 0
+        return Routed(routed.x_TH, torch.where(here, routed.expert_ids, -1), routed.weights)
 
     def close(self) -> None:
         self._thread.close()
