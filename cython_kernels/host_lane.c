@@ -12,7 +12,9 @@
 #define RELAX() ((void)0)
 #endif
 
-enum { SPINS = 4096 }; /* looks at a word, some 100 us, before the core is offered to others */
+enum { SPINS = 16 };        /* looks at a word between two looks at the clock */
+static const double WARM_S = 40e-6; /* well below the time after which idle threads of the pool go to sleep */
+static const double SLACK_S = 2e-3; /* a wait that lasts longer leaves the cores to others */
 
 static double now(void) {
     struct timespec ts;
@@ -22,14 +24,28 @@ static double now(void) {
 
 static int is_set(const uint32_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE) != 0; }
 
-static int wait_for(const uint32_t *ready, const uint32_t *stop) {
+static void nothing(void *context, int64_t index) {
+    (void)context;
+    (void)index;
+}
+
+/* Between two layers a GPU works for longer than the pool's threads spin: kept awake, they start the next one at once. */
+static int wait_for(const uint32_t *ready, const uint32_t *stop, int threads) {
+    const double start = now();
+    double warm = start;
     for (;;) {
         for (int i = 0; i < SPINS; i++) {
             if (is_set(ready)) return 0;
             RELAX();
         }
         if (is_set(stop)) return 1;
-        sched_yield();
+        const double time = now();
+        if (time - start > SLACK_S) {
+            sched_yield();
+        } else if (time - warm > WARM_S) {
+            hl_parallel(nothing, NULL, threads, threads);
+            warm = time;
+        }
     }
 }
 
@@ -41,7 +57,7 @@ static int compute(const hl_host_op *op, int threads) {
 int hl_host_lane(const hl_host_op *ops, int64_t count, int threads, const uint32_t *stop, double *times) {
     int status = 0;
     for (int64_t i = 0; i < count; i++) {
-        if (status == 0) status = wait_for(ops[i].ready, stop);
+        if (status == 0) status = wait_for(ops[i].ready, stop, threads);
         times[2 * i] = now();
         if (status == 0) status = compute(&ops[i], threads);
         times[2 * i + 1] = now();

@@ -19,7 +19,7 @@ class LocalIds:
     def __init__(self, num_experts: int, device: torch.device | str) -> None:
         self._num_experts, self._device = num_experts, torch.device(device)
         self._tables: dict[tuple[int, ...], torch.Tensor] = {}
-        self._held: list[torch.Tensor] = []
+        self._held: dict[tuple[int, ...], torch.Tensor] = {}
 
     def __call__(self, ids_TS: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
         """int64 [T, S]: the place in `experts` of each id, -1 for the others and for skipped routes (-1)."""
@@ -33,7 +33,7 @@ class LocalIds:
                 del self._tables[next(iter(self._tables))]  # the one not used for longest
         self._tables[key] = table
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._held.append(table)  # a graph reads it where it lies
+            self._held[key] = table  # a graph reads it where it lies
         return table[ids_TS.long()]
 
 
