@@ -159,6 +159,17 @@ class Serving(RuleBasedStateMachine):
         result = StepResult(batch, self.now_s - 0.25, self.now_s, tokens, error="broken" if broken else "")
         self.drawn.update(record.request.id for record, _ in self.queue.apply([result]))
 
+    @precondition(lambda self: bool(getattr(self, "drawn", None)))
+    @rule(chance=st.sampled_from([False] * 4 + [True]))
+    def lose(self, chance: bool) -> None:
+        """Now and then the workers are lost: their steps fail, and the KV cache holds nothing of use any more."""
+        if not chance:
+            return
+        for worker in tuple(self.flying):
+            self.end(worker, True)
+        self.memory = [-1] * len(self.memory)
+        self.queue.lose_cache()
+
     def _written_blocks_are_its_own(self, entry) -> None:
         for position in range(entry.start, entry.context_tokens):
             assert self.pool.holders(entry.block_table[position // BLOCK]) == 1, "a shared block is written"

@@ -141,6 +141,14 @@ def _preemption_forgets_the_answer_so_far(plant: Any) -> None:
     plant(Live, "give_up", give_up)
 
 
+def _known_blocks_outlive_the_cache(plant: Any) -> None:
+    plant(BlockPool, "evict_kept", lambda self: None)
+
+
+def _what_was_computed_outlives_the_cache(plant: Any) -> None:
+    plant(RequestQueue, "lose_cache", lambda self: self._pool.evict_kept())
+
+
 def _sharing_is_counted_twice(plant: Any) -> None:
     plant(KVRoom, "_held", lambda self, request: request.allocated_kv_tokens + request.shared_kv_tokens)
 
