@@ -124,9 +124,11 @@ def lower(shape: Shape, model: ModelSpec) -> tuple[Op, ...]:
             for microbatch in range(shape.num_microbatches):
                 builder.layer(layer, rank, microbatch, loads)
     for rank in shape.ranks:
-        for microbatch in range(shape.num_microbatches):
-            # Behind the last layer, so that sorting ops by layer keeps a head at the end.
-            builder.add("head", builder.compute, rank, layer=model.num_layers, microbatch=microbatch)
+        # One for all microbatches, since its weights are large. Behind the last layer and numbered as the last
+        # microbatch, so that sorting ops by these keeps it at the end.
+        needs = tuple(builder.last[rank, microbatch] for microbatch in range(shape.num_microbatches))
+        last = shape.num_microbatches - 1
+        builder.add("head", builder.compute, rank, layer=model.num_layers, microbatch=last, needs=needs)
     return tuple(builder.ops)
 
 

@@ -118,10 +118,14 @@ class Executor:
                 case "embed":
                     micro.x_TH = model.embed(micro.batch)
                 case "head":
-                    if all_rows or isinstance(micro.batch, DecodeBatch):
-                        micro.logits = model.head(micro.x_TH)
-                    elif rows := _last_rows(micro):
-                        micro.logits = model.head(micro.x_TH[rows])
+                    rows = [
+                        one.x_TH if all_rows or isinstance(one.batch, DecodeBatch) else one.x_TH[_last_rows(one)]
+                        for one in micros
+                    ]
+                    if sum(map(len, rows)):
+                        logits_RV = model.head(rows[0] if len(rows) == 1 else torch.cat(rows))
+                        for one, own in zip(micros, logits_RV.split([len(x_RH) for x_RH in rows]), strict=True):
+                            one.logits = own
                 case _:
                     raise PlanError(f"this device cannot run op {op.id} ({op.kind} on {op.lane}) yet")
 

@@ -47,7 +47,7 @@ def test_dual_batch_puts_a_combine_behind_the_attention_of_the_other_microbatch(
         "attention1.1", "router1.1",  # while the CPU computes experts1.0
         "combine1.0", "attention2.0", "router2.0",  # while the CPU computes experts1.1
         "combine1.1", "attention2.1", "router2.1",
-        "combine2.0", "head3.0", "combine2.1", "head3.1",
+        "combine2.0", "combine2.1", "head3.1",  # one head for both
     ]  # fmt: skip
 
 
@@ -57,6 +57,18 @@ def test_dual_batch_gives_both_microbatches_their_turn_on_a_part_before_the_next
     on_gpu = [key for key in experts if key[0] == 1 and key[1] is not Tier.HOST]
     streamed = [(1, Tier.STREAMED, part, microbatch) for part in range(3) for microbatch in (0, 1)]
     assert on_gpu == [(1, Tier.RESIDENT, 0, 0), (1, Tier.RESIDENT, 0, 1), *streamed]
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 3])
+def test_one_head_waits_for_the_last_layer_of_all_microbatches(microbatches):
+    ops = lowered(microbatches=microbatches)
+    (head,) = [op for op in ops if op.kind == "head"]
+    last = TOY_MODEL.moe_layers[-1]
+    assert last == TOY_MODEL.num_layers - 1
+    assert [op.id for op in ops if op.kind == "combine" and op.layer == last] == list(head.needs)
+    assert len(head.needs) == microbatches and head.microbatch == microbatches - 1
+    for overlap in (Sequential(), Prefetch(), DualBatch()):
+        assert list(overlap.arrange(ops))[-1].kind == "head"
 
 
 @pytest.mark.parametrize("overlap", [Prefetch(), DualBatch()], ids=repr)
