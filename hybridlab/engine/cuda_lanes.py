@@ -84,17 +84,17 @@ class CudaLanes:
     def _spans(
         self, program: Program, begin: Any, begin_s: float, ends: Mapping[int, Any], clock_start_s: float
     ) -> tuple[Span, ...]:
-        end_s = {number: begin_s + begin.elapsed_time(end) / 1e3 for number, end in ends.items()}
+        there_s = {number: begin_s + begin.elapsed_time(end) / 1e3 for number, end in ends.items()}
         free_s: dict[Lane, float] = {}
         spans = []
         for op in program.order:
-            start_s = max([free_s.get(op.lane, begin_s), *(end_s[need] for need in op.needs)])
+            # What the host computed is there for others once its results have come up.
+            start_s = max([free_s.get(op.lane, begin_s), *(there_s[need] for need in op.needs)])
+            end_s = free_s[op.lane] = there_s[op.id]
             if op.lane.kind is LaneKind.CPU:
                 assert self._host.current is not None
-                host_start_s, host_end_s = self._host.current.times_of(op)
-                start_s, end_s[op.id] = host_start_s - clock_start_s, host_end_s - clock_start_s
-            free_s[op.lane] = end_s[op.id]
-            spans.append(Span(op, min(start_s, end_s[op.id]), end_s[op.id]))
+                start_s, end_s = (seconds - clock_start_s for seconds in self._host.current.times_of(op))
+            spans.append(Span(op, min(start_s, end_s), end_s))
         return tuple(sorted(spans, key=lambda span: span.start_s))
 
 
