@@ -19,9 +19,9 @@
 # into two microbatches: while the CPU computes the experts of one, the GPU computes the attention of the other.
 #
 # If all goes well, a step takes as long as the busier of the two. But what both microbatches need is read twice: the
-# weights of attention and head, and the experts that both chose. A plain batch reads them once. So the question is not
-# whether a dual batch is faster than one request after the other, but whether it is faster than a plain batch of the
-# same requests.
+# weights of attention, and the experts that both chose. A plain batch reads them once. So the question is not whether a
+# dual batch is faster than one request after the other, but whether it is faster than a plain batch of the same
+# requests.
 #
 # The first part runs here, on cores of which some take the GPU's place. The second one shows what was measured and
 # kept. It takes about half a minute.
@@ -79,8 +79,8 @@ ax = hl.figures.timeline(result, where={"run_id": run_ids[1]}, start_s=begins_s[
 # ### Dual batch
 #
 # The same two requests as two microbatches; the second one is hatched. The CPU has work from the first router on, and
-# what remains of waiting is where one lane takes longer than the other. At the end both heads follow the last experts:
-# with four layers that is much of a step, with the 48 of the model it is little.
+# what remains of waiting is where one lane takes longer than the other. The head computes both in one go behind the
+# last experts: with four layers that is much of a step, with the 48 of the model it is little.
 
 # %%
 ax = hl.figures.timeline(result, where={"run_id": run_ids[2]}, start_s=begins_s[run_ids[2]])
