@@ -59,7 +59,7 @@ def quantise(x_RK: torch.Tensor) -> Scaled:
     scale = torch.where(most > 0, size * (1 / MOST), 1.0)
     # Not MOST / size, which is a rounded reciprocal times MOST.
     scaled = padded * (torch.full_like(size, MOST) / size)[..., None]
-    rounded = torch.where(finite, scaled.clamp(-MOST, MOST), torch.nan).to(torch.float8_e4m3fn)
+    rounded = torch.where(finite, scaled, torch.nan).to(torch.float8_e4m3fn)
     codes = rounded.view(torch.uint8).flatten(1)[:, :k].contiguous()
     return Scaled(codes, scale)
 

@@ -25,14 +25,14 @@ _LEAST = tl.constexpr(LEAST_BLOCK)
 
 @triton.jit
 def _encode(value):
-    """E4M3FN codes (uint8) of float32, to nearest even, saturating; by hand, since conversions differ in the details
-    (saturation, NaN) between devices and Triton's interpreter."""
+    """E4M3FN codes (uint8) of float32 that round to 448 at most, to nearest even; by hand, since the conversion of
+    Triton's interpreter is wrong for ties, subnormals and NaN."""
     bits = value.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
     # Below 2^-6 a code is a multiple of 2^-9, which is the last bit of a float32 near 2^14.
     small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    code = tl.where(size < 0x3C800000, small, tl.minimum(normal, 0x7E))
+    code = tl.where(size < 0x3C800000, small, normal)
     return tl.where(size < 0x7F800000, ((bits >> 24) & 0x80) | code, 0x7F).to(tl.uint8)
 
 
@@ -54,7 +54,8 @@ def _quantise(x, codes, scale, rows, k, scale_block, BLOCK_M: tl.constexpr, BLOC
     column = block * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < k)[None, :]
     at = row[:, None] * k + column[None, :]
-    code, factor = _quantised(tl.load(x + at, mask=inside, other=0.0).to(tl.float32))
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    code, factor = _quantised(value)  # pyright: ignore[reportGeneralTypeIssues]
     tl.store(codes + at, code, mask=inside)
     tl.store(scale + block * scale_block + row, factor, mask=row < rows)
 
@@ -97,7 +98,7 @@ def _hidden(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     tile, tile_n = tl.program_id(0) // grid_n, tl.program_id(0) % grid_n
-    expert, first = _place(ends, experts, tile, BLOCK_M, EXPERTS)
+    expert, first = _place(ends, experts, tile, BLOCK_M, EXPERTS)  # pyright: ignore[reportGeneralTypeIssues]
     if expert >= experts:
         return
     route = first + tl.arange(0, BLOCK_M)
@@ -123,14 +124,13 @@ def _hidden(
         x_at += BLOCK
         gate += BLOCK
         up += BLOCK
-    # Columns behind n repeat the last one; they must not count in its block's scale.
-    value = tl.where((column_n < n)[None, :], g / (1.0 + tl.exp(-g)) * u, 0.0)
+    value = g / (1.0 + tl.exp(-g)) * u  # columns behind n repeat the last one, which changes no scale
     at = route.to(tl.int64)[:, None] * n + column_n[None, :]
     kept = inside[:, None] & (column_n < n)[None, :]
     if x_scale is None:
         tl.store(out + at, value.to(tl.bfloat16), mask=kept)
     else:
-        code, factor_out = _quantised(value)
+        code, factor_out = _quantised(value)  # pyright: ignore[reportGeneralTypeIssues]
         tl.store(out + at, code, mask=kept)
         tl.store(out_scale + tile_n * out_scale_block + route, factor_out, mask=inside)
 
@@ -142,7 +142,7 @@ def _product(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     tile, tile_n = tl.program_id(0) // grid_n, tl.program_id(0) % grid_n
-    expert, first = _place(ends, experts, tile, BLOCK_M, EXPERTS)
+    expert, first = _place(ends, experts, tile, BLOCK_M, EXPERTS)  # pyright: ignore[reportGeneralTypeIssues]
     if expert >= experts:
         return
     end = tl.load(ends + expert)
@@ -172,7 +172,7 @@ def quantise(x_RK: torch.Tensor) -> Scaled:
     (rows, k), x = x_RK.shape, x_RK.contiguous()
     out = _room(rows, k, x.device)
     kernel: Any = _quantise
-    grid = (triton.cdiv(rows, 32), out.scale.shape[1])
+    grid = (-(-rows // 32), out.scale.shape[1])
     kernel[grid](x, out.codes, out.scale, rows, k, out.scale.stride(1), BLOCK_M=32, BLOCK=BLOCK_FP8, num_warps=4)
     return out
 
@@ -225,7 +225,7 @@ def _numbers(w: Scaled, routes: int, ends_E: torch.Tensor, *, wide: bool) -> tup
         "num_warps": 8 if wide else block_m // 16,
         "num_stages": 2 if wide else 3,
     }
-    return constants, ((triton.cdiv(routes, block_m) + experts) * grid_n,)
+    return constants, ((-(-routes // block_m) + experts) * grid_n,)
 
 
 def _parts(x: Rows) -> tuple[torch.Tensor, torch.Tensor | None, int]:
@@ -238,7 +238,7 @@ def _parts(x: Rows) -> tuple[torch.Tensor, torch.Tensor | None, int]:
 
 def _room(rows: int, k: int, device: torch.device) -> Scaled:
     """Codes [R, K] and scales [R, ceil(K/128)], those of a block side by side: a tile reads a column of them."""
-    scale = torch.empty(triton.cdiv(k, BLOCK_FP8), rows, device=device).T
+    scale = torch.empty(-(-k // BLOCK_FP8), rows, device=device).T
     return Scaled(torch.empty(rows, k, dtype=torch.uint8, device=device), scale)
 
 

@@ -25,7 +25,8 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 UNIT = FLOAT32_UNIT if INTERPRETED else HOPPER_UNIT
 # The interpreter cuts float32 to BF16 instead of rounding: up to a unit in the last place, which is 2^-7.
 CUT = 2.0**-7 if INTERPRETED else 0.0
-ENDS = ([0, 20, 20, 90], [3], [0, 0], [64, 128, 129], [0, 0, 70, 70, 70])
+# Tiles of 64 routes but for [200, 300], and a grid with tiles to spare but for the many ends.
+ENDS = ([0, 20, 20, 90], [3], [0, 0], [64, 128, 129], [0, 0, 70, 70, 70], [200, 300], [50, 100, 150, 200, 250, 300])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter's run")

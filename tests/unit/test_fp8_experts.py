@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch.nn import functional
 
+from hybridlab.checkpoint.presets import preset_spec
 from hybridlab.checkpoint.reader import LinearWeights
+from hybridlab.engine.cuda_memory import gpu_needs
 from hybridlab.errors import ConfigError
 from hybridlab.model import fp8_experts, fp8_twin
 from hybridlab.model.expert_block import ExpertBlock
 from hybridlab.model.fp8_experts import CodedGroupedExperts, Fp8GroupedExperts, expert_format
 from hybridlab.model.fp8_twin import FLOAT32_UNIT, Scaled, error_bound, product, quantise
 from hybridlab.number_formats import dequantise, fp8_values
+from hybridlab.plans import PlacementPlan, Tier
 
 VECTORS = Path(__file__).resolve().parents[1] / "data" / "kernels" / "fp8_vectors.npz"
 
@@ -146,3 +149,10 @@ def test_fp8_on_a_gpu_needs_triton(group, monkeypatch):
 
 def test_without_a_gpu_the_twin_computes(group):
     assert fp8_experts.grouped_kernels(group[0].device) is fp8_twin
+
+
+def test_no_memory_is_planned_for_widened_experts():
+    model, placed = preset_spec("tiny"), PlacementPlan(default_tier=Tier.RESIDENT)
+    bf16, fp8 = (gpu_needs(model, placed, budget_bytes=2**33, precision=precision) for precision in ("bf16", "fp8"))
+    assert bf16.fixed["widened experts"] == model.num_experts * 3 * model.moe_intermediate * model.hidden * 2
+    assert fp8.fixed == {**bf16.fixed, "widened experts": 0}
