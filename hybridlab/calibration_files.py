@@ -78,7 +78,7 @@ def calibrated(hardware: HardwareSpec, model: ModelSpec, **loaded: Any) -> Hardw
     return hardware if found is None else found.applied(hardware)
 
 
-_REMEDY = "delete it, or run `hybridlab calibrate` again"
+_REMEDY = "delete it and run `hybridlab calibrate` again"
 
 
 def read_calibration(path: Path) -> Calibration:

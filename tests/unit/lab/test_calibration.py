@@ -273,7 +273,7 @@ def test_a_damaged_file_is_one_line_that_names_it(tiny: Path, text: str, words: 
         hl.load(tiny, quiet=True, **LOADED)
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and words in message and "\n" not in message
-    assert message.endswith("delete it, or run `hybridlab calibrate` again")
+    assert message.endswith("delete it and run `hybridlab calibrate` again")
 
 
 def test_a_file_of_something_else_under_this_name(tiny: Path) -> None:
