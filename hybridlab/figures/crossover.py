@@ -83,12 +83,17 @@ def save_calibration(calibration: Calibration, folder: str | Path, command: str)
 
     Returns the files. Raises ConfigError for one that cannot be written.
     """
+    import matplotlib.pyplot as plt
+
     folder = file_path(folder, "save_calibration")
     written = [write_calibration(calibration, folder / "calibration.json")]
     for kind in PATHS:
         if any(point.kind == kind for point in calibration.points):
             ax = crossover(calibration, kind=kind)
-            written += save_figure(ax, folder / f"crossover_{kind}", command=command).values()
+            try:
+                written += save_figure(ax, folder / f"crossover_{kind}", command=command).values()
+            finally:
+                plt.close(ax.figure)  # type: ignore[arg-type]
     return written
 
 
