@@ -46,26 +46,20 @@ def host_needs_beside_gpu(
     *,
     budget_bytes: int,
     kv_token_bytes: int,
-    weight_layout: str = "rows",
 ) -> Needs:
     """Beside a CUDA device: the pinned copy of all experts, and what the host's cores need to compute some of them.
 
     Once copied, the mapped checkpoint is page cache. `kv_token_bytes` is 0 unless the KV cache is offloaded.
     """
-    layers = {
-        layer for layer in model.moe_layers
-        if any(placed.tier(layer, e) is not Tier.RESIDENT for e in range(model.num_experts))
-    }  # fmt: skip
-    pinned = len(model.moe_layers) * model.num_experts * block_bytes(model)
-    packed = len(layers) * model.num_experts * block_bytes(model) + ARENA_BYTES if weight_layout == "tiles" else 0
+    experts = [(layer, e) for layer in model.moe_layers for e in range(model.num_experts)]
+    computes = any(placed.tier(*key) is not Tier.RESIDENT for key in experts)
     fixed = {
-        "experts (pinned)": pinned,
-        "experts (packed)": packed if layers else 0,
+        "experts (pinned)": len(experts) * block_bytes(model),
         "staging": 2 * model.vocab * model.hidden,
         "workspace": LOGITS_OF * 4 * model.vocab,
         "reserve": RESERVE_BYTES,
     }
-    token_bytes = _expert_bytes(model) if layers else 0
+    token_bytes = _expert_bytes(model) if computes else 0
     return Needs("host memory", budget_bytes, fixed, token_bytes, kv_token_bytes, "workspace", "KV cache (offloaded)")
 
 

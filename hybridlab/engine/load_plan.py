@@ -60,7 +60,6 @@ def plan_load(
                 placed,
                 budget_bytes=budget_bytes,
                 kv_token_bytes=kv_token_bytes if offloaded else 0,
-                weight_layout=weight_layout,
             )
             vram = hardware.gpu_memory_bytes
             gpu = gpu_needs(model, placed, budget_bytes=vram, kv_offloaded=offloaded, precision=precision)

@@ -25,6 +25,10 @@ def check_format(precision: str, weight_layout: str, device: str) -> None:
     check_weight_layout(weight_layout)
     if weight_layout == "tiles" and precision == "exact":
         raise ConfigError("weight_layout is 'tiles', but precision 'exact' reads rows")
+    if device == "cuda" and weight_layout == "tiles":
+        raise ConfigError(
+            "weight_layout is 'tiles', but device 'cuda' computes from its pinned copy, which is in 'rows'"
+        )
     if device == "cuda" and precision == "exact":
         raise ConfigError(f"precision is {precision!r}, device 'cuda' computes in 'bf16' or 'fp8'")
     if device != "cuda" and precision == "fp8":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from dataclasses import replace
 
 import torch
 
@@ -19,6 +20,7 @@ from hybridlab.engine.offloaded_kv import OffloadedKV
 from hybridlab.engine.options import host_precision
 from hybridlab.engine.worker import EngineBackend, LocalWorker
 from hybridlab.engine.worker_thread import WorkerThread
+from hybridlab.hardware.gpu import free_memory_bytes
 from hybridlab.model.numerics import make_numerics
 from hybridlab.model.weight_layout import WeightLayout, weight_source
 from hybridlab.plans import PlacementPlan, Program, RequestId
@@ -47,6 +49,9 @@ class Runtime:
     ) -> None:
         source = weight_source(weight_layout, threads)
         numerics = make_numerics(host_precision(precision), threads, source)
+        if hardware.device == "cuda":  # others may be at work on it
+            free = free_memory_bytes()
+            hardware = replace(hardware, gpu_memory_bytes=min(hardware.gpu_memory_bytes, free))
         self.memory: MemoryPlan = plan_load(
             checkpoint.spec,
             placed,

@@ -30,3 +30,11 @@ def detect_gpus() -> tuple[Gpu, ...]:
         capability = (properties.major, properties.minor)
         found.append(Gpu(index, properties.name, properties.total_memory, capability))
     return tuple(found)
+
+
+def free_memory_bytes(index: int = 0) -> int:
+    """What nobody uses now of a CUDA device's memory; this process gets a context on it."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(index)
+    return int(free)
