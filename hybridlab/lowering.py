@@ -61,6 +61,7 @@ class Planner:
         """The shape of `step`; a step of n requests has at most n microbatches."""
         if not set(step.ranks) <= set(self.ranks):
             raise StrategyError(f"the step asks for ranks {step.ranks}, this machine has {self.ranks}")
+        ranks = self.ranks if self.placed.rank_of else step.ranks  # experts on several ranks need all of them
         wanted = self.overlap.num_microbatches(step)
         if not isinstance(wanted, int) or wanted < 1:
             raise StrategyError(
@@ -72,7 +73,7 @@ class Planner:
                 f"placement {type(self.placement).__name__}: expert_path() returned {path!r}, expected an ExpertPath"
             )
         lane = LaneKind.CPU if self.hardware.device == "cpu" else LaneKind.GPU
-        return Shape(step.role, worker, lane, path, min(wanted, len(step.tokens)), step.ranks, self.placed)
+        return Shape(step.role, worker, lane, path, min(wanted, len(step.tokens)), ranks, self.placed)
 
     def program(self, shape: Shape) -> Program:
         """The validated program of `shape`; raises `PlanError` or `StrategyError` when it cannot run."""
@@ -253,9 +254,12 @@ class _Builder:
         if layer in self.model.dense_layers:
             self.add("mlp", self.compute, rank, layer=layer, microbatch=microbatch)
             return
-        if len(self.shape.ranks) > 1:
+        spread, small = len(self.shape.ranks) > 1, self.shape.placement.exchange == "small_ep"
+        if spread and small:
             self.add("all_gather", LaneKind.NET, rank, layer=layer, microbatch=microbatch)
         self.add("router", self.compute, rank, layer=layer, microbatch=microbatch)
+        if spread and not small:
+            self.add("dispatch", LaneKind.NET, rank, layer=layer, microbatch=microbatch)
         routed = self.last[rank, microbatch]
         done = []
         if (groups := self._groups.get((layer, rank))) is None:
@@ -269,7 +273,7 @@ class _Builder:
             lane = LaneKind.CPU if tier is Tier.HOST else self.compute
             done.append(self.add("experts", lane, rank, microbatch=microbatch, needs=needs, **group))
         needs = tuple(done) or (routed,)
-        if len(self.shape.ranks) > 1:
+        if spread:
             reduced = self.add("reduce", LaneKind.NET, rank, layer=layer, microbatch=microbatch, needs=needs)
             needs = (reduced,)
         self.add("combine", self.compute, rank, layer=layer, microbatch=microbatch, needs=needs)

@@ -32,6 +32,9 @@ class Tier(StrEnum):
     """In host memory, computed by the CPU."""
 
 
+EXCHANGES = ("small_ep", "dispatch_per_route", "dispatch_per_rank")
+
+
 def _tier(value: str) -> Tier:
     try:
         return Tier(value)
@@ -133,7 +136,7 @@ class PlacementPlan:
 
     `tier_of` maps (layer, expert) to a tier; `default_tier` holds for those it does not name. `rank_of` maps
     (layer, expert) to a rank (0 if absent). Streamed experts of a layer are cut into `parts_per_layer` groups;
-    `ring_slots` slots each hold one group.
+    `ring_slots` slots each hold one group. `exchange`, one of `EXCHANGES`, is how tokens reach experts of other ranks.
     """
 
     default_tier: Tier = Tier.HOST
@@ -141,8 +144,11 @@ class PlacementPlan:
     rank_of: Mapping[tuple[int, int], int] = field(default_factory=dict)
     ring_slots: int = 0
     parts_per_layer: int = 1
+    exchange: str = "small_ep"
 
     def __post_init__(self) -> None:
+        if self.exchange not in EXCHANGES:
+            raise StrategyError(f"exchange is {self.exchange!r}, expected one of {', '.join(EXCHANGES)}")
         object.__setattr__(self, "default_tier", _tier(self.default_tier))
         tiers = {key: _tier(tier) for key, tier in self.tier_of.items()}
         object.__setattr__(self, "tier_of", MappingProxyType(tiers))
@@ -160,6 +166,7 @@ class PlacementPlan:
             tuple(sorted(self.rank_of.items())),
             self.ring_slots,
             self.parts_per_layer,
+            self.exchange,
         )
 
     @cached_property
@@ -234,11 +241,12 @@ OP_KINDS = (
     "experts",
     "mlp",
     "all_gather",
+    "dispatch",
     "reduce",
     "combine",
     "head",
 )
-COLLECTIVE_KINDS = ("all_gather", "reduce")
+COLLECTIVE_KINDS = ("all_gather", "dispatch", "reduce")
 
 
 @dataclass(frozen=True)
