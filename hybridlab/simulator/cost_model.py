@@ -1,0 +1,190 @@
+"""Seconds and DRAM bytes of every op kind: one set of formulas, for Python floats and for arrays of JAX alike.
+
+An op takes a fixed time (launches, a copy's latency) and the longer of what its bytes and its FLOPs take (roofline).
+Routing is known in expectation: an expert that a token chooses with probability q is read with probability 1 - (1 -
+q)^T by T tokens, and computes q T of them. On the mixed path, an expert that arrived runs on the GPU if it can expect
+`min_tokens` tokens, else on the CPU.
+
+Shared experts run in the "combine" op, since no op of a program is theirs: they never hide behind the CPU's experts.
+Activations count where their bytes may matter: the sums of "combine", collectives, and the KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from hybridlab.errors import PlanError
+from hybridlab.simulator.machine import Machine
+from hybridlab.simulator.shapes import ModelShape
+
+Number = Any
+"""A float, or an array of JAX."""
+
+FLOATS = SimpleNamespace(maximum=max, minimum=min, where=np.where)
+"""The functions that differ between floats and JAX; `jax.numpy` has them under these names."""
+
+
+@dataclass(frozen=True)
+class Micro:
+    """What a microbatch computes: its new `tokens`, their query-key `pairs` in one layer, the `context` tokens whose
+    keys and values are read, and the `rows` whose logits are wanted."""
+
+    tokens: Number
+    pairs: Number
+    context: Number
+    rows: Number
+
+    @classmethod
+    def of(cls, counts: Sequence[tuple[int, int, bool]]) -> Micro:
+        """From (new tokens, tokens before them, wants a token) of each request."""
+        tokens = float(sum(n for n, _, _ in counts))
+        pairs = float(sum(n * before + n * (n + 1) // 2 for n, before, _ in counts))
+        context = float(sum(n + before for n, before, _ in counts))
+        return cls(tokens, pairs, context, float(sum(wants for _, _, wants in counts)))
+
+    @classmethod
+    def decode(cls, num_requests: Number, context_tokens: Number) -> Micro:
+        """Of requests that decode one token each behind `context_tokens` tokens."""
+        pairs = num_requests * (context_tokens + 1)
+        return cls(num_requests, pairs, pairs, num_requests)
+
+    @classmethod
+    def prefill(cls, prompt_tokens: Number) -> Micro:
+        """Of one whole prompt."""
+        return cls(prompt_tokens, prompt_tokens * (prompt_tokens + 1) / 2, prompt_tokens, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Experts of an op, those that are chosen alike counted together.
+
+    `share` float64 [U]: the probability that a token chooses one of them; `count` float64 [U]: how many there are.
+    `least` float64 [U]: tokens that one must expect for the GPU to compute it (0: wherever it is), of which the op of
+    the `host` takes the rest.
+    """
+
+    share: np.ndarray
+    count: np.ndarray
+    least: np.ndarray
+    host: bool
+
+    def of(self, tokens: Number, xp: Any) -> tuple[Number, Number]:
+        """(distinct experts, routed tokens) that `tokens` tokens bring to the op, as expected."""
+        expected = tokens * self.share
+        runs = xp.where((self.least == 0) | ((expected < self.least) == self.host), self.count, 0.0)
+        return (runs * (1.0 - (1.0 - self.share) ** tokens)).sum(), (runs * expected).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class OpClass:
+    """Ops that take the same time in one step. `num_experts` are those of a load, `ranks` those of a collective."""
+
+    kind: str
+    on_cpu: bool
+    microbatch: int
+    num_experts: int = 0
+    chosen: Chosen | None = None
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds that an op takes alone, and bytes of host DRAM that it moves meanwhile."""
+
+    alone_s: Number
+    dram_bytes: Number
+
+
+Costs = Callable[[OpClass], Cost]
+
+
+def cost_model(machine: Machine, shape: ModelShape, micros: Sequence[Micro], xp: Any = FLOATS) -> Costs:
+    """The cost of each class of ops for microbatches `micros`. Raises `PlanError` for an op kind that is unknown."""
+    m, s = machine, shape
+    dense_bytes, expert_bytes = s.dense_bits / 8, s.expert_weights * s.expert_bits / 8
+    everyone = SimpleNamespace(
+        tokens=sum(each.tokens for each in micros), rows=sum(each.rows for each in micros)
+    )  # of the head, which is one op for all microbatches
+    cpu_bytes_s = m.host_peak_gb_s * m.host_read_efficiency * 1e9
+    cpu_flop_s = m.cpu_tflops * m.cpu_flop_efficiency * 1e12
+    gpu_bytes_s = m.gpu_read_gb_s * m.gpu_read_efficiency * 1e9
+    gpu_flop_s = m.gpu_tflops * m.gpu_flop_efficiency * 1e12
+
+    def compute(on_cpu: bool, num_bytes: Number, flop: Number, more_s: Number = 0.0) -> Cost:
+        if on_cpu:
+            busy_s = xp.maximum(num_bytes / cpu_bytes_s, flop / cpu_flop_s)
+            return Cost(m.cpu_op_us * 1e-6 + more_s + busy_s, num_bytes)
+        return Cost(m.gpu_op_us * 1e-6 + xp.maximum(num_bytes / gpu_bytes_s, flop / gpu_flop_s), 0.0)
+
+    def linear(one: OpClass, micro: Any, weights: Number, bits: Number) -> Cost:
+        return compute(one.on_cpu, weights * bits / 8, 2 * micro.tokens * weights)
+
+    def attention(one: OpClass, micro: Micro) -> Cost:
+        num_bytes = s.attention_weights * dense_bytes + micro.context * s.kv_bytes
+        earlier = 2 * (micro.context - micro.tokens) * s.expand_weights  # new tokens: among attention_weights
+        pairs = xp.minimum(micro.pairs * s.pair_flop, micro.pairs * s.pair_flop_expanded + earlier)
+        return compute(one.on_cpu, num_bytes, 2 * micro.tokens * s.attention_weights + pairs)
+
+    def experts(one: OpClass, micro: Micro) -> Cost:
+        assert one.chosen is not None
+        distinct, routed = one.chosen.of(micro.tokens, xp)
+        flop = 2 * routed * s.expert_weights
+        if one.on_cpu:
+            return compute(True, distinct * expert_bytes, flop, distinct * m.cpu_expert_us * 1e-6)
+        return compute(False, distinct * expert_bytes * m.gpu_expert_bytes, flop)
+
+    def load(one: OpClass, micro: Micro) -> Cost:
+        num_bytes = one.num_experts * expert_bytes
+        return Cost(m.link_latency_us * 1e-6 + num_bytes / (m.link_gb_s * 1e9), num_bytes)
+
+    def combine(one: OpClass, micro: Micro) -> Cost:
+        num_bytes = s.shared_weights * dense_bytes + 8 * micro.tokens * s.hidden  # BF16: read three, write one
+        return compute(one.on_cpu, num_bytes, 2 * micro.tokens * s.shared_weights)
+
+    def collective(one: OpClass, micro: Micro) -> Cost:
+        sent = 2 * micro.tokens * s.hidden * (one.ranks - 1)  # to each of the others, its [T, H] in BF16
+        return Cost(m.net_latency_us * 1e-6 + sent / (m.net_gb_s * 1e9), 0.0)
+
+    def embed(one: OpClass, micro: Micro) -> Cost:
+        return compute(one.on_cpu, 4 * micro.tokens * s.hidden, 0.0)
+
+    def head(one: OpClass, micro: Micro) -> Cost:
+        weights = s.vocab * s.hidden
+        return compute(one.on_cpu, weights * s.head_bits / 8, 2 * everyone.rows * weights)
+
+    kinds: dict[str, Callable[[OpClass, Micro], Cost]] = {
+        "embed": embed,
+        "attention": attention,
+        "mlp": lambda one, micro: linear(one, micro, s.mlp_weights, s.dense_bits),
+        "router": lambda one, micro: linear(one, micro, s.router_weights, 16.0),
+        "experts": experts,
+        "load": load,
+        "combine": combine,
+        "all_gather": collective,
+        "reduce": collective,
+        "head": head,
+    }
+
+    def cost(one: OpClass) -> Cost:
+        if one.kind not in kinds:
+            raise PlanError(f"op kind {one.kind!r} is unknown to the cost model, expected one of {', '.join(kinds)}")
+        return kinds[one.kind](one, micros[one.microbatch])
+
+    return cost
+
+
+def dram_bytes_s(machine: Machine) -> tuple[Number, Number]:
+    """What host DRAM gives at most, in bytes per second: to all CPU lanes, and to CPU lanes and links together."""
+    cpu = machine.host_peak_gb_s * machine.host_read_efficiency * 1e9
+    return cpu, cpu * machine.host_shared_ratio
+
+
+def handoffs_s(machine: Machine) -> tuple[Number, Number, Number, Number]:
+    """Seconds between the end of a need and the start of an op that waited for it, by `programs.HANDOFFS`."""
+    us = (0.0, machine.handoff_gpu_to_cpu_us, machine.handoff_cpu_to_gpu_us, machine.handoff_stream_us)
+    return tuple(each * 1e-6 for each in us)  # type: ignore[return-value]

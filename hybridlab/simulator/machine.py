@@ -1,0 +1,161 @@
+"""A machine as numbers: every parameter with its unit, its default and where that comes from; profiles are data."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from importlib.resources import files
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from hybridlab.errors import ConfigError
+from hybridlab.spec import HardwareSpec
+
+PROFILES = files("hybridlab.simulator").joinpath("profiles")
+ASSUMED = "assumed: no measurement behind it"
+
+
+def _parameter(unit: str, source: str, default: float | None = None, *, least: float = 0.0, above: bool = False) -> Any:
+    """A field: `least` is allowed unless `above`. Without a default, a profile must give it."""
+    about = {"unit": unit, "source": source, "least": least, "above": above}
+    return field(metadata=about) if default is None else field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the cost model knows of a machine. 1 GB is 1e9 bytes; all rates are of one GPU, one link, the whole host.
+
+    Numbers only, so that all of them can be arrays of configurations (see `step_maps`) or be differentiated.
+    """
+
+    host_memory_gb: float = _parameter("GB", "profile", above=True)
+    host_peak_gb_s: float = _parameter("GB/s", "profile: channels x 8 bytes x MT/s", above=True)
+    cpu_cores: float = _parameter("cores", "profile", least=1)
+    cpu_tflops: float = _parameter("TFLOP/s, BF16 multiply-adds", "profile", above=True)
+    gpu_memory_gb: float = _parameter("GB", "no GPU", 0.0)
+    gpu_read_gb_s: float = _parameter("GB/s", "no GPU", 0.0)
+    gpu_tflops: float = _parameter("TFLOP/s, dense BF16", "no GPU", 0.0)
+    link_gb_s: float = _parameter("GB/s, host to GPU, as copies reach it", "no GPU", 0.0)
+    num_gpus: float = _parameter("GPUs", "one or none", 1.0, least=0)
+    host_read_efficiency: float = _parameter(
+        "share of host_peak_gb_s", "OSDI '26: 947 of 1,228 GB/s in their FP8 GEMV", 0.77, above=True
+    )
+    host_shared_ratio: float = _parameter(
+        "rate of CPU and link together / rate of the CPU alone", ASSUMED + " (both read the same DRAM)", 1.0, above=True
+    )
+    cpu_flop_efficiency: float = _parameter(
+        "share of cpu_tflops", "README: 0.77 to 0.94 of the multiply ceiling over 16 to 2,048 rows", 0.85, above=True
+    )
+    cpu_op_us: float = _parameter("us per op on the CPU's lane", ASSUMED, 10.0)
+    cpu_expert_us: float = _parameter("us per distinct expert of a CPU op", ASSUMED, 0.0)
+    gpu_read_efficiency: float = _parameter("share of gpu_read_gb_s", ASSUMED + " (usual for GEMV)", 0.8, above=True)
+    gpu_flop_efficiency: float = _parameter("share of gpu_tflops", ASSUMED + " (usual for large GEMM)", 0.6, above=True)
+    gpu_op_us: float = _parameter("us per op on the GPU's lane: its launches", ASSUMED, 10.0)
+    gpu_expert_bytes: float = _parameter(
+        "bytes moved in GPU memory per stored byte of an expert", "1: multiplied as stored; 5: FP8 widened to BF16", 1.0
+    )
+    link_latency_us: float = _parameter("us per copy", ASSUMED, 10.0)
+    handoff_gpu_to_cpu_us: float = _parameter("us from a GPU queue to the CPU's lane", ASSUMED, 10.0)
+    handoff_cpu_to_gpu_us: float = _parameter("us from the CPU's lane to a GPU queue", ASSUMED, 10.0)
+    handoff_stream_us: float = _parameter("us between queues of a GPU (an event)", ASSUMED, 2.0)
+    net_gb_s: float = _parameter("GB/s between GPUs, each", ASSUMED + " (through host memory)", 20.0, above=True)
+    net_latency_us: float = _parameter("us per collective", ASSUMED, 30.0)
+
+    @property
+    def has_gpu(self) -> bool:
+        return self.gpu_memory_gb > 0
+
+    def check(self, name: str = "machine") -> None:
+        """Raises `ConfigError` naming a parameter that is no finite number in its range, or a GPU without a rate."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            least, above, unit = (each.metadata[key] for key in ("least", "above", "unit"))
+            number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+            if not number or value < least or (above and value == least):
+                wanted = f"a finite number {'above' if above else 'of at least'} {least:g} ({unit})"
+                raise ConfigError(f"{name}: {each.name} is {value!r}, expected {wanted}")
+        for rate in ("gpu_read_gb_s", "gpu_tflops", "link_gb_s"):
+            if self.has_gpu and getattr(self, rate) <= 0:
+                raise ConfigError(f"{name}: {rate} is {getattr(self, rate)!r}, a GPU needs a rate above 0")
+
+    def hardware(self, name: str, *, gpu: bool) -> HardwareSpec:
+        """What strategies see of it."""
+        return HardwareSpec(
+            name=name,
+            device="cuda" if gpu else "cpu",
+            num_cores=int(self.cpu_cores),
+            host_memory_bytes=int(self.host_memory_gb * 1e9),
+            gpu_memory_bytes=int(self.gpu_memory_gb * 1e9) if gpu else 0,
+            host_read_gb_s=self.host_peak_gb_s * self.host_read_efficiency,
+            link_gb_s=self.link_gb_s if gpu else None,
+            evidence="simulated",
+        )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A machine with a name, and for each of its parameters where the number comes from."""
+
+    name: str
+    about: str
+    machine: Machine
+    sources: Mapping[str, str]
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{f.name}</td><td style='text-align:right'>{getattr(self.machine, f.name):g}</td>"
+            f"<td style='text-align:left'>{f.metadata['unit']}</td>"
+            f"<td style='text-align:left'>{self.sources[f.name]}</td></tr>"
+            for f in fields(Machine)
+        )
+        head = "<tr><th>parameter</th><th>value</th><th>unit</th><th>source</th></tr>"
+        return f"<p><b>{self.name}</b>: {self.about}</p><table>{head}{rows}</table>"
+
+
+def profile_names() -> tuple[str, ...]:
+    """The machines that come with hybridlab."""
+    return tuple(sorted(Path(str(file)).stem for file in PROFILES.iterdir() if str(file).endswith(".toml")))
+
+
+@cache
+def _packaged(name: str) -> Profile:
+    return parse_profile(PROFILES.joinpath(f"{name}.toml").read_text(encoding="utf-8"), name)
+
+
+def load_profile(name: str | Path) -> Profile:
+    """A machine by the name of a packaged profile, or by the path of a .toml file. Raises `ConfigError`."""
+    if str(name) in profile_names():
+        return _packaged(str(name))
+    path = Path(name)
+    if path.suffix != ".toml":
+        raise ConfigError(f"machine {str(name)!r} is unknown, expected one of {', '.join(profile_names())} or a .toml")
+    try:
+        return parse_profile(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+
+
+def parse_profile(text: str, name: str) -> Profile:
+    """A profile from TOML: `about`, and each parameter as {value = ..., source = "..."}; raises `ConfigError`."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name}: not TOML ({error})") from None
+    about = data.pop("about", "")
+    known = {each.name: each for each in fields(Machine)}
+    values, sources = {}, {key: each.metadata["source"] for key, each in known.items()}
+    for key, entry in data.items():
+        if key not in known:
+            raise ConfigError(f"{name}: unknown parameter {key!r}, expected one of {', '.join(known)}")
+        if not isinstance(entry, dict) or set(entry) != {"value", "source"} or not entry["source"]:
+            raise ConfigError(f"{name}: {key} is {entry!r:.60}, expected {{value = NUMBER, source = TEXT}}")
+        values[key], sources[key] = entry["value"], str(entry["source"])
+    for key, each in known.items():
+        if key not in values and each.default is MISSING:
+            raise ConfigError(f"{name}: {key} is missing ({each.metadata['unit']})")
+    machine = Machine(**values)
+    machine.check(name)
+    return Profile(name, str(about), machine, sources)

@@ -1,0 +1,59 @@
+"""How likely a token chooses each expert: as recorded, or each alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hybridlab.plans import Tier
+from hybridlab.routing import RoutingStats
+from hybridlab.simulator.cost_model import Chosen
+from hybridlab.spec import ModelSpec
+
+
+class Routes:
+    """`share_LE` float64 [L, E] of the MoE layers: the probability that one token chooses an expert; rows sum to top_k.
+
+    From recorded counts, a share above 1 is cut and given to the others: a token chooses an expert once. Layers that
+    nothing is known of are uniform.
+    """
+
+    def __init__(self, model: ModelSpec, routing: RoutingStats | None = None) -> None:
+        experts, top_k = model.num_experts, model.top_k
+        self.layers = model.moe_layers
+        self.share_LE = np.full((len(self.layers), experts), top_k / max(1, experts))
+        known = dict(zip(routing.layers, routing.counts, strict=True)) if routing is not None else {}
+        for row, layer in enumerate(self.layers):
+            counts = np.asarray(known.get(layer, ()), np.float64)
+            if len(counts) == experts and counts.sum() > 0:
+                self.share_LE[row] = _probabilities(counts, top_k)
+        self._row = {layer: row for row, layer in enumerate(self.layers)}
+        self._known: dict[tuple, Chosen] = {}
+
+    def chosen(
+        self, layer: int, experts: Sequence[int], arrived: frozenset[int], min_tokens: int, tier: Tier | None
+    ) -> Chosen:
+        """What an op of `experts` computes; `arrived` are those of its layer that a load brings. One object for all
+        layers that are alike."""
+        shares = self.share_LE[self._row[layer]][list(experts)]
+        host = tier is Tier.HOST
+        mixed = min_tokens > 1 and tier in (Tier.HOST, Tier.STREAMED)
+        least = np.array([float(min_tokens) if mixed and e in arrived else 0.0 for e in experts])
+        pairs, counts = np.unique(np.stack([shares, least]), axis=1, return_counts=True)
+        key = (pairs.tobytes(), counts.tobytes(), host)
+        if key not in self._known:
+            self._known[key] = Chosen(pairs[0], counts.astype(np.float64), pairs[1], host)
+        return self._known[key]
+
+
+def _probabilities(counts: np.ndarray, top_k: int) -> np.ndarray:
+    share = counts / counts.sum() * top_k
+    for _ in range(len(counts)):
+        over = share > 1.0
+        if not over.any():
+            break
+        rest = ~over & (share < 1.0)
+        spare, total = top_k - np.minimum(share, 1.0)[~rest].sum(), share[rest].sum()
+        share = np.where(rest, share * (spare / total if total > 0 else 0.0), np.minimum(share, 1.0))
+    return np.minimum(share, 1.0)
