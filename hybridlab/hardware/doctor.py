@@ -18,6 +18,7 @@ from hybridlab.hardware.cores import Cores, detect_cores
 from hybridlab.hardware.gpu import Gpu, detect_gpus
 from hybridlab.hardware.host_memory import HostMemory, detect_host_memory
 from hybridlab.hardware.link import LinkProbe, probe_link
+from hybridlab.hardware.pinning import Pinning, detect_pinning
 from hybridlab.hardware.read_bandwidth import BandwidthProbe, read_bandwidth_gb_s
 
 _PACKAGES = ("torch", "numpy", "pandas", "safetensors", "tokenizers", "Cython", "jax", "jaxlib")
@@ -48,6 +49,7 @@ class DoctorReport:
     read_bandwidth: tuple[BandwidthProbe, ...]
     gpus: tuple[Gpu, ...]
     links: tuple[LinkProbe, ...]
+    pinning: Pinning
     versions: dict[str, str]
     missing: tuple[str, ...]
     untested: tuple[str, ...]
@@ -77,6 +79,7 @@ class DoctorReport:
             *(("memory reads", str(probe)) for probe in self.read_bandwidth),
             *((f"GPU {gpu.index}", f"{gpu.name}, {_gib(gpu.memory_bytes)}") for gpu in self.gpus),
             *((f"link to GPU {link.gpu}", str(link)) for link in self.links),
+            ("pinned memory", str(self.pinning)),
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
             *(("missing", text) for text in self.missing),
             *(("untested here", text) for text in self.untested),
@@ -125,6 +128,7 @@ def doctor(*, probe: bool = True, gpu: bool = True, repeats: int = 7) -> DoctorR
         read_bandwidth=tuple(read_bandwidth_gb_s(n, repeats=repeats) for n in threads) if probe else (),
         gpus=gpus,
         links=tuple(probe_link(g.index, repeats=repeats) for g in gpus) if probe else (),
+        pinning=detect_pinning(gpu=probe and bool(gpus)),
         versions=versions,
         missing=_missing(versions, bool(compiler), gpus if gpu else None),
         untested=_untested(cores, gpus, set(kernels.TIERS) - set(kernels.supported_tiers())),
