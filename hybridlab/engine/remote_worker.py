@@ -88,7 +88,9 @@ class RemoteWorker:
             self.ready = True
         if not child.is_running():  # its end was noted before it was ready
             self._note_loss(child)
-        self._setup = {**self._setup, "options": {**self._setup["options"], "quiet": True}}
+        # Another process has the same sizes, whatever it finds free.
+        sizes = {name: ready["memory"][name] for name in ("token_budget", "kv_tokens")}
+        self._setup = {**self._setup, "options": {**self._setup["options"], **sizes, "quiet": True}}
         return ready
 
     def run(self, program: Program, batch: StepBatch, clock_start_s: float, on_route: OnRoute | None) -> StepOutput:

@@ -180,3 +180,11 @@ def test_fp8_is_for_gpus_that_have_it():
     with pytest.raises(ConfigError, match=r"'fp8', device 'emulated' .* only on GPUs that have FP8"):
         hl.load(ORACLE, device="emulated", precision="fp8")
     assert planned(precision="fp8").gpu.parts.keys().isdisjoint({"widened experts"})  # type: ignore[union-attr]
+
+
+def test_a_worker_that_is_started_again_has_the_sizes_of_the_first():
+    """The queue of the parent goes by them."""
+    with hl.load(ORACLE, worker="process", quiet=True) as engine:
+        options = engine.runtime._remote._setup["options"]  # type: ignore[attr-defined]
+        assert (options["token_budget"], options["kv_tokens"]) == (engine.memory.token_budget, engine.memory.kv_tokens)
+        assert None not in (options["token_budget"], options["kv_tokens"])
