@@ -10,6 +10,7 @@ import torch
 
 from hybridlab.batch import Entry, OnRoute, StepBatch
 from hybridlab.engine.captured_steps import CapturedSteps
+from hybridlab.engine.cuda_memory import HEAD_ROWS
 from hybridlab.engine.devices import Device, Execute
 from hybridlab.engine.kv_cache import KVStorage
 from hybridlab.engine.local_ids import LocalIds, count_ids
@@ -27,7 +28,7 @@ class Executor:
         self._device, self._model, self._cache = device, device.model, cache
         device.model.cache = cache
         self._local = LocalIds(device.model.spec.num_experts, device.torch_device)
-        self._captured = CapturedSteps(device, cache, self._execute_for)
+        self._captured = CapturedSteps(device, cache, self.execute_for)
         self._counts_LE: torch.Tensor | None = None
         """Where the model is, and with a last column for skipped routes; None until somebody asks."""
 
@@ -82,11 +83,11 @@ class Executor:
                     return replayed
             self._cache.begin()
             micros = [Running(group, micro_batch(group, self._cache)) for group in groups]
-            execute = self._execute_for(program, micros, on_route, all_rows=all_rows)
+            execute = self.execute_for(program, micros, on_route, all_rows=all_rows)
             with self._device.around(program, [len(micro.batch.token_ids) for micro in micros]):
                 return micros, self._device.lanes.run(program, execute, clock_start_s)
 
-    def _execute_for(
+    def execute_for(
         self, program: Program, micros: list[Running], on_route: OnRoute | None = None, *, all_rows: bool = False
     ) -> Execute:
         """What runs an op of `program` on its microbatch."""
@@ -103,7 +104,7 @@ class Executor:
                         routed = _replaced(routed, on_route, op.layer, micro.entries, model.spec.num_experts)
                     if self._counts_LE is not None:
                         self._counts_LE[op.layer] += count_ids(routed.expert_ids, model.spec.num_experts)
-                    micro.routed = self._by_tier(op.layer, routed, program)
+                    micro.routed = self.by_tier(op.layer, routed, program)
                 case "experts":
                     assert op.tier is not None
                     micro.parts[op.id] = self._device.experts[op.tier](op, micro.routed[op.tier])
@@ -123,7 +124,10 @@ class Executor:
                         for one in micros
                     ]
                     if sum(map(len, rows)):
-                        logits_RV = model.head(rows[0] if len(rows) == 1 else torch.cat(rows))
+                        x_RH = rows[0] if len(rows) == 1 else torch.cat(rows)
+                        # Of a whole prompt, the logits would take more of a device than all the rest.
+                        pieces = [model.head(piece).cpu() for piece in x_RH.split(HEAD_ROWS)] if all_rows else []
+                        logits_RV = torch.cat(pieces) if all_rows else model.head(x_RH)
                         for one, own in zip(micros, logits_RV.split([len(x_RH) for x_RH in rows]), strict=True):
                             one.logits = own
                 case _:
@@ -131,7 +135,7 @@ class Executor:
 
         return execute
 
-    def _by_tier(self, layer: int, routed: Routed, program: Program) -> Mapping[Tier, Routed]:
+    def by_tier(self, layer: int, routed: Routed, program: Program) -> Mapping[Tier, Routed]:
         """What each tier computes of the router's choice: experts that arrived in the ring stay with it if they have
         `min_tokens` tokens, else the CPU's op takes them. Decided where the choice lies, without waiting for it."""
         least = program.shape.path.min_tokens

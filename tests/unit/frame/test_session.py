@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import hybridlab as hl
+from hybridlab.engine import executor
 from hybridlab.engine.sampling import draw
 from hybridlab.errors import ConfigError, HybridlabError, MemoryBudgetError, RequestError, StrategyError
 from hybridlab.plans import LaneKind, PlacementPlan, StepPlan, Tier
@@ -274,3 +275,15 @@ def test_the_memory_plan_is_printed_before_anything_is_allocated(capsys):
 
 def test_errors_are_one_line_in_notebooks():
     assert RequestError("prompt is empty")._render_traceback_() == ["RequestError: prompt is empty"]
+
+
+def test_logits_of_a_long_prompt_are_computed_piece_by_piece(monkeypatch):
+    """So that they take no more of a device than the memory plan says."""
+    prompt = list(range(50))
+    with hl.load(ORACLE, precision="exact", quiet=True, kv_tokens=64, worker="thread") as engine:
+        model = engine.runtime._executor._model  # type: ignore[union-attr]
+        expected, head, rows = engine.logits(prompt), model.head, []
+        monkeypatch.setattr(executor, "HEAD_ROWS", 16)
+        monkeypatch.setattr(model, "head", lambda x_RH: (rows.append(len(x_RH)), head(x_RH))[1])
+        np.testing.assert_allclose(engine.logits(prompt), expected, rtol=0, atol=1e-6)
+    assert rows == [16, 16, 16, 2]
