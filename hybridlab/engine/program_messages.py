@@ -29,7 +29,6 @@ from hybridlab.plans import (
     Tier,
 )
 from hybridlab.spec import ModelSpec
-from hybridlab.validation import validate
 
 TIERS = tuple(Tier)
 _HEAD = struct.Struct("<IIIII")  # program, bytes of the shape, ops, needs, experts
@@ -37,17 +36,19 @@ _OP = np.dtype(
     [
         ("id", "<i4"), ("kind", "u1"), ("lane", "<u2"), ("rank", "<i4"), ("layer", "<i4"), ("part", "<i4"),
         ("microbatch", "<i4"), ("tier", "i1"), ("slot", "<i4"), ("generation", "<i4"), ("needs", "<u4"),
-        ("experts", "<u4"),
+        ("experts", "<u4"), ("turn", "<u4"),
     ]
 )  # fmt: skip
-"""`tier` and `slot` are -1 for None; `lane` counts the lanes of the shape; the last two are how many there are."""
+"""`tier` and `slot` are -1 for None; `lane` counts the lanes of the shape; `needs` and `experts` are their numbers;
+`turn` is the op's place in the order of execution."""
 _MOVE = np.dtype([("layer", "<i4"), ("expert", "<i4"), ("tier", "u1")])
 
 
 def pack_program(number: int, program: Program) -> bytes:
     """`program`, which steps call `number` from now on."""
     lanes = list(dict.fromkeys(op.lane for op in program.ops))
-    rows = np.array([_row(op, lanes) for op in program.ops], _OP)
+    turns = {op.id: turn for turn, op in enumerate(program.order)}
+    rows = np.array([(*_row(op, lanes), turns[op.id]) for op in program.ops], _OP)
     needs = np.array(list(chain.from_iterable(op.needs for op in program.ops)), "<i4")
     experts = np.array(list(chain.from_iterable(op.experts for op in program.ops)), "<i4")
     shape = pack_json({**_plain_shape(program.shape), "lanes": [(lane.worker, lane.kind) for lane in lanes]})
@@ -70,7 +71,8 @@ def unpack_program(body: memoryview, model: ModelSpec) -> tuple[int, Program]:
         shape = _shape(plain)
         lanes = [Lane(str(worker), LaneKind(kind)) for worker, kind in plain["lanes"]]
         ops = tuple(_ops(rows, lanes, needs, experts, model))
-        order = validate(ops, ring_slots=shape.placement.ring_slots, ranks=shape.ranks)
+        order = tuple(ops[place] for place in np.argsort(rows["turn"]).tolist())
+        _check(ops, order, shape)
     except Exception as error:  # whatever a text that is no program leads to
         raise ProtocolError(f"a program that cannot be: {type(error).__name__}: {error}") from None
     return number, Program(shape, ops, order)
@@ -130,7 +132,7 @@ def _ops(rows: np.ndarray, lanes: list[Lane], needs: np.ndarray, experts: np.nda
         raise ProtocolError(f"experts {experts.min()} to {experts.max()} of {model.num_experts}")
     needs_left, experts_left = iter(needs.tolist()), iter(experts.tolist())
     for row in rows.tolist():
-        number, kind, lane, rank, layer, part, microbatch, tier, slot, generation, num_needs, num_experts = row
+        number, kind, lane, rank, layer, part, microbatch, tier, slot, generation, num_needs, num_experts, _ = row
         if not -1 <= layer <= model.num_layers or tier < -1 or microbatch < 0:
             raise ProtocolError(f"op {number} of layer {layer}, microbatch {microbatch}, tier {tier}")
         yield Op(
@@ -140,6 +142,25 @@ def _ops(rows: np.ndarray, lanes: list[Lane], needs: np.ndarray, experts: np.nda
             tuple(next(experts_left) for _ in range(num_experts)),
             None if slot < 0 else SlotUse(slot, generation),
         )  # fmt: skip
+
+
+def _check(ops: Sequence[Op], order: Sequence[Op], shape: Shape) -> None:
+    """That the ops can be run in `order` and lane by lane, without waiting for one another for ever.
+
+    Whether a plan is a good one is for the parent to say (`hybridlab.validation`).
+    """
+    done: set[int] = set()
+    for op in order:
+        if op.id in done or not done.issuperset(op.needs):
+            raise ProtocolError(f"op {op.id} is there twice, or before what it needs")
+        if op.slot is not None and op.slot.slot >= shape.placement.ring_slots:
+            raise ProtocolError(f"op {op.id} of slot {op.slot.slot}")
+        if op.microbatch >= shape.num_microbatches:
+            raise ProtocolError(f"op {op.id} of microbatch {op.microbatch}")
+        done.add(op.id)
+    for lane in {op.lane for op in ops}:
+        if [op for op in ops if op.lane == lane] != [op for op in order if op.lane == lane]:
+            raise ProtocolError(f"ops of {lane} that are executed in another order")
 
 
 def _plain_shape(shape: Shape) -> dict[str, Any]:

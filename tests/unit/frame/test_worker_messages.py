@@ -35,7 +35,7 @@ from hybridlab.engine.step_messages import (
     unpack_step,
 )
 from hybridlab.lowering import Planner
-from hybridlab.plans import Move, PlacementPlan, Program, Span, StepPlan, Tier
+from hybridlab.plans import Move, PlacementPlan, Program, SlotUse, Span, StepPlan, Tier
 from hybridlab.request import Sampling
 from hybridlab.strategies.checks import TOY_GPU, TOY_MODEL
 from hybridlab.strategies.overlap.dual_batch import DualBatch
@@ -71,6 +71,35 @@ def test_a_program_comes_back_as_it_was():
     some = replace(PROGRAM.shape.path, prefetch=(frozenset({0, 2}),) * TOY_MODEL.num_layers, min_tokens=3)
     chosen = Program(replace(PROGRAM.shape, path=some), PROGRAM.ops, PROGRAM.order)
     assert unpack_program(memoryview(pack_program(6, chosen)), TOY_MODEL)[1].shape == chosen.shape
+
+
+def with_ops(*ops) -> Program:
+    return Program(PROGRAM.shape, ops, ops)
+
+
+LOADS = tuple(replace(op, needs=()) for op in PROGRAM.ops if op.kind == "load")
+
+
+def test_parts_of_a_program_are_programs():
+    """Benchmarks time loads alone, which no step would do: slots are filled again before anybody reads them."""
+    assert unpack_program(memoryview(pack_program(5, with_ops(*LOADS))), TOY_MODEL)[1].ops == LOADS
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (with_ops(LOADS[0], LOADS[0]), "is there twice"),
+        (with_ops(replace(LOADS[0], needs=(LOADS[1].id,)), LOADS[1]), "before what it needs"),
+        (with_ops(replace(LOADS[0], slot=SlotUse(3, 0))), "of slot 3"),
+        (with_ops(replace(LOADS[0], microbatch=2)), "of microbatch 2"),
+        (with_ops(replace(LOADS[0], layer=TOY_MODEL.num_layers + 1)), "of layer"),
+        (with_ops(replace(LOADS[0], experts=(TOY_MODEL.num_experts,))), "experts .* of"),
+        (Program(PROGRAM.shape, LOADS[:2], LOADS[1::-1]), "in another order"),
+    ],
+)
+def test_a_program_that_cannot_run_is_refused(bad, words):
+    with pytest.raises(ProtocolError, match=words):
+        unpack_program(memoryview(pack_program(5, bad)), TOY_MODEL)
 
 
 def test_placements_and_moves_come_back_as_they_were():
