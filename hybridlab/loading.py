@@ -58,8 +58,10 @@ def load(
 
     Weights stay in the memory map ("rows"), or are packed into huge pages for a faster decode ("tiles": seconds of
     loading, and memory of their own). `precision` is "bf16", "exact" or, with device "cuda", "fp8", where experts on
-    the GPU quantise their activations as well; `threads` defaults to all cores of this process; a step computes at
-    most `token_budget` tokens; the KV cache holds `kv_tokens` (default: planned).
+    the GPU quantise their activations as well; `threads` defaults to all cores of this process.
+    A step computes at most `token_budget` tokens: 2,048 by default on the CPU, else as many as there is memory for, so
+    that a prompt is one step. The KV cache holds `kv_tokens` (default: planned), in host memory if the GPU is too small
+    for it (`engine.load_plan`).
     With `prefix_cache`, requests of one run that begin with the same tokens share their KV blocks. `routing` is what
     the placement knows of the experts' popularity (see `hl.record_routing`).
     `device="emulated"` gives `accelerator_threads` cores (default: half) the place of a GPU of `vram_gb` (1e9 bytes)

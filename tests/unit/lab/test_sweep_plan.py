@@ -12,6 +12,8 @@ from hybridlab import backends, experiment, run_costs
 from hybridlab.checkpoint.presets import preset_spec
 from hybridlab.checkpoint.schema import expected_tensors
 from hybridlab.config import load_config
+from hybridlab.engine import options
+from hybridlab.engine.ring import block_bytes
 from hybridlab.errors import ConfigError, MemoryBudgetError, StrategyError
 from hybridlab.strategies.placement.all_host import AllHost
 from hybridlab.sweep_plan import plan
@@ -172,6 +174,23 @@ def test_memory_counts_the_ring_of_each_placement_as_the_engine_does(preset: dic
         with hl.load(tmp_path / "made", quiet=True, placement=placement, **engine) as loaded:
             assert planned_gib == loaded.memory.total_bytes / GIB
     assert len(set(found)) == len(placements)
+
+
+def test_a_gpu_that_is_not_here_is_planned_with_what_is_known(
+    preset: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "detect_gpus", lambda: ())
+    config = {**preset, "sweep": {}, "repeats": 1, "placement": "streamed"}
+    plain = plan({**config, "engine": {"device": "cuda", "kv_tokens": 4096}})
+    assert "device 'cuda' is not available" in plain.frame["problem"][0] and "will fail" in str(plain)
+    spec = preset_spec("tiny")
+    pinned = len(spec.moe_layers) * spec.num_experts * block_bytes(spec)
+    assert plain.memory_bytes > pinned
+    # KV lives on a GPU that has room for it, else in the host's memory.
+    engine = {"device": "cuda", "kv_tokens": 10**6, "token_budget": 64}
+    small, large = (plan({**config, "engine": {**engine, "vram_gb": gb}}) for gb in (2.0, 150))
+    assert small.memory_bytes - large.memory_bytes == 10**6 * spec.kv_elements_per_token * 2
+    assert "device 'cuda' is not available" in small.frame["problem"][0]
 
 
 class Misplaces(AllHost):
