@@ -148,8 +148,13 @@ def test_hidden_in_fp8_is_a_code_from_its_twin_at_most(kernels, ends, n, k):
     torch.testing.assert_close(ours.scale[here], twin.scale[here], rtol=1e-5 if INTERPRETED else 1e-2, atol=0)
     a, b = (fp8_twin.values(side.codes[here]) for side in (ours, twin))
     step = torch.maximum(b.abs() / 8, torch.full_like(b, 2.0**-9)) * 1.01
-    assert ((a - b).abs() <= step).all()
-    assert (a != b).sum() <= (0.001 if INTERPRETED else 0.05) * b.numel()
+    # Tensor cores cut their sums: where gate and up cancel, that may be more than a code.
+    routed = Scaled(*(part[rows] for part in x))
+    g, u = (fp8_twin.product(routed, w, ends_E)[here].float() for w in (gate, up))
+    dg, du = (error_bound(routed, w, ends_E, UNIT)[here] for w in (gate, up))
+    factor = twin.scale[here].repeat_interleave(128, 1)[:, :n]
+    assert ((a - b).abs() <= step + (1.1 * u.abs() * dg + (g.abs() + dg) * du) / factor).all()
+    assert (a != b).sum() <= (0.001 if INTERPRETED else 0.1) * b.numel()
 
 
 @pytest.mark.parametrize("ends", ENDS, ids=str)
