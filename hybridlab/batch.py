@@ -53,6 +53,21 @@ class StepResult:
     error: str = ""
 
 
+def split(entries: Sequence[Entry], count: int) -> list[tuple[Entry, ...]]:
+    """The microbatches of a step: `count` runs of about equal token counts, none empty (there are `count` entries)."""
+    total = sum(len(entry.token_ids) for entry in entries)
+    groups: list[list[Entry]] = [[]]
+    done = 0
+    for i, entry in enumerate(entries):
+        must_open = len(entries) - i == count - len(groups)
+        wants_open = len(groups) < count and done >= total * len(groups) / count
+        if groups[-1] and (must_open or wants_open):
+            groups.append([])
+        groups[-1].append(entry)
+        done += len(entry.token_ids)
+    return [tuple(group) for group in groups]
+
+
 OnRoute = Callable[[int, Sequence[Entry], np.ndarray], np.ndarray | None]
 """Called after each router with the layer, the entries computed, and the chosen experts int32 [T, K] of their tokens.
 

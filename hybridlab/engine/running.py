@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hybridlab.batch import Entry
+from hybridlab.batch import split as split
 from hybridlab.engine.kv_cache import KVStorage
 from hybridlab.model.base import MicroBatch, Routed
 from hybridlab.plans import Tier
@@ -40,18 +41,3 @@ def micro_batch(entries: Sequence[Entry], cache: KVStorage) -> MicroBatch:
         ids.extend(entry.token_ids)
         positions.extend(range(entry.start, entry.start + count))
     return MicroBatch(torch.tensor(ids), torch.tensor(positions), cache.slots(slots), tuple(contexts))
-
-
-def split(entries: Sequence[Entry], count: int) -> list[tuple[Entry, ...]]:
-    """Cut into `count` runs of about equal token counts, none empty (there are at least `count` entries)."""
-    total = sum(len(entry.token_ids) for entry in entries)
-    groups: list[list[Entry]] = [[]]
-    done = 0
-    for i, entry in enumerate(entries):
-        must_open = len(entries) - i == count - len(groups)
-        wants_open = len(groups) < count and done >= total * len(groups) / count
-        if groups[-1] and (must_open or wants_open):
-            groups.append([])
-        groups[-1].append(entry)
-        done += len(entry.token_ids)
-    return [tuple(group) for group in groups]
