@@ -29,10 +29,11 @@ static void nothing(void *context, int64_t index) {
     (void)index;
 }
 
-/* Between two layers a GPU works for longer than the pool's threads spin: kept awake, they start the next one at once. */
-static int wait_for(const uint32_t *ready, const uint32_t *stop, int threads) {
+/* Between two layers a GPU works for longer than the pool's threads spin: kept awake (`warm`), they start the next one at
+   once. */
+static int wait_for(const uint32_t *ready, const uint32_t *stop, int warm, int threads) {
     const double start = now();
-    double warm = start;
+    double last = start;
     for (;;) {
         for (int i = 0; i < SPINS; i++) {
             if (is_set(ready)) return 0;
@@ -42,9 +43,9 @@ static int wait_for(const uint32_t *ready, const uint32_t *stop, int threads) {
         const double time = now();
         if (time - start > SLACK_S) {
             sched_yield();
-        } else if (time - warm > WARM_S) {
+        } else if (warm && time - last > WARM_S) {
             hl_parallel(nothing, NULL, threads, threads);
-            warm = time;
+            last = time;
         }
     }
 }
@@ -57,7 +58,8 @@ static int compute(const hl_host_op *op, int threads) {
 int hl_host_lane(const hl_host_op *ops, int64_t count, int threads, const uint32_t *stop, double *times) {
     int status = 0;
     for (int64_t i = 0; i < count; i++) {
-        if (status == 0) status = wait_for(ops[i].ready, stop, threads);
+        /* Before the first one the cores belong to the thread that launches the step. */
+        if (status == 0) status = wait_for(ops[i].ready, stop, i > 0, threads);
         times[2 * i] = now();
         if (status == 0) status = compute(&ops[i], threads);
         times[2 * i + 1] = now();

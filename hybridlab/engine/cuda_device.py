@@ -61,7 +61,8 @@ def cuda_device(
                 resident[layer].append(expert)
     size = slot_experts(placed, spec)
     largest = max([size, *map(len, resident.values())])
-    host = HostExchange(store, spec, threads, device)
+    # One core is left to the thread that launches steps: threads that spin on all of them delay it by milliseconds.
+    host = HostExchange(store, spec, max(1, threads - 1), device)
     lanes = CudaLanes(device, host) if device.type == "cuda" else LaneThreads()
     experts: dict[Tier, TierExperts] = {Tier.HOST: host}
     load, move = no_link, nothing_to_bring

@@ -32,6 +32,6 @@ def draw(logits_V: torch.Tensor, sampling: Sampling, position: int) -> int:
     mass = np.cumsum(probs[order])
     # The smallest set whose mass reaches top_p; at least one token.
     kept = order[: int(np.searchsorted(mass, sampling.top_p)) + 1]
-    generator = np.random.Generator(np.random.Philox(key=[sampling.seed % 2**64, position]))
+    generator = np.random.Generator(np.random.Philox(key=np.array([sampling.seed % 2**64, position], np.uint64)))
     cumulative = np.cumsum(probs[kept])
     return int(kept[min(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"), len(kept) - 1)])

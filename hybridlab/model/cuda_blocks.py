@@ -23,9 +23,10 @@ def widen_blocks(
     """
     if out is None:
         out = torch.empty(codes_ENK.shape, dtype=torch.bfloat16, device=codes_ENK.device)
-    if codes_ENK.is_cuda and not twin and (kernels := triton_module("triton_kernels")) is not None:
-        kernels.widen(codes_ENK, scale, out)
-        return out
+    if codes_ENK.is_cuda and not twin and _has_fp8(codes_ENK.device):
+        if (kernels := triton_module("triton_kernels")) is not None:
+            kernels.widen(codes_ENK, scale, out)
+            return out
     n, k = codes_ENK.shape[1:]
     for expert, blocks, target in zip(codes_ENK, scale, out, strict=True):
         wide = blocks.repeat_interleave(BLOCK_FP8, 0)[:n].repeat_interleave(BLOCK_FP8, 1)[:, :k]
@@ -56,3 +57,9 @@ def triton_module(name: str) -> ModuleType | None:
         return import_module(f"hybridlab.model.{name}")
     except ImportError:
         return None
+
+
+@cache
+def _has_fp8(device: torch.device) -> bool:
+    """Triton knows the type on Ada GPUs and later ones; torch converts it on all."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)

@@ -1,0 +1,110 @@
+"""A step's end is the same whether every op is timed, layers are skipped, or events are simulated one by one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_programs import MODEL, SHAPE, SLOW, machines, micros, planned, programs
+
+from hybridlab.errors import PlanError
+from hybridlab.plans import ExpertPath, PlacementPlan, StepPlan, Tier
+from hybridlab.simulator.clock import Dram, EventClock
+from hybridlab.simulator.cost_model import Micro, cost_model, dram_bytes_s, handoffs_s
+from hybridlab.simulator.lone_clock import LoneClock
+from hybridlab.simulator.programs import end_s, finish_times, tabulate
+from hybridlab.simulator.routes import Routes
+
+ROUTES = Routes(MODEL)
+ONE = StepPlan("decode", {"a": 1})
+
+
+def seconds(table, machine, sizes):
+    cost = cost_model(machine, SHAPE, sizes)
+    return [cost(one).alone_s for one in table.classes]
+
+
+@settings(deadline=None, max_examples=60)
+@given(programs(), machines(), st.tuples(micros, micros))
+def test_three_ways_to_the_end_of_a_step(program, machine, sizes):
+    table = tabulate(program, ROUTES)
+    alone_s, hand = seconds(table, machine, sizes), handoffs_s(machine)
+    spans = finish_times(table, alone_s, hand)
+    clock = EventClock(hand)  # DRAM without a limit: nothing is shared
+    run = clock.submit(table, alone_s, [0.0] * len(alone_s))
+    clock.advance()
+    for (a, b), (c, d) in zip(spans, run.spans, strict=True):
+        assert (a, b) == pytest.approx((c, d), rel=1e-9, abs=1e-15)
+    assert end_s(table, alone_s, hand) == pytest.approx(run.end_s, rel=1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(programs(), machines(), st.tuples(micros, micros))
+def test_lanes_are_first_in_first_out_and_needs_are_done(program, machine, sizes):
+    table = tabulate(program, ROUTES)
+    alone_s, hand = seconds(table, machine, sizes), handoffs_s(machine)
+    spans = {op.id: times for op, times in zip(table.ops, finish_times(table, alone_s, hand), strict=True)}
+    assert set(spans) == {op.id for op in program.ops}
+    free = {}
+    for op in program.ops:
+        start, end = spans[op.id]
+        assert start >= free.get(op.lane, 0.0)
+        assert all(start >= spans[need][1] for need in op.needs)
+        free[op.lane] = end
+
+
+def test_equal_layers_are_skipped():
+    table = tabulate(planned(PlacementPlan(), ExpertPath(), "prefetch", ONE), ROUTES)
+    assert (table.period, table.end - table.begin) == (4, 4 * 11)  # attention, router, experts, combine
+    streamed = PlacementPlan(default_tier=Tier.STREAMED, ring_slots=2, parts_per_layer=2)
+    assert tabulate(planned(streamed, ExpertPath(), "prefetch", ONE), ROUTES).period == 7
+
+
+def test_ranks_meet_in_their_collectives():
+    """The slower rank's attention holds the other one's all_gather up."""
+    rank_of = {(layer, e): e % 2 for layer in MODEL.moe_layers for e in range(MODEL.num_experts)}
+    plan = PlacementPlan(Tier.RESIDENT, {}, rank_of)
+    step = StepPlan("decode", {"a": 1}, ranks=(0, 1))
+    table = tabulate(planned(plan, ExpertPath(), "prefetch", step), ROUTES)
+    alone_s = [1.0] * len(table.classes)
+    spans = finish_times(table, alone_s, (0.0,) * 4)
+    first = [i for i, op in enumerate(table.ops) if op.kind == "all_gather" and op.layer == 1]
+    assert len(first) == 2 and len({spans[i] for i in first}) == 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(programs(ranks=1), machines(), st.tuples(micros, micros))
+def test_a_lone_clock_is_an_event_clock_of_one_worker(program, machine, sizes):
+    table = tabulate(program, ROUTES)
+    cost = cost_model(machine, SHAPE, sizes)
+    costs = [cost(one) for one in table.classes]
+    ends = []
+    for kind in (EventClock, LoneClock):
+        clock = kind(handoffs_s(machine), Dram(*dram_bytes_s(machine)))
+        assert clock.advance(0.5) == [] and clock.now_s == 0.5
+        run = clock.submit(table, [c.alone_s for c in costs], [c.dram_bytes for c in costs])
+        assert clock.advance() == [run]
+        assert clock.now_s == run.end_s == pytest.approx(max(end for _, end in run.spans), rel=1e-9)
+        ends.append(run.end_s)
+    assert ends[0] == pytest.approx(ends[1], rel=1e-9)
+
+
+def test_sharing_dram_makes_a_mixed_step_slower():
+    path = ExpertPath((frozenset({0, 1, 2, 3}),) * MODEL.num_layers)
+    plan = PlacementPlan(default_tier=Tier.STREAMED, ring_slots=2)
+    table = tabulate(planned(plan, path, "prefetch", ONE), ROUTES)
+    assert table.shares
+    cost = cost_model(SLOW, SHAPE, [Micro.decode(64.0, 100.0)])
+    costs = [cost(one) for one in table.classes]
+    ends = []
+    for total in (1e12, 1e9):
+        clock = LoneClock(handoffs_s(SLOW), Dram(1e12, total))
+        ends.append(clock.submit(table, [c.alone_s for c in costs], [c.dram_bytes for c in costs]).end_s)
+    assert ends[1] > 1.01 * ends[0]
+
+
+def test_a_chain_through_a_collective_is_refused_by_name():
+    """One rank's all_gather waits for what the other one computes behind its own: neither would ever start."""
+    step = StepPlan("decode", {"a": 1}, ranks=(0, 1))
+    with pytest.raises(PlanError, match=r"cycle across lanes.*all_gather"):
+        tabulate(planned(PlacementPlan(Tier.RESIDENT), ExpertPath(), "sequential", step), ROUTES)
