@@ -23,10 +23,10 @@ def widen_blocks(
     """
     if out is None:
         out = torch.empty(codes_ENK.shape, dtype=torch.bfloat16, device=codes_ENK.device)
-    if codes_ENK.is_cuda and not twin and _has_fp8(codes_ENK.device):
-        if (kernels := triton_module("triton_kernels")) is not None:
-            kernels.widen(codes_ENK, scale, out)
-            return out
+    in_triton = codes_ENK.is_cuda and not twin and _has_fp8(codes_ENK.device)
+    if in_triton and (kernels := triton_module("triton_kernels")) is not None:
+        kernels.widen(codes_ENK, scale, out)
+        return out
     n, k = codes_ENK.shape[1:]
     for expert, blocks, target in zip(codes_ENK, scale, out, strict=True):
         wide = blocks.repeat_interleave(BLOCK_FP8, 0)[:n].repeat_interleave(BLOCK_FP8, 1)[:, :k]
