@@ -19,6 +19,7 @@ from hybridlab.engine.options import (
     cuda_hardware,
     emulated_hardware,
 )
+from hybridlab.engine.ranks import Ranks, check_ranks, spread, threads_of_rank
 from hybridlab.engine.runtime import Runtime
 from hybridlab.engine.worker_process import WorkerProcess
 from hybridlab.errors import ConfigError
@@ -52,6 +53,8 @@ def load(
     prefix_cache: bool = True,
     routing: RoutingStats | None = None,
     worker: Literal["auto", "thread", "process"] = "auto",
+    ranks: int = 1,
+    exchange: str = "small_ep",
     quiet: bool = False,
 ) -> Engine:
     """Open a Hugging Face checkpoint folder and make it ready; the memory plan is printed before allocation.
@@ -69,6 +72,9 @@ def load(
     With a link, placement and overlap see the thresholds that `hl.calibrate` measured for this model loaded like this.
     With `worker="process"`, the model and its memory live in a process of their own: if that ends, or its GPU gives up,
     the requests of one step fail and another process is started. "auto": a thread, but a process with device "cuda".
+    With several `ranks` (processes; `threads` and link are those of each), every rank computes stripes of each prompt
+    and the experts that it has; `exchange` is how tokens reach the others ("small_ep", "dispatch_per_route",
+    "dispatch_per_rank"). A lost rank ends the engine with an error that names it.
     Raises `CheckpointError`, `ConfigError`, `StrategyError` or `MemoryBudgetError`, each in one line.
     """
     device = check_device(device)
@@ -83,14 +89,16 @@ def load(
     if device == "cpu":
         check_unused({"vram_gb": vram_gb}, device)
     placement, overlap = resolve("placement", placement), resolve("overlap", overlap)
+    in_files = not isinstance(path, Checkpoint)
+    check_ranks(ranks, device, weight_layout=weight_layout, worker=worker, in_files=in_files, placement=placement)
     hardware = detect(gpu=device == "cuda")
-    num_threads = check_threads(threads, hardware)
+    num_threads = check_threads(threads_of_rank(threads, ranks, device, hardware.num_cores), hardware)
     if device == "emulated":
         accelerator_threads = check_accelerator_threads(accelerator_threads, num_threads)
         hardware = emulated_hardware(hardware, vram_gb, link_gb_s)
     elif device == "cuda":
         hardware = cuda_hardware(hardware, vram_gb)
-    in_process = check_worker(worker, device, in_files=not isinstance(path, Checkpoint))
+    in_process = check_worker(worker, device, in_files=in_files)
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     if precision == "fp8":
         check_fp8(checkpoint.spec.expert_dtype, detect_gpus())
@@ -104,21 +112,23 @@ def load(
             overlap = resolved(hardware)
     placed = placement.place(checkpoint.spec, hardware, routing or RoutingStats())
     check_placed(placed, type(placement).__name__, device)
-    runtime = (WorkerProcess if in_process else Runtime)(
-        checkpoint,
-        hardware,
-        placed,
-        precision=precision,
-        weight_layout=weight_layout,
-        threads=num_threads,
-        accelerator_threads=accelerator_threads or 0,
-        token_budget=token_budget,
-        kv_tokens=kv_tokens,
-        kv_block_tokens=kv_block_tokens,
-        memory_gb=memory_gb,
-        free_bytes=detect_host_memory().available_bytes if device == "cuda" else None,
-        quiet=quiet,
-    )
-    planner = Planner(checkpoint.spec, hardware, placement, overlap, placed)
+    options: dict[str, Any] = {
+        "precision": precision,
+        "threads": num_threads,
+        "accelerator_threads": accelerator_threads or 0,
+        "token_budget": token_budget,
+        "kv_tokens": kv_tokens,
+        "kv_block_tokens": kv_block_tokens,
+        "memory_gb": memory_gb,
+        "quiet": quiet,
+    }
+    if ranks > 1:
+        placed = spread(placed, checkpoint.spec, ranks, exchange, type(placement).__name__)
+        runtime: Runtime | WorkerProcess | Ranks = Ranks(checkpoint, hardware, placed, num_ranks=ranks, **options)
+    else:
+        free_bytes = detect_host_memory().available_bytes if device == "cuda" else None
+        start = WorkerProcess if in_process else Runtime
+        runtime = start(checkpoint, hardware, placed, weight_layout=weight_layout, free_bytes=free_bytes, **options)
+    planner = Planner(checkpoint.spec, hardware, placement, overlap, placed, tuple(range(ranks)))
     prefixes = PrefixCache if prefix_cache else lambda pool: NoPrefixes()
     return Engine(checkpoint, runtime, planner, precision, num_threads, runtime.memory.token_budget, prefixes)

@@ -13,6 +13,7 @@ from hybridlab.admission import Limits, why_refused
 from hybridlab.batch import Entry, OnRoute
 from hybridlab.checkpoint import Checkpoint
 from hybridlab.engine.options import is_count
+from hybridlab.engine.ranks import Ranks
 from hybridlab.engine.runtime import Runtime
 from hybridlab.engine.worker_process import WorkerProcess
 from hybridlab.errors import ConfigError, HybridlabError, RequestError
@@ -39,7 +40,7 @@ class Engine:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        runtime: Runtime | WorkerProcess,
+        runtime: Runtime | WorkerProcess | Ranks,
         planner: Planner,
         precision: str,
         threads: int,
@@ -49,7 +50,7 @@ class Engine:
         self.checkpoint, self.spec = checkpoint, checkpoint.spec
         self.precision, self.threads, self.token_budget = precision, threads, token_budget
         self.memory = runtime.memory
-        self._runtime: Runtime | WorkerProcess | None = runtime
+        self._runtime: Runtime | WorkerProcess | Ranks | None = runtime
         self.planner = planner
         self._prefixes = prefixes
         self._text = Text(checkpoint.folder)
@@ -146,7 +147,7 @@ class Engine:
             return np.concatenate(rows)
 
     @property
-    def runtime(self) -> Runtime | WorkerProcess:
+    def runtime(self) -> Runtime | WorkerProcess | Ranks:
         """What computes, for benchmarks and tests; raises `HybridlabError` once closed."""
         if self._runtime is None:
             raise HybridlabError(f"the engine of {self.checkpoint.folder} is closed")
@@ -199,7 +200,7 @@ class Engine:
         requests: Sequence[Request],
         token_budget: int | None,
         prefixes: Callable[[BlockPool], Prefixes] | None = None,
-    ) -> Iterator[tuple[Runtime | WorkerProcess, RequestQueue]]:
+    ) -> Iterator[tuple[Runtime | WorkerProcess | Ranks, RequestQueue]]:
         runtime = self.runtime
         if token_budget is not None and not is_count(token_budget):
             raise ConfigError(f"token_budget is {token_budget!r}, expected an int >= 1")
@@ -215,7 +216,7 @@ class Engine:
             self._queue = None
             self._turn.release()
 
-    def _pool(self, runtime: Runtime | WorkerProcess) -> BlockPool:
+    def _pool(self, runtime: Runtime | WorkerProcess | Ranks) -> BlockPool:
         return BlockPool(runtime.num_kv_blocks, runtime.kv_block_tokens)
 
     def require_servable(self, request: Request) -> None:

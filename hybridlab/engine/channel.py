@@ -28,6 +28,8 @@ class Kind(IntEnum):
     MOVE = 6
     RANDOMISE = 7
     MAPPED = 8
+    TRAFFIC = 9
+    """Of ranks alone: what they have sent each other."""
 
     READY = 32
     DONE = 33

@@ -20,15 +20,18 @@ GRACE_S = 5.0
 
 
 class Child:
-    """A worker process. It does not get the terminal's Ctrl-C, and dies with the thread that starts it here."""
+    """A worker process. It does not get the terminal's Ctrl-C, and dies with the thread that starts it here.
 
-    def __init__(self, command: Sequence[str]) -> None:
+    It has the descriptors of `keep`, by the same numbers.
+    """
+
+    def __init__(self, command: Sequence[str], keep: Sequence[int] = ()) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
                 self._process = subprocess.Popen(
                     [*command, str(theirs.fileno()), str(os.getpid())],
-                    pass_fds=(theirs.fileno(),),
+                    pass_fds=(theirs.fileno(), *keep),
                     stdin=subprocess.DEVNULL,
                     process_group=0,
                 )
@@ -54,6 +57,10 @@ class Child:
 
     def is_running(self) -> bool:
         return not select.select([self._sentinel], [], [], 0)[0]
+
+    def was_killed(self) -> bool:
+        """Whether a signal ended it."""
+        return (self._process.poll() or 0) < 0
 
     def kill(self) -> None:
         """From any thread."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from hybridlab.errors import WorkerLost
 
@@ -57,19 +57,21 @@ class Peers(Protocol):
 class GlooPeers:
     """On CPU tensors, over sockets of `interface`; each wait lasts at most `timeout_s`.
 
-    A rank that loses a peer leaves a note of it in `store`, so that those who see *it* end name the one that was first.
+    Groups of the same ranks and `store` differ by `name`. A rank that loses a peer leaves a note of it in the store, so
+    that those who see *it* end name the one that was first.
     """
 
     def __init__(
-        self, store: Store, rank: int, size: int, *, timeout_s: float = 300.0, interface: str = LOOPBACK
+        self, name: str, store: Store, rank: int, size: int, *, timeout_s: float = 300.0, interface: str = LOOPBACK
     ) -> None:
         self.rank, self.size, self.traffic = rank, size, Traffic()
         self._store, self._timeout_s = store, timeout_s
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(interface=interface)]
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(interface=interface)]
         options._timeout = timedelta(seconds=timeout_s)
         try:
-            self._group: Any = dist.ProcessGroupGloo(store, rank, size, options)
+            self._group = gloo(PrefixStore(name, store), rank, size, options)
         except RuntimeError as error:
             raise WorkerLost(f"rank {rank} of {size} did not find the others in {timeout_s:g} s: {error}") from None
 
@@ -122,11 +124,11 @@ class NcclPeers:
     A lost peer ends the process after `timeout_s`, by NCCL's own watchdog, unless its parent does so before.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, *, timeout_s: float = 300.0) -> None:
+    def __init__(self, name: str, store: Store, rank: int, size: int, *, timeout_s: float = 300.0) -> None:
         self.rank, self.size, self.traffic = rank, size, Traffic()
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout_s)
-        self._group: Any = dist.ProcessGroupNCCL(store, rank, size, options)
+        self._group: Any = dist.ProcessGroupNCCL(PrefixStore(name, store), rank, size, options)
 
     def exchange(self, sends: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         own, tail = sends[self.rank], sends[self.rank].shape[1:]

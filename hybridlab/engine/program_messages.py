@@ -86,6 +86,7 @@ def plain_placement(placed: PlacementPlan) -> dict[str, Any]:
         "rank_of": [(*key, rank) for key, rank in placed.rank_of.items()],
         "ring_slots": placed.ring_slots,
         "parts_per_layer": placed.parts_per_layer,
+        "exchange": placed.exchange,
     }
 
 
@@ -97,6 +98,7 @@ def placement(plain: dict[str, Any]) -> PlacementPlan:
         {(layer, expert): rank for layer, expert, rank in plain["rank_of"]},
         ring_slots=plain["ring_slots"],
         parts_per_layer=plain["parts_per_layer"],
+        exchange=plain["exchange"],
     )
 
 

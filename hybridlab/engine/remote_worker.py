@@ -106,12 +106,14 @@ class RemoteWorker:
         child = self._there()
         body = pack_step(self._number(child, program), [entry], 0.0, False)
         shape = len(entry.token_ids), self._model.vocab
-        return torch.from_numpy(self._exchange(child, Kind.LOGITS, body, lambda answer: _array(answer, "<f4", shape)))
+        return torch.from_numpy(
+            self._exchange(child, Kind.LOGITS, body, lambda answer: read_array(answer, "<f4", shape))
+        )
 
     def take_routes(self) -> np.ndarray:
         shape, self._counting = (len(self._model.moe_layers), self._model.num_experts), True
         try:
-            return self._exchange(self._there(), Kind.ROUTES, b"", lambda answer: _array(answer, "<i8", shape))
+            return self._exchange(self._there(), Kind.ROUTES, b"", lambda answer: read_array(answer, "<i8", shape))
         except WorkerLost:
             if self.gone is not None:
                 raise
@@ -195,7 +197,7 @@ class RemoteWorker:
                 return read(content)
             if got not in (Kind.FAILED, Kind.LOST):
                 raise ProtocolError(f"{got.name} in answer to {kind.name}")
-            error = _error(unpack_json(content))
+            error = read_error(unpack_json(content))
         except ChannelClosed:
             raise self._lost(child, child.how_it_ended()) from None
         except ProtocolError as problem:
@@ -270,13 +272,14 @@ class _Hook:
         return Kind.CHOSEN, b"" if chosen is None else np.ascontiguousarray(chosen, "<i4").tobytes()
 
 
-def _array(content: memoryview, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+def read_array(content: memoryview, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An answer that is an array; raises `ProtocolError` for one of another size."""
     if len(content) != np.dtype(dtype).itemsize * int(np.prod(shape)):
         raise ProtocolError(f"{len(content)} bytes, expected {dtype} {list(shape)}")
     return np.frombuffer(content, dtype).reshape(shape)
 
 
-def _error(plain: Any) -> Exception:
+def read_error(plain: Any) -> Exception:
     """The error that a worker tells of: one of ours as it was, any other one as `StepFailed`."""
     if not isinstance(plain, dict) or not all(isinstance(plain.get(key), str) for key in ("class", "message")):
         raise ProtocolError("an error without class and message")

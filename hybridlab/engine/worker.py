@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from hybridlab.batch import Entry, OnRoute, StepBatch, StepResult
-from hybridlab.engine.executor import Executor
 from hybridlab.engine.faults import require_usable
 from hybridlab.engine.worker_thread import WorkerThread, closed
 from hybridlab.errors import HybridlabError, WorkerLost
@@ -54,13 +53,27 @@ class Worker(Protocol):
         ...
 
 
+class StepExecutor(Protocol):
+    """What runs a step in this process: `engine.executor.Executor`, or `engine.ranks_executor.RankExecutor`."""
+
+    def run(
+        self, program: Program, batch: StepBatch, clock_start_s: float, on_route: OnRoute | None = None
+    ) -> StepOutput: ...
+
+    def logits(self, program: Program, entry: Entry) -> torch.Tensor: ...
+
+    def take_routes(self) -> np.ndarray: ...
+
+    def move(self, moves: Sequence[Move]) -> None: ...
+
+
 class LocalWorker:
     """The executor of this process. A device that gives up is gone for good: its context lives as long as the process.
 
     `where` is the torch device that it computes on.
     """
 
-    def __init__(self, executor: Executor, where: str) -> None:
+    def __init__(self, executor: StepExecutor, where: str) -> None:
         self._executor, self._where = executor, where
         self.losses = 0
         self.ready = True

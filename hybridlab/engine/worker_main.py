@@ -25,6 +25,7 @@ from hybridlab.batch import Entry
 from hybridlab.checkpoint import open_checkpoint
 from hybridlab.engine.channel import Channel, ChannelClosed, Kind, ProtocolError, pack_json, unpack_json
 from hybridlab.engine.program_messages import placement, unpack_moves, unpack_program
+from hybridlab.engine.ranks_runtime import RankRuntime
 from hybridlab.engine.runtime import Runtime
 from hybridlab.engine.step_messages import Step, pack_choice, pack_result, unpack_step
 from hybridlab.errors import WorkerLost
@@ -51,11 +52,11 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     try:
         if (ready := _setup(channel)) is not None:
-            _Loop(channel, *ready).run()
+            Loop(channel, *ready).run()
     except ChannelClosed:
         pass  # the parent wants nothing more
     except ProtocolError as error:
-        _send_error(channel, Kind.LOST, error)
+        send_error(channel, Kind.LOST, error)
         return 1
     return 0
 
@@ -81,7 +82,7 @@ def _setup(channel: Channel) -> tuple[Runtime, ModelSpec] | None:
         hardware, placed = HardwareSpec(**given["hardware"]), placement(given["placement"])
         runtime = Runtime(checkpoint, hardware, placed, **given["options"])
     except Exception as error:
-        _send_error(channel, Kind.FAILED, error)
+        send_error(channel, Kind.FAILED, error)
         return None
     memory = dataclasses.asdict(runtime.memory)
     sizes = {"num_kv_blocks": runtime.num_kv_blocks, "kv_block_tokens": runtime.kv_block_tokens}
@@ -89,10 +90,10 @@ def _setup(channel: Channel) -> tuple[Runtime, ModelSpec] | None:
     return runtime, checkpoint.spec
 
 
-class _Loop:
+class Loop:
     """Answers messages, in the order in which they come."""
 
-    def __init__(self, channel: Channel, runtime: Runtime, model: ModelSpec) -> None:
+    def __init__(self, channel: Channel, runtime: Runtime | RankRuntime, model: ModelSpec) -> None:
         self._channel, self._runtime, self._model = channel, runtime, model
         self._programs: OrderedDict[int, Program] = OrderedDict()
         self._places: dict[int, dict[int, int]] = {}
@@ -106,12 +107,12 @@ class _Loop:
             try:
                 answer = self._answer(kind, body)
             except WorkerLost as error:
-                _send_error(self._channel, Kind.LOST, error)
+                send_error(self._channel, Kind.LOST, error)
                 return
             except (ChannelClosed, ProtocolError):
                 raise
             except Exception as error:
-                _send_error(self._channel, Kind.FAILED, error)
+                send_error(self._channel, Kind.FAILED, error)
             else:
                 if answer is not None:
                     self._channel.send(Kind.DONE, answer)
@@ -140,6 +141,8 @@ class _Loop:
                 self._runtime.randomise_cache(*SEED.unpack(body))
             case Kind.MAPPED:
                 self._runtime.wait_mapped()
+            case Kind.TRAFFIC if isinstance(self._runtime, RankRuntime):
+                return pack_json({name: dataclasses.astuple(t) for name, t in self._runtime.traffic().items()})
             case _:
                 raise ProtocolError(f"{kind.name} out of turn")
         return b""
@@ -164,7 +167,7 @@ class _Loop:
         return np.frombuffer(body, "<i4").reshape(ids.shape) if len(body) else None
 
 
-def _send_error(channel: Channel, kind: Kind, error: Exception) -> None:
+def send_error(channel: Channel, kind: Kind, error: Exception) -> None:
     text = "".join(traceback.format_exception(error))
     told = {"class": type(error).__name__, "message": str(error), "traceback": text[-20_000:]}
     channel.send(kind, pack_json(told))

@@ -17,5 +17,5 @@ def on_ranks(size: int, work: Callable[[GlooPeers], T], *, timeout_s: float = 60
     """What `work` returns on each rank; what it raises on the first one that raises."""
     store = HashStore()
     with ThreadPoolExecutor(size) as pool:
-        made = pool.map(lambda rank: GlooPeers(store, rank, size, timeout_s=timeout_s), range(size))
+        made = pool.map(lambda rank: GlooPeers("test", store, rank, size, timeout_s=timeout_s), range(size))
         return list(pool.map(work, list(made)))

@@ -1,0 +1,266 @@
+"""The parent's side of ranks: one process each, all given the same steps; when one is lost, all are ended."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import replace
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+import numpy as np
+import torch
+
+from hybridlab.batch import Entry, OnRoute, StepBatch
+from hybridlab.engine.channel import ChannelClosed, Kind, ProtocolError, pack_json, unpack_json
+from hybridlab.engine.child import Child
+from hybridlab.engine.collectives import BLAME_S, Traffic
+from hybridlab.engine.program_messages import pack_program
+from hybridlab.engine.ranks_share import drawn_by, rows_of
+from hybridlab.engine.remote_worker import read_array, read_error
+from hybridlab.engine.step_messages import pack_step, unpack_result
+from hybridlab.engine.worker import StepOutput
+from hybridlab.engine.worker_main import MOST_PROGRAMS
+from hybridlab.engine.worker_thread import WorkerThread, closed
+from hybridlab.errors import StrategyError, WorkerLost
+from hybridlab.plans import Move, Program
+from hybridlab.spec import ModelSpec
+
+T = TypeVar("T")
+GRACE_S = BLAME_S + 1.0
+"""How long the other ranks have to answer, or to say whom they lost, once one has failed."""
+
+
+class RankGroup:
+    """`engine.worker.Worker` over all ranks; `setup` is plain data for each of them.
+
+    Once a rank is lost the group is `gone` for good: what the others hold is of no use without it.
+    """
+
+    def __init__(self, command: Sequence[str], setups: Sequence[Mapping[str, Any]], model: ModelSpec) -> None:
+        self._command, self._setups, self._model = command, setups, model
+        self.losses = 0
+        self.ready = False
+        self.gone: WorkerLost | None = None
+        self.thread = WorkerThread("hybridlab-ranks")
+        """Where steps are run from; it hands messages to a thread for each rank."""
+        self._threads = [WorkerThread(f"hybridlab-rank-{rank}") for rank in range(len(setups))]
+        self._children: list[Child] = []
+        self._lock = threading.Lock()  # for `gone`, `ready`, `losses`, `_closing`, `_busy`
+        self._closing = self._busy = False
+        self._numbers: dict[Program, int] = {}
+        self._next_number = 0
+        _GROUPS.add(self)
+
+    @property
+    def pids(self) -> list[int]:
+        return [child.pid for child in self._children]
+
+    def start(self) -> None:
+        """Start all ranks, and wait until they have loaded and found each other.
+
+        Raises `WorkerLost` naming a rank that ended before that, else what one of them raised.
+        """
+        # Nowhere in the file system: nothing is left of it when all processes have ended, however they do.
+        store = os.memfd_create("hybridlab-ranks")
+        try:
+            started = [thread.call(lambda: Child(self._command, keep=(store,))) for thread in self._threads]
+            wait(started)
+            with self._lock:
+                self._children = [future.result() for future in started if future.exception() is None]
+                self._busy = True
+            for future in started:
+                future.result()
+            for rank, child in enumerate(self._children):
+                child.on_end(lambda child, rank=rank: self._note_end(rank, child))
+            bodies = [pack_json({**setup, "store": store}) for setup in self._setups]
+            self._all(Kind.SETUP, bodies, lambda rank, answer: None, answer=Kind.READY)
+        finally:
+            os.close(store)
+            self._busy = False
+        with self._lock:
+            self.ready = self.gone is None
+        if self.gone is not None:
+            raise self.gone
+
+    def run(self, program: Program, batch: StepBatch, clock_start_s: float, on_route: OnRoute | None) -> StepOutput:
+        if on_route is not None:
+            raise StrategyError("on_route is for an engine without ranks: each rank routes some of a step's tokens")
+        entries, count = batch.entries, len(self._setups)
+        self._check_there()
+        body = pack_step(self._number(program), entries, clock_start_s, False)
+        drawers = [drawn_by(entries, program.shape.num_microbatches, rank, count) for rank in range(count)]
+
+        def read(rank: int, answer: memoryview) -> StepOutput:
+            own = [replace(entry, wants_token=entry.id in drawers[rank]) for entry in entries]
+            return unpack_result(answer, own, program)
+
+        found = self._all(Kind.STEP, [body] * count, read)
+        tokens = {request: token for drawn, _ in found for request, token in drawn.items()}
+        return tokens, sorted((span for _, spans in found for span in spans), key=lambda span: span.start_s)
+
+    def logits(self, program: Program, entry: Entry) -> torch.Tensor:
+        """Logits of every token of `entry`, float32 [T, V]."""
+        self._check_there()
+        count, width = len(self._setups), self._model.vocab
+        rows = [rows_of(entry, rank, count) for rank in range(count)]
+        body = pack_step(self._number(program), [entry], 0.0, False)
+        found = self._all(
+            Kind.LOGITS, [body] * count, lambda rank, answer: read_array(answer, "<f4", (len(rows[rank]), width))
+        )
+        logits = np.empty((len(entry.token_ids), width), np.float32)
+        for own, part in zip(rows, found, strict=True):
+            logits[own] = part
+        return torch.from_numpy(logits)
+
+    def take_routes(self) -> np.ndarray:
+        raise StrategyError("experts do not move between ranks or tiers: take a placement that does not update")
+
+    def move(self, moves: Sequence[Move]) -> None:
+        raise StrategyError("experts do not move between ranks or tiers: take a placement that does not update")
+
+    def traffic(self) -> list[dict[str, Traffic]]:
+        """Of each rank, by group ("attention", "experts")."""
+        self._check_there()
+
+        def read(rank: int, answer: memoryview) -> dict[str, Traffic]:
+            return {name: Traffic(*counts) for name, counts in unpack_json(answer).items()}
+
+        return self._all(Kind.TRAFFIC, [b""] * len(self._setups), read)
+
+    def tell(self, kind: Kind, body: bytes = b"") -> Future[list[None]]:
+        """Send all ranks a message whose answer is empty, from any thread."""
+
+        def call() -> list[None]:
+            self._check_there()
+            return self._all(kind, [body] * len(self._setups), lambda rank, answer: None)
+
+        return self.thread.call(call)
+
+    def kill(self) -> None:
+        """End all ranks; from any thread."""
+        with self._lock:
+            self._closing, children = True, self._children
+        for child in children:
+            child.kill()
+
+    def close(self) -> None:
+        """End all ranks, after the step that they may be in; idempotent. Not on `thread`."""
+        with self._lock:
+            self._closing, self.ready, loading = True, False, not self.ready
+        if loading:
+            self.kill()
+        self.thread.close()
+        with self._lock:
+            children, self._children = self._children, []
+        ends = [thread.call(child.close) for thread, child in zip(self._threads, children, strict=False)]
+        wait(ends)
+        for thread in self._threads:
+            thread.close()
+
+    def discard(self) -> None:
+        """As `close`, at once and without waiting for it."""
+        self.kill()
+        threading.Thread(target=self.close, name="hybridlab-ranks-close", daemon=True).start()
+
+    def _check_there(self) -> None:
+        if self._closing:
+            raise closed()
+        if self.gone is not None:
+            raise self.gone
+
+    def _number(self, program: Program) -> int:
+        """What the ranks know `program` as; it is sent if it has not been."""
+        if (number := self._numbers.get(program)) is not None:
+            return number
+        number, self._next_number = self._next_number, self._next_number + 1
+        body = pack_program(number, program)
+        for rank, child in enumerate(self._children):
+            try:
+                child.channel.send(Kind.PROGRAM, body)
+            except ChannelClosed:
+                raise self._stop(f"rank {rank}: {child.how_it_ended()}") from None
+        self._numbers[program] = number
+        if len(self._numbers) > MOST_PROGRAMS:  # as the ranks do
+            del self._numbers[next(iter(self._numbers))]
+        return number
+
+    def _all(
+        self, kind: Kind, bodies: Sequence[bytes], read: Callable[[int, memoryview], T], *, answer: Kind = Kind.DONE
+    ) -> list[T]:
+        """Send each rank its message; what they answer, by rank. Raises what one raised, if all have answered."""
+        with self._lock:
+            self._busy = True
+        try:
+            calls = [
+                thread.call(lambda rank=rank: self._exchange(rank, kind, bodies[rank], read, answer))
+                for rank, thread in enumerate(self._threads)
+            ]
+            wait(calls, return_when="FIRST_EXCEPTION")
+            _, late = wait(calls, GRACE_S)
+        finally:
+            with self._lock:
+                self._busy = False
+        errors = [call.exception() for call in calls if call not in late]
+        lost = next((error for error in errors if isinstance(error, WorkerLost)), None)
+        first = next(filter(None, errors), None)
+        if late or lost is not None:
+            error = self._stop(str(lost if lost is not None else first))
+            wait(calls)
+            raise error from first
+        if first is not None:
+            raise first
+        return [call.result() for call in calls]
+
+    def _exchange(self, rank: int, kind: Kind, body: bytes, read: Callable[[int, memoryview], T], expected: Kind) -> T:
+        child = self._children[rank]
+        try:
+            child.channel.send(kind, body)
+            got, content = child.channel.receive()
+            if got is expected:
+                return read(rank, content)
+            if got not in (Kind.FAILED, Kind.LOST):
+                raise ProtocolError(f"{got.name} in answer to {kind.name}")
+            error = read_error(unpack_json(content))
+        except ChannelClosed:
+            raise WorkerLost(f"rank {rank}: {child.how_it_ended()}") from None
+        except ProtocolError as problem:
+            raise WorkerLost(f"rank {rank} sent what it may not: {problem}") from None
+        raise error
+
+    def _note_end(self, rank: int, child: Child) -> None:
+        """A rank that a signal ended is to blame; one that ended by itself said why, unless it had nothing to do."""
+        why = f"rank {rank}: {child.how_it_ended()}"
+        with self._lock:
+            unexplained = child.was_killed() or not self._busy
+        if unexplained:
+            self._stop(why)
+
+    def _stop(self, why: str) -> WorkerLost:
+        """From any thread, any number of times; the first reason counts."""
+        with self._lock:
+            if self.gone is None:
+                self.gone = WorkerLost(f"{why}; all {len(self._setups)} ranks were stopped")
+                self.ready = False
+                self.losses += 1
+                if not self._closing:
+                    logging.getLogger(__name__).error("%s", self.gone)
+            gone, children = self.gone, self._children
+        for child in children:
+            child.kill()
+        self.thread.woken.set()
+        return gone
+
+
+_GROUPS: WeakSet[RankGroup] = WeakSet()
+
+
+@atexit.register
+def _kill_ranks() -> None:
+    # Before worker threads are joined, which may wait for an answer.
+    for group in tuple(_GROUPS):
+        group.kill()

@@ -1,0 +1,91 @@
+"""What one rank owns: the model, its experts' ring and link, the KV cache, and its ends of two groups of ranks."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+from torch._C._distributed_c10d import Store
+
+from hybridlab.checkpoint import Checkpoint
+from hybridlab.engine.collectives import GlooPeers, Traffic
+from hybridlab.engine.devices import Device, cpu_device, emulated_device
+from hybridlab.engine.ep_exchange import Wire, make_exchange, owners
+from hybridlab.engine.kv_cache import KVCache
+from hybridlab.engine.link import CopyLink
+from hybridlab.engine.ranks_cache import SharedKV
+from hybridlab.engine.ranks_executor import RankExecutor
+from hybridlab.engine.worker import LocalWorker
+from hybridlab.model.numerics import make_numerics
+from hybridlab.plans import PlacementPlan
+from hybridlab.spec import HardwareSpec, ModelSpec
+
+
+class RankRuntime:
+    """Rank `rank` of `num_ranks`, which all build this at the same time; they find each other through `store`.
+
+    Each maps the checkpoint's own file, so that there is one copy of it in memory; each has a KV cache of all tokens,
+    and a link and a ring of its own, for its own experts. Sockets listen on `interface` alone.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        hardware: HardwareSpec,
+        placed: PlacementPlan,
+        store: Store,
+        *,
+        rank: int,
+        num_ranks: int,
+        precision: str,
+        threads: int,
+        accelerator_threads: int,
+        num_kv_blocks: int,
+        kv_block_tokens: int,
+        timeout_s: float,
+        interface: str,
+    ) -> None:
+        spec = checkpoint.spec
+        self.num_kv_blocks, self.kv_block_tokens = num_kv_blocks, kv_block_tokens
+        numerics = make_numerics(precision, threads)
+        if hardware.device == "cpu":
+            self._device: Device = cpu_device(checkpoint, numerics, threads)
+        else:
+            accelerator = make_numerics(precision, accelerator_threads)
+            host, link = make_numerics(precision, threads - accelerator_threads), CopyLink(hardware.link_gb_s)
+            own = own_placement(placed, spec, rank)
+            self._device = emulated_device(checkpoint, accelerator, host, own, accelerator_threads, link)
+        groups = [
+            GlooPeers(name, store, rank, num_ranks, timeout_s=timeout_s, interface=interface)
+            for name in ("attention", "experts")
+        ]
+        self._groups = dict(zip(("attention", "experts"), groups, strict=True))
+        cache = KVCache(spec, num_kv_blocks, kv_block_tokens, numerics.kv_dtype, self._device.torch_device)
+        self._cache = SharedKV(cache, groups[0], spec, numerics.kv_dtype)
+        exchange = make_exchange(placed.exchange, groups[1], Wire(), owners(placed, spec))
+        executor = RankExecutor(self._device, self._cache, exchange, rank, num_ranks)
+        self.local = LocalWorker(executor, self._device.torch_device)
+        self._mapping = threading.Thread(target=checkpoint.populate, name="hybridlab-map", daemon=True)
+        self._mapping.start()
+
+    def wait_mapped(self) -> None:
+        """Wait until the weights' pages are mapped: benchmarks start from there."""
+        self._mapping.join()
+
+    def randomise_cache(self, seed: int) -> None:
+        """Fill the KV cache with random values, the same on every rank."""
+        self._cache.randomise(seed)
+
+    def traffic(self) -> dict[str, Traffic]:
+        """Bytes since the start: keys and values for "attention", and what goes to and from "experts"."""
+        return {name: replace(peers.traffic) for name, peers in self._groups.items()}
+
+
+def own_placement(placed: PlacementPlan, model: ModelSpec, rank: int) -> PlacementPlan:
+    """`placed` as a machine with one rank would have it, if the experts of other ranks were on another machine."""
+    ranks = {
+        (layer, e): int(placed.rank_of.get((layer, e), 0) != rank)
+        for layer in model.moe_layers
+        for e in range(model.num_experts)
+    }
+    return replace(placed, rank_of=ranks)
