@@ -22,6 +22,7 @@ from hybridlab.model.fp8_twin import FLOAT32_UNIT, HOPPER_UNIT, Scaled, error_bo
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 UNIT = FLOAT32_UNIT if INTERPRETED else HOPPER_UNIT
 # The interpreter cuts float32 to BF16 instead of rounding: up to a unit in the last place, which is 2^-7.
 CUT = 2.0**-7 if INTERPRETED else 0.0
