@@ -25,12 +25,14 @@ class Bench(Protocol):
     """What an experiment needs of a backend: made at no cost, loaded for some runs, closed.
 
     `exclusive_device` is what it must have alone while it is loaded, so that what it measures is its own; None for a
-    backend that measures nothing. `vocab` is known once it is loaded. After `close`, `load` makes it ready again.
+    backend that measures nothing. Without `needs_checkpoint`, none is made for it. `vocab` is known once it is loaded.
+    After `close`, `load` makes it ready again.
     """
 
     evidence: str
     exclusive_device: str | None
     vocab: int
+    needs_checkpoint: bool
 
     def check(self) -> None:
         """Raise what would stop every run of it (ConfigError, CheckpointError), before any run starts.
@@ -57,6 +59,7 @@ class EngineBench:
 
     # On whatever device the rest runs: experts of the host are computed by all cores, from memory that all share.
     exclusive_device: str | None = "cpu"
+    needs_checkpoint = True
 
     def __init__(self, config: ExperimentConfig, checkpoint: Path, placement: Any, overlap: Any, quiet: bool) -> None:
         self._given = config.engine.model_dump(exclude_none=True)
@@ -95,7 +98,16 @@ class EngineBench:
             engine.close()
 
 
-BACKENDS: dict[str, Callable[[ExperimentConfig, Path, Any, Any, bool], Bench]] = {"engine": EngineBench}
+def _simulator(config: ExperimentConfig, checkpoint: Path, placement: Any, overlap: Any, quiet: bool) -> Bench:
+    from hybridlab.simulated_bench import SimulatorBench
+
+    return SimulatorBench(config, checkpoint, placement, overlap, quiet)
+
+
+BACKENDS: dict[str, Callable[[ExperimentConfig, Path, Any, Any, bool], Bench]] = {
+    "engine": EngineBench,
+    "simulator": _simulator,
+}
 
 
 def check_backend(name: str) -> None:
@@ -116,14 +128,17 @@ def checkpoint_of(model: ModelConfig, results: Path, base: Path) -> Path:
         return folder
     from hybridlab.checkpoint.presets import preset_spec
     from hybridlab.checkpoint.routing import ROUTINGS
+    from hybridlab.simulator.shapes import public_models
 
-    preset_spec(model.preset or "", dtype=model.dtype, layers=model.layers)
+    if model.preset not in public_models():  # shapes that the simulator alone knows
+        preset_spec(model.preset or "", dtype=model.dtype, layers=model.layers)
     if model.routing not in ROUTINGS:
         raise CheckpointError(f"routing {model.routing!r} is unknown, expected one of {', '.join(ROUTINGS)}")
     recipe = model.model_dump(exclude={"path"})
     depth = f"-{model.layers}layers" if model.layers else ""
     routing = f"-{model.routing}" if model.routing != "uniform" else ""
-    name = f"{model.preset}-{model.dtype}{depth}{routing}-seed{model.seed}-{provenance.digest(recipe, 6)}"
+    preset = (model.preset or "").replace("/", "--")
+    name = f"{preset}-{model.dtype}{depth}{routing}-seed{model.seed}-{provenance.digest(recipe, 6)}"
     return results / CHECKPOINTS / name
 
 

@@ -77,6 +77,20 @@ class EngineConfig(Section):
     """Requests that begin with the same tokens share their KV blocks."""
 
 
+class SimulatorConfig(Section):
+    """What backend "simulator" simulates; the engine's section says how (device, sizes, threads)."""
+
+    machine: PathText = "rtx5090_2x_epyc9355"
+    """A packaged profile by name, or a .toml file."""
+    overrides: dict[str, float] = Field(default_factory=dict)
+    """Parameters of `hybridlab.simulator.machine.Machine` in place of the profile's."""
+    routing: PathText | None = None
+    """Recorded routing statistics (`RoutingStats.save`); None: each expert is as likely as another."""
+    expert_bits: float | None = Field(default=None, gt=0, le=64)
+    dense_bits: float | None = Field(default=None, gt=0, le=64)
+    """Bits per weight in place of the model's own."""
+
+
 def _slo(value: Any) -> Any:
     if isinstance(value, str):
         try:
@@ -103,6 +117,7 @@ class ExperimentConfig(Section):
     placement: Any = "all_host"
     overlap: Any = "sequential"
     engine: EngineConfig = EngineConfig()
+    simulator: SimulatorConfig = SimulatorConfig()
     slo: Annotated[SLO, BeforeValidator(_slo)] = SLO_PRESETS["paper"]
     repeats: int = Field(default=1, gt=0, le=1000)
     warmup_requests: int = Field(default=0, ge=0, le=1000)

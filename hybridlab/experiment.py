@@ -158,6 +158,8 @@ def _make_checkpoints(drafts: Sequence[Draft], backend: str, progress: bool) -> 
         with draft.config.named_errors():
             benches[-1].check()
     for draft, bench in zip(missing.values(), benches, strict=True):
+        if not bench.needs_checkpoint:
+            continue
         # Writing gigabytes beside another process's measurement would disturb it, too.
         with alone(bench.exclusive_device), draft.config.named_errors():
             make_missing(draft.config.model, draft.checkpoint, progress=progress)

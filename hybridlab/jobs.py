@@ -62,7 +62,7 @@ class Job:
     @cached_property
     def engine_key(self) -> str:
         """Jobs with equal keys share one loaded engine."""
-        own = {key: self.identity[key] for key in ("backend", "model", "engine")}
+        own = {key: self.identity.get(key) for key in ("backend", "model", "engine", "machine", "routing")}
         return provenance.digest(
             [own, self.identity["strategies"]["placement"], self.identity["strategies"]["overlap"]]
         )
@@ -70,7 +70,8 @@ class Job:
     def resolved(self) -> dict[str, Any]:
         """The config of this run with every default filled in."""
         config = self.draft.config
-        sections = {name: getattr(config, name).model_dump() for name in ("model", "workload", "engine")}
+        names = ("model", "workload", "engine", *(["simulator"] if self.identity["backend"] == "simulator" else []))
+        sections = {name: getattr(config, name).model_dump() for name in names}
         strategies = {kind: self.identity["strategies"][kind]["fields"] for kind in STRATEGIES}
         return {
             "experiment": config.experiment,
@@ -139,13 +140,9 @@ def _identity(draft: Draft, backend: str, once: Any) -> dict[str, Any]:
         key = ("trace", workload["kind"], path)
         workload["path"] = once(key, lambda: content_hash(config.workload, config.project_dir))
     versions = once("versions", provenance.versions)
-    gpu = config.engine.device == "cuda"
-    loaded = config.engine.model_dump_json()
-    thresholds = once(("thresholds", draft.checkpoint, loaded), lambda: _thresholds(draft))
     return {
-        **({"thresholds": thresholds} if thresholds else {}),
+        **_where(draft, backend, once),
         "backend": backend,
-        "model": once(("model", draft.checkpoint), lambda: provenance.checkpoint_hash(draft.checkpoint)),
         "workload": workload,
         "warmup_requests": config.warmup_requests,
         "engine": config.engine.model_dump(),
@@ -155,9 +152,25 @@ def _identity(draft: Draft, backend: str, once: Any) -> dict[str, Any]:
         },
         "code": provenance.code_hash(),
         "libraries": {name: versions.get(name) for name in ("python", "numpy", "torch")},
-        "machine": once(("machine", gpu), lambda: provenance.machine(gpu=gpu)),
         # The first of several is the run without repeats, so that raising `repeats` keeps it.
         "repeat": draft.repeat,
+    }
+
+
+def _where(draft: Draft, backend: str, once: Any) -> dict[str, Any]:
+    """The model and the machine, which backend "simulator" makes up: there, this one counts for nothing."""
+    config = draft.config
+    gpu, loaded = config.engine.device == "cuda", config.engine.model_dump_json()
+    if backend == "simulator":
+        from hybridlab.simulated_bench import simulated
+
+        key = ("simulated", draft.checkpoint, loaded, config.simulator.model_dump_json())
+        return once(key, lambda: simulated(config, draft.checkpoint).identity())
+    thresholds = once(("thresholds", draft.checkpoint, loaded), lambda: _thresholds(draft))
+    return {
+        **({"thresholds": thresholds} if thresholds else {}),
+        "model": once(("model", draft.checkpoint), lambda: provenance.checkpoint_hash(draft.checkpoint)),
+        "machine": once(("machine", gpu), lambda: provenance.machine(gpu=gpu)),
     }
 
 

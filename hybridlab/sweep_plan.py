@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridlab.backends import BACKENDS, check_backend, is_made
 from hybridlab.config import ExperimentConfig
+from hybridlab.errors import ConfigError
 from hybridlab.experiment import RETRY, Source, chosen
 from hybridlab.jobs import Draft, identify, make_drafts
 from hybridlab.prediction import EVIDENCE
@@ -132,6 +133,8 @@ def plan(
 
     config, results = chosen(config, {"scheduler": scheduler, "placement": placement, "overlap": overlap}, results_dir)
     check_backend(backend)
+    if backend == "simulator":
+        raise ConfigError("plan: backend 'simulator' takes no machine's time or memory worth planning; run it")
     drafts = make_drafts(config, results)
     jobs = {id(job.draft): job for job in identify([d for d in drafts if is_made(d.checkpoint)], backend)}
     stored = {} if force else find_runs(results / config.experiment, [job.run_id for job in jobs.values()])

@@ -39,6 +39,10 @@ class Micro:
     context: Number
     rows: Number
 
+    def shared(self, ranks: int) -> Micro:
+        """What one of `ranks` computes of it; the context is on all of them."""
+        return Micro(self.tokens / ranks, self.pairs / ranks, self.context, self.rows / ranks)
+
     @classmethod
     def of(cls, counts: Sequence[tuple[int, int, bool]]) -> Micro:
         """From (new tokens, tokens before them, wants a token) of each request."""
@@ -82,7 +86,11 @@ class Chosen:
 
 @dataclass(frozen=True, eq=False)
 class OpClass:
-    """Ops that take the same time in one step. `num_experts` are those of a load, `ranks` those of a collective."""
+    """Ops that take the same time in one step. `num_experts` are those of a load.
+
+    A step of several `ranks` shares its tokens out to them, evenly: an op computes its rank's own unless it computes
+    `all_tokens` (experts; the router of exchange "small_ep"). A collective sends each own token as `rows` rows.
+    """
 
     kind: str
     on_cpu: bool
@@ -90,6 +98,8 @@ class OpClass:
     num_experts: int = 0
     chosen: Chosen | None = None
     ranks: int = 1
+    rows: float = 0.0
+    all_tokens: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,9 +117,7 @@ def cost_model(machine: Machine, shape: ModelShape, micros: Sequence[Micro], xp:
     """The cost of each class of ops for microbatches `micros`. Raises `PlanError` for an op kind that is unknown."""
     m, s = machine, shape
     dense_bytes, expert_bytes = s.dense_bits / 8, s.expert_weights * s.expert_bits / 8
-    everyone = SimpleNamespace(
-        tokens=sum(each.tokens for each in micros), rows=sum(each.rows for each in micros)
-    )  # of the head, which is one op for all microbatches
+    rows = sum(each.rows for each in micros)  # of the head, which is one op for all microbatches
     cpu_bytes_s = m.host_peak_gb_s * m.host_read_efficiency * 1e9
     cpu_flop_s = m.cpu_tflops * m.cpu_flop_efficiency * 1e12
     gpu_bytes_s = m.gpu_read_gb_s * m.gpu_read_efficiency * 1e9
@@ -121,10 +129,17 @@ def cost_model(machine: Machine, shape: ModelShape, micros: Sequence[Micro], xp:
             return Cost(m.cpu_op_us * 1e-6 + more_s + busy_s, num_bytes)
         return Cost(m.gpu_op_us * 1e-6 + xp.maximum(num_bytes / gpu_bytes_s, flop / gpu_flop_s), 0.0)
 
-    def linear(one: OpClass, micro: Any, weights: Number, bits: Number) -> Cost:
+    def linear(one: OpClass, micro: Micro, weights: Number, bits: Number) -> Cost:
         return compute(one.on_cpu, weights * bits / 8, 2 * micro.tokens * weights)
 
     def attention(one: OpClass, micro: Micro) -> Cost:
+        cost = attend(one, micro)
+        if one.ranks == 1:
+            return cost
+        sent = micro.tokens * s.kv_bytes * (one.ranks - 1)  # every rank keeps the keys and values of all tokens
+        return Cost(cost.alone_s + m.net_latency_us * 1e-6 + sent / (m.net_gb_s * 1e9), cost.dram_bytes)
+
+    def attend(one: OpClass, micro: Micro) -> Cost:
         num_bytes = s.attention_weights * dense_bytes + micro.context * s.kv_bytes
         earlier = 2 * (micro.context - micro.tokens) * s.expand_weights  # new tokens: among attention_weights
         pairs = xp.minimum(micro.pairs * s.pair_flop, micro.pairs * s.pair_flop_expanded + earlier)
@@ -147,7 +162,7 @@ def cost_model(machine: Machine, shape: ModelShape, micros: Sequence[Micro], xp:
         return compute(one.on_cpu, num_bytes, 2 * micro.tokens * s.shared_weights)
 
     def collective(one: OpClass, micro: Micro) -> Cost:
-        sent = 2 * micro.tokens * s.hidden * (one.ranks - 1)  # to each of the others, its [T, H] in BF16
+        sent = micro.tokens * one.rows * s.hidden * m.wire_bytes
         return Cost(m.net_latency_us * 1e-6 + sent / (m.net_gb_s * 1e9), 0.0)
 
     def embed(one: OpClass, micro: Micro) -> Cost:
@@ -155,7 +170,7 @@ def cost_model(machine: Machine, shape: ModelShape, micros: Sequence[Micro], xp:
 
     def head(one: OpClass, micro: Micro) -> Cost:
         weights = s.vocab * s.hidden
-        return compute(one.on_cpu, weights * s.head_bits / 8, 2 * everyone.rows * weights)
+        return compute(one.on_cpu, weights * s.head_bits / 8, 2 * rows / one.ranks * weights)
 
     kinds: dict[str, Callable[[OpClass, Micro], Cost]] = {
         "embed": embed,
@@ -166,6 +181,7 @@ def cost_model(machine: Machine, shape: ModelShape, micros: Sequence[Micro], xp:
         "load": load,
         "combine": combine,
         "all_gather": collective,
+        "dispatch": collective,
         "reduce": collective,
         "head": head,
     }
@@ -173,7 +189,8 @@ def cost_model(machine: Machine, shape: ModelShape, micros: Sequence[Micro], xp:
     def cost(one: OpClass) -> Cost:
         if one.kind not in kinds:
             raise PlanError(f"op kind {one.kind!r} is unknown to the cost model, expected one of {', '.join(kinds)}")
-        return kinds[one.kind](one, micros[one.microbatch])
+        micro = micros[one.microbatch]
+        return kinds[one.kind](one, micro if one.all_tokens else micro.shared(one.ranks))
 
     return cost
 

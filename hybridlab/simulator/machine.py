@@ -62,6 +62,7 @@ class Machine:
     handoff_cpu_to_gpu_us: float = _parameter("us from the CPU's lane to a GPU queue", ASSUMED, 10.0)
     handoff_stream_us: float = _parameter("us between queues of a GPU (an event)", ASSUMED, 2.0)
     net_gb_s: float = _parameter("GB/s between GPUs, each", ASSUMED + " (through host memory)", 20.0, above=True)
+    wire_bytes: float = _parameter("bytes per value between GPUs", "BF16; 4 for the float32 of the engine's ranks", 2.0)
     net_latency_us: float = _parameter("us per collective", ASSUMED, 30.0)
 
     @property

@@ -52,17 +52,19 @@ def tabulate(program: Program, routes: Routes) -> Table:
     found: list[OpClass] = []
     cls, needs = [], []
     arrived = _arrived(ops)
-    least = program.shape.path.min_tokens
+    least, exchange = program.shape.path.min_tokens, program.shape.placement.exchange
+    ranks, small = len(program.shape.ranks), exchange == "small_ep"
+    rows = routes.rows_sent(exchange, ranks)
     for i, op in enumerate(ops):
         chosen = None
         if op.kind == "experts":
             chosen = routes.chosen(op.layer, op.experts, arrived.get((op.rank, op.layer), frozenset()), least, op.tier)
         on_cpu = op.lane.kind is LaneKind.CPU
-        ranks = len(program.shape.ranks)
+        everyone = op.kind in ("experts", "load") or (op.kind == "router" and small)
         key = (op.kind, on_cpu, op.microbatch, len(op.experts) * (op.kind == "load"), id(chosen))
         if key not in classes:
             classes[key] = len(found)
-            found.append(OpClass(op.kind, on_cpu, op.microbatch, key[3], chosen, ranks))
+            found.append(OpClass(op.kind, on_cpu, op.microbatch, key[3], chosen, ranks, rows, everyone or ranks == 1))
         cls.append(classes[key])
         needs.append(tuple((index[need], _handoff(ops[index[need]].lane, op.lane)) for need in op.needs))
         if any(need >= i for need, _ in needs[-1]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import comb
 
 import numpy as np
 
@@ -21,6 +22,7 @@ class Routes:
 
     def __init__(self, model: ModelSpec, routing: RoutingStats | None = None) -> None:
         experts, top_k = model.num_experts, model.top_k
+        self._experts, self._top_k = experts, top_k
         self.layers = model.moe_layers
         self.share_LE = np.full((len(self.layers), experts), top_k / max(1, experts))
         known = dict(zip(routing.layers, routing.counts, strict=True)) if routing is not None else {}
@@ -45,6 +47,19 @@ class Routes:
         if key not in self._known:
             self._known[key] = Chosen(pairs[0], counts.astype(np.float64), pairs[1], host)
         return self._known[key]
+
+    def rows_sent(self, exchange: str, ranks: int) -> float:
+        """Rows that a token is sent to other ranks as, on average, where each of them has as many experts as another.
+
+        To all of them ("small_ep"), once for each route that leads there, or once for each rank that a route leads to.
+        """
+        experts, top_k = self._experts, self._top_k
+        if exchange == "dispatch_per_route":
+            return top_k * (ranks - 1) / ranks
+        if exchange == "dispatch_per_rank":
+            elsewhere = experts - experts // ranks
+            return (ranks - 1) * (1 - comb(elsewhere, top_k) / comb(experts, top_k))
+        return float(ranks - 1)
 
 
 def _probabilities(counts: np.ndarray, top_k: int) -> np.ndarray:

@@ -25,6 +25,7 @@ class FakeBench:
     hook: Callable[[str, FakeBench, int | None], None] = staticmethod(lambda what, bench, count: None)
     evidence = "measured"
     exclusive_device: str | None = None
+    needs_checkpoint = True
     vocab = 1000
 
     def __init__(self, config: Any, checkpoint: Path, placement: Any, overlap: Any, quiet: bool) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from hypothesis import strategies as st
 
 from hybridlab.lowering import Planner
-from hybridlab.plans import ExpertPath, Move, PlacementPlan, Program, StepPlan, Tier
+from hybridlab.plans import EXCHANGES, ExpertPath, Move, PlacementPlan, Program, StepPlan, Tier
 from hybridlab.routing import RoutingStats
 from hybridlab.simulator.cost_model import Micro
 from hybridlab.simulator.machine import Machine, load_profile
@@ -30,7 +30,7 @@ class Fixed:
     """A placement that is what it is given."""
 
     plan: PlacementPlan
-    path: ExpertPath = ExpertPath()
+    path: ExpertPath
 
     def place(self, model: ModelSpec, hardware: HardwareSpec, routing: RoutingStats) -> PlacementPlan:
         return self.plan
@@ -56,8 +56,8 @@ def programs(draw, *, model: ModelSpec = MODEL, ranks: int = 2) -> Program:
         tier_of[draw(st.sampled_from(model.moe_layers)), 0] = draw(st.sampled_from(list(Tier)))
     both = draw(st.integers(1, ranks)) == 2
     rank_of = {(layer, e): e % 2 for layer in model.moe_layers for e in range(model.num_experts)} if both else {}
-    parts = draw(st.integers(1, 3))
-    plan = PlacementPlan(Tier.HOST, tier_of, rank_of, ring_slots=draw(st.integers(3, 7)), parts_per_layer=parts)
+    parts, slots, exchange = draw(st.integers(1, 3)), draw(st.integers(3, 7)), draw(st.sampled_from(EXCHANGES))
+    plan = PlacementPlan(Tier.HOST, tier_of, rank_of, slots, parts, exchange)
     prefetch = draw(st.sampled_from([None, (), (frozenset({0, 3, 5}),) * model.num_layers]))
     path = ExpertPath(prefetch, draw(st.sampled_from([0, 2])))
     # Over ranks, `sequential` chains what must meet, and `dual_batch` does not arrange what streams: both are refused.
@@ -76,6 +76,4 @@ def machines(draw) -> Machine:
     return replace(SLOW, **changed, host_shared_ratio=draw(st.floats(1.0, 1.5)))
 
 
-micros = st.builds(
-    lambda n, context: Micro.decode(float(n), float(context)), st.integers(1, 300), st.integers(0, 5000)
-)
+micros = st.builds(lambda n, context: Micro.decode(float(n), float(context)), st.integers(1, 300), st.integers(0, 5000))

@@ -115,6 +115,17 @@ def test_every_kind_of_a_plan_has_a_finite_cost(machine, micro, kind, on_cpu):
     assert isfinite(cost.alone_s) and cost.alone_s > 0 and isfinite(cost.dram_bytes) and cost.dram_bytes >= 0
 
 
+def test_ranks_share_tokens_and_send_what_the_exchange_says():
+    micro = Micro.prefill(100.0)
+    alone, two = (of("attention", micro, ranks=n, all_tokens=n == 1).alone_s for n in (1, 2))
+    assert two < alone
+    routes, wire = Routes(MODEL), MODEL.hidden * ROUND.wire_bytes / (ROUND.net_gb_s * 1e9)
+    for exchange, rows in (("small_ep", 1.0), ("dispatch_per_route", 1.0), ("dispatch_per_rank", 1 - 6 / 28)):
+        assert routes.rows_sent(exchange, 2) == pytest.approx(rows)
+        sent = of("reduce", micro, ranks=2, rows=rows, all_tokens=False)
+        assert sent.alone_s == pytest.approx(ROUND.net_latency_us * 1e-6 + 50 * rows * wire)
+
+
 def test_an_unknown_kind_is_refused_by_name():
     with pytest.raises(PlanError, match="op kind 'dream' is unknown to the cost model, expected one of embed"):
         of("dream", Micro.decode(1.0, 0.0))
@@ -151,7 +162,7 @@ def test_a_model_that_no_memory_holds_is_refused_with_the_numbers():
     with pytest.raises(MemoryBudgetError, match=r"6\d\d\.\d GB of the host's memory needed, 192.0 GB there"):
         require_room(small, V3, V3_SHAPE, PlacementPlan(), gpu=False)
     require_room(paper, V3, V3_SHAPE, PlacementPlan(), gpu=True)
-    with pytest.raises(MemoryBudgetError, match="of the GPU's memory needed, 32.0 GB there"):
+    with pytest.raises(MemoryBudgetError, match=r"of the GPU's memory needed, 32\.0 GB there"):
         require_room(paper, V3, V3_SHAPE, PlacementPlan(Tier.RESIDENT), gpu=True)
     with pytest.raises(MemoryBudgetError, match="of the GPU's memory"):
         require_room(paper, V3, V3_SHAPE, PlacementPlan(Tier.STREAMED, ring_slots=2), gpu=True)

@@ -1,0 +1,122 @@
+"""`hl.run(..., backend="simulator")`: a config in, the same tables out, nothing measured and no checkpoint made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hybridlab import experiment, provenance
+from hybridlab.errors import ConfigError, HybridlabError, MemoryBudgetError
+from hybridlab.routing import RoutingStats
+from hybridlab.sweep_plan import plan
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").write_text("")
+    return {
+        "experiment": "simulated",
+        "model": {"preset": "tiny"},
+        "workload": {"kind": "poisson", "num_requests": 6, "rate_req_s": 50.0, "prompt_tokens": 64, "output_tokens": 5},
+        "overlap": "prefetch",
+    }
+
+
+def run(config: dict[str, Any], **keys: Any) -> experiment.ExperimentResult:
+    return experiment.run(config, backend="simulator", **{"progress": False, **keys})
+
+
+def test_a_run_has_the_tables_of_an_engine_run(lab, tmp_path):
+    result = run(lab)
+    (row,) = result.summary.to_dict("records")
+    assert (row["completed"], row["evidence"], row["backend"]) == (6, "simulated", "simulator")
+    assert row["machine"] == "rtx5090_2x_epyc9355 (simulated), 64 cores"
+    assert row["total_output_tokens"] == 30 and row["median_ttft_s"] > 0 and row["median_tpot_s"] > 0
+    assert np.isfinite([row["p99_ttft_s"], row["output_tokens_per_s"], row["request_goodput_req_s"]]).all()
+    assert set(result.spans["kind"]) >= {"attention", "router", "experts", "combine", "head"}
+    assert not (tmp_path / "results" / "checkpoints").exists()
+    again = run(lab)
+    assert again.cached == (row["run_id"],)
+    forced = run(lab, force=True)
+    times = [np.concatenate(each.requests["token_times_s"].tolist()).tolist() for each in (result, forced)]
+    assert len(times[0]) == 30 and times[0] == times[1]
+
+
+def test_the_id_of_a_run_does_not_know_the_machine_that_it_ran_on(lab, monkeypatch):
+    first = run(lab).summary["run_id"][0]
+    monkeypatch.setattr(provenance, "machine", lambda gpu=False: {"cpu": "another", "cores": 3})
+    assert run(lab).cached == (first,)
+    faster = run({**lab, "simulator": {"overrides": {"host_peak_gb_s": 2000.0}}})
+    assert faster.summary["run_id"][0] != first
+    assert faster.summary["median_tpot_s"][0] <= run(lab).summary["median_tpot_s"][0]
+
+
+def test_machines_and_strategies_are_swept_in_one_table(lab):
+    machines = ["rtx5090_2x_epyc9355", "rtx3090_desktop", "desktop"]
+    sweep = {"simulator.machine": machines, "scheduler": ["fcfs", {"name": "chunked_prefill", "chunk_tokens": 16}]}
+    summary = run({**lab, "model": {"preset": "qwen3-30b-a3b"}, "sweep": sweep}).summary
+    assert len(summary) == 6 and summary["run_id"].is_unique
+    tpot_s = summary.groupby("simulator.machine")["median_tpot_s"].max()
+    assert (
+        tpot_s["rtx5090_2x_epyc9355"] < tpot_s["desktop"] and tpot_s["rtx5090_2x_epyc9355"] < tpot_s["rtx3090_desktop"]
+    )
+
+
+def test_a_model_that_nobody_can_load_is_simulated(lab):
+    config = {
+        **lab,
+        "model": {"preset": "deepseek-ai/DeepSeek-V3"},
+        "workload": {"kind": "offline", "num_requests": 1, "prompt_tokens": 512, "output_tokens": 9},
+    }
+    (row,) = run(config).summary.to_dict("records")
+    assert 15 < 1 / row["median_tpot_s"] < 40  # the paper's machine measured 21.5 tokens/s
+    with pytest.raises(HybridlabError, match="deepseek-ai/DeepSeek-V3"):
+        experiment.run(config, progress=False)
+    with pytest.raises(MemoryBudgetError, match=r"the simulated machine: 6.* GB of the host's .* 192\.0 GB"):
+        run({**config, "simulator": {"machine": "rtx4090_desktop"}})
+
+
+def test_recorded_routing_and_bits_decide_the_time_of_a_step(lab, tmp_path):
+    layers = (1, 2, 3)
+    RoutingStats(((900,) * 4 + (1,) * 12,) * 3, "skewed", layers).save(tmp_path / "skewed.safetensors")
+    slow = {"host_peak_gb_s": 0.5, "cpu_op_us": 0.0}
+    base, skewed, bits = (
+        run({**lab, "simulator": {"overrides": slow, **more}}).summary["p99_tpot_s"][0]
+        for more in ({}, {"routing": "skewed.safetensors"}, {"expert_bits": 4.0})
+    )
+    assert skewed < 0.95 * base and bits < 0.95 * base
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"simulator": {"machine": "cray"}}, "machine 'cray' is unknown"),
+        ({"simulator": {"machine": "none.toml"}}, "cannot be read"),
+        ({"simulator": {"overrides": {"link_gb_s": 0.0}}}, "link_gb_s is 0.0, a GPU needs a rate above 0"),
+        ({"simulator": {"overrides": {"speed": 1.0}}}, "unknown 'speed'"),
+        ({"simulator": {"overrides": {"host_peak_gb_s": -1.0}}}, "host_peak_gb_s is -1.0"),
+        ({"simulator": {"expert_bits": 0}}, "simulator.expert_bits"),
+        ({"simulator": {"machine": "desktop"}, "engine": {"device": "cuda"}}, "the machine has no GPU"),
+        ({"engine": {"device": "emulated"}}, "expects 'cpu' or 'cuda'"),
+        ({"simulator": {"routing": "none.safetensors"}}, "cannot be read as routing statistics"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused_by_name(lab, change, message):
+    with pytest.raises(ConfigError, match=message):
+        run({**lab, **change})
+
+
+def test_a_simulation_is_not_planned(lab):
+    with pytest.raises(ConfigError, match="plan: backend 'simulator'"):
+        plan(lab, backend="simulator")
+
+
+def test_the_manifest_says_what_was_simulated(lab):
+    manifest = json.loads((run(lab).paths[0] / "manifest.json").read_text())
+    assert manifest["evidence"] == "simulated" and manifest["machine"]["link_gb_s"] == 54.5
+    assert manifest["config"]["simulator"]["machine"] == "rtx5090_2x_epyc9355"
