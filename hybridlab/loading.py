@@ -90,7 +90,9 @@ def load(
         check_unused({"vram_gb": vram_gb}, device)
     placement, overlap = resolve("placement", placement), resolve("overlap", overlap)
     in_files = not isinstance(path, Checkpoint)
-    check_ranks(ranks, device, weight_layout=weight_layout, worker=worker, in_files=in_files, placement=placement)
+    check_ranks(
+        ranks, exchange, device, weight_layout=weight_layout, worker=worker, in_files=in_files, placement=placement
+    )
     hardware = detect(gpu=device == "cuda")
     num_threads = check_threads(threads_of_rank(threads, ranks, device, hardware.num_cores), hardware)
     if device == "emulated":

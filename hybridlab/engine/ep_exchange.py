@@ -147,12 +147,13 @@ class DispatchPerRoute:
         return total.to(partial_RH.dtype)
 
 
-EXCHANGES = {"small_ep": SmallEP, "dispatch_per_route": DispatchPerRoute, "dispatch_per_rank": DispatchPerRank}
-
-
-def make_exchange(name: str, peers: Peers, wire: Wire, owners: Mapping[int, torch.Tensor]) -> Exchange:
-    """`name` is one of `plans.EXCHANGES`."""
-    return SmallEP(peers, wire) if name == "small_ep" else EXCHANGES[name](peers, wire, owners)
+def make_exchanges(peers: Peers, wire: Wire, owners: Mapping[int, torch.Tensor]) -> dict[str, Exchange]:
+    """Each of `plans.EXCHANGES`, over one group of ranks: a program says which it uses."""
+    return {
+        "small_ep": SmallEP(peers, wire),
+        "dispatch_per_route": DispatchPerRoute(peers, wire, owners),
+        "dispatch_per_rank": DispatchPerRank(peers, wire, owners),
+    }
 
 
 def owners(placed: PlacementPlan, model: ModelSpec) -> dict[int, torch.Tensor]:

@@ -24,11 +24,13 @@ from hybridlab.engine.worker import EngineBackend, StepFailed
 from hybridlab.engine.worker_main import PACKAGE, SEED
 from hybridlab.errors import ConfigError, HybridlabError, StrategyError
 from hybridlab.model.numerics import make_numerics
-from hybridlab.plans import PlacementPlan, Program, RequestId
+from hybridlab.plans import EXCHANGES, PlacementPlan, Program, RequestId
 from hybridlab.spec import HardwareSpec, ModelSpec
 
 COMMAND = (sys.executable, "-P", "-m", "hybridlab.engine.rank_main")
 MOST_RANKS = 8
+TIMEOUT_S = 300.0
+"""More than a layer of the longest prompt takes any rank."""
 
 
 class Ranks:
@@ -54,7 +56,7 @@ class Ranks:
         kv_block_tokens: int,
         memory_gb: float | None,
         quiet: bool,
-        timeout_s: float = 300.0,
+        timeout_s: float | None = None,
         interface: str = LOOPBACK,
     ) -> None:
         spec = checkpoint.spec
@@ -89,7 +91,7 @@ class Ranks:
             "accelerator_threads": accelerator_threads,
             "num_kv_blocks": self.num_kv_blocks,
             "kv_block_tokens": kv_block_tokens,
-            "timeout_s": timeout_s,
+            "timeout_s": TIMEOUT_S if timeout_s is None else timeout_s,
             "interface": interface,
         }
         setup = {
@@ -151,13 +153,17 @@ class Ranks:
         self._group.close()
 
 
-def check_ranks(ranks: Any, device: str, *, weight_layout: str, worker: str, in_files: bool, placement: Any) -> None:
-    """Raises `ConfigError` or `StrategyError` for a number of ranks that cannot be, or what does not go with several.
+def check_ranks(
+    ranks: Any, exchange: Any, device: str, *, weight_layout: str, worker: str, in_files: bool, placement: Any
+) -> None:
+    """Raises `ConfigError` or `StrategyError` for ranks or an exchange that cannot be, or what does not go with ranks.
 
     `in_files`: whether the checkpoint is given as a folder, that each rank can open.
     """
     if not isinstance(ranks, int) or isinstance(ranks, bool) or not 1 <= ranks <= MOST_RANKS:
         raise ConfigError(f"ranks is {ranks!r}, expected an int from 1 to {MOST_RANKS}")
+    if exchange not in EXCHANGES:
+        raise ConfigError(f"exchange is {exchange!r}, expected one of {', '.join(EXCHANGES)}")
     if ranks == 1:
         return
     if device == "cuda":
@@ -183,12 +189,9 @@ def threads_of_rank(threads: int | None, ranks: int, device: str, num_cores: int
 def spread(placed: PlacementPlan, model: ModelSpec, ranks: int, exchange: str, placement_name: str) -> PlacementPlan:
     """`placed` with the experts of each layer on `ranks` ranks, neighbours together, as many on each as can be.
 
-    A plan that has ranks already keeps them.
-
-    Raises `ConfigError` for fewer experts than ranks, `StrategyError` for a rank that there is not.
+    With fewer experts than ranks, some ranks compute attention alone. A plan that has ranks already keeps them.
+    Raises `StrategyError` for a rank that there is not.
     """
-    if ranks > model.num_experts:
-        raise ConfigError(f"ranks is {ranks}, expected at most the {model.num_experts} experts of a layer")
     rank_of = dict(placed.rank_of) or {
         (layer, e): e * ranks // model.num_experts for layer in model.moe_layers for e in range(model.num_experts)
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,12 +26,14 @@ from hybridlab.plans import Move, Op, Program, RequestId, Span, Tier
 class RankExecutor:
     """As `engine.executor.Executor`, of the ops of one rank; all ranks are given the same steps.
 
-    Two groups of ranks are used: `cache` exchanges keys and values on the lane that computes, `exchange` runs on the
-    NET lane. A rank without tokens takes part in both.
+    Two groups of ranks are used: `cache` exchanges keys and values on the lane that computes; the one of `exchanges`
+    that the program's placement names runs on the NET lane. A rank without tokens takes part in both.
     """
 
-    def __init__(self, device: Device, cache: SharedKV, exchange: Exchange, rank: int, num_ranks: int) -> None:
-        self._device, self._cache, self._exchange = device, cache, exchange
+    def __init__(
+        self, device: Device, cache: SharedKV, exchanges: Mapping[str, Exchange], rank: int, num_ranks: int
+    ) -> None:
+        self._device, self._cache, self._exchanges = device, cache, exchanges
         self._rank, self._num_ranks = rank, num_ranks
         self._executor = Executor(device, cache)
         self._own: WeakKeyDictionary[Program, Program] = WeakKeyDictionary()
@@ -92,6 +94,7 @@ class RankExecutor:
 
     def _execute_for(self, program: Program, states: list[_State], *, all_rows: bool) -> Execute:
         plain = self._executor.execute_for(program, [state.micro for state in states], all_rows=all_rows)
+        exchange = self._exchanges[program.shape.placement.exchange]
 
         def execute(op: Op) -> None:
             state = states[op.microbatch]
@@ -105,12 +108,11 @@ class RankExecutor:
                         self._cache.write_nothing(op.layer)
                 case "all_gather":
                     state.own_TH = micro.x_TH
-                    micro.x_TH = self._exchange.gather(micro.x_TH, state.shares.sizes)
+                    micro.x_TH = exchange.gather(micro.x_TH, state.shares.sizes)
                 case "dispatch":
                     state.own_TH = micro.x_TH
-                    routed, state.trip = self._exchange.dispatch(
-                        op.layer, micro.routed[Tier.RESIDENT], state.shares.sizes
-                    )
+                    routed = micro.routed[Tier.RESIDENT]
+                    routed, state.trip = exchange.dispatch(op.layer, routed, state.shares.sizes)
                     micro.routed = self._executor.by_tier(op.layer, routed, program)
                 case "reduce":
                     rows = len(micro.routed[Tier.RESIDENT].x_TH)
@@ -118,7 +120,7 @@ class RankExecutor:
                     for _, part in sorted(micro.parts.items()):
                         partial = partial + part
                     trip = state.shares.sizes if state.trip is None else state.trip
-                    micro.parts = {op.id: self._exchange.reduce(partial, trip)}
+                    micro.parts = {op.id: exchange.reduce(partial, trip)}
                     micro.x_TH, state.trip = state.own_TH, None
                 case "load" | "head" | "combine":
                     plain(op)

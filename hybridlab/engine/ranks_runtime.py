@@ -10,7 +10,7 @@ from torch._C._distributed_c10d import Store
 from hybridlab.checkpoint import Checkpoint
 from hybridlab.engine.collectives import GlooPeers, Traffic
 from hybridlab.engine.devices import Device, cpu_device, emulated_device
-from hybridlab.engine.ep_exchange import Wire, make_exchange, owners
+from hybridlab.engine.ep_exchange import Wire, make_exchanges, owners
 from hybridlab.engine.kv_cache import KVCache
 from hybridlab.engine.link import CopyLink
 from hybridlab.engine.ranks_cache import SharedKV
@@ -55,15 +55,14 @@ class RankRuntime:
             host, link = make_numerics(precision, threads - accelerator_threads), CopyLink(hardware.link_gb_s)
             own = own_placement(placed, spec, rank)
             self._device = emulated_device(checkpoint, accelerator, host, own, accelerator_threads, link)
-        groups = [
-            GlooPeers(name, store, rank, num_ranks, timeout_s=timeout_s, interface=interface)
+        self._groups = {
+            name: GlooPeers(name, store, rank, num_ranks, timeout_s=timeout_s, interface=interface)
             for name in ("attention", "experts")
-        ]
-        self._groups = dict(zip(("attention", "experts"), groups, strict=True))
+        }
         cache = KVCache(spec, num_kv_blocks, kv_block_tokens, numerics.kv_dtype, self._device.torch_device)
-        self._cache = SharedKV(cache, groups[0], spec, numerics.kv_dtype)
-        exchange = make_exchange(placed.exchange, groups[1], Wire(), owners(placed, spec))
-        executor = RankExecutor(self._device, self._cache, exchange, rank, num_ranks)
+        self._cache = SharedKV(cache, self._groups["attention"], spec, numerics.kv_dtype)
+        exchanges = make_exchanges(self._groups["experts"], Wire(), owners(placed, spec))
+        executor = RankExecutor(self._device, self._cache, exchanges, rank, num_ranks)
         self.local = LocalWorker(executor, self._device.torch_device)
         self._mapping = threading.Thread(target=checkpoint.populate, name="hybridlab-map", daemon=True)
         self._mapping.start()

@@ -9,7 +9,7 @@ from ranks_in_threads import on_ranks
 
 from hybridlab.engine import ep_traffic
 from hybridlab.engine.collectives import Traffic
-from hybridlab.engine.ep_exchange import Wire, make_exchange
+from hybridlab.engine.ep_exchange import Wire, make_exchanges
 from hybridlab.errors import StrategyError
 from hybridlab.lowering import lower
 from hybridlab.model.base import Routed
@@ -61,7 +61,7 @@ def through(name: str, size: int, wire: Wire, layer: Layer) -> list[tuple[torch.
     owner = rank_of(size)
 
     def work(peers):
-        exchange = make_exchange(name, peers, wire, {0: torch.from_numpy(owner)})
+        exchange = make_exchanges(peers, wire, {0: torch.from_numpy(owner)})[name]
         routed = layer.router(exchange.gather(layer.x[peers.rank], layer.sizes))
         moved, trip = exchange.dispatch(0, routed, layer.sizes)
         mine = set(np.flatnonzero(owner == peers.rank).tolist())
