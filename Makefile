@@ -68,5 +68,5 @@ else
 endif
 	$(PIP) install -q -c $(VENV)/constraints.txt meson-python meson ninja Cython
 	$(PIP) install -q -c $(VENV)/constraints.txt --no-build-isolation \
-	    --config-settings=build-dir=$(VENV)/build --editable ".[test,notebooks]"
+	    --config-settings=build-dir=$(VENV)/build --editable ".[test,notebooks,jax]"
 	touch $@

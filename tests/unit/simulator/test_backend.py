@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,14 @@ def requests(count=6, prompt=40, output=8, gap_s=0.002):
 
 
 def simulate(
-    scheduler="fcfs", placement="all_host", overlap="prefetch", *, workers=("main",), machine=SLOW, given=None, keep=64
+    scheduler: Any = "fcfs",
+    placement: Any = "all_host",
+    overlap="prefetch",
+    *,
+    workers=("main",),
+    machine=SLOW,
+    given=None,
+    keep=64,
 ) -> tuple[Served, SimulatorBackend]:
     placement = resolve("placement", placement)
     placed = placement.place(MODEL, HARDWARE, SKEWED)
@@ -93,7 +101,7 @@ def test_a_long_prefill_does_not_block_the_decoding_worker():
     served, _ = simulate(Apart(), workers=("prefill", "decode"), given=given, keep=10**6)
     assert all(record.status is Status.FINISHED for record in served.records)
     short, long = served.records
-    began_s, first_s = long.first_scheduled_s, long.token_times_s[0]
+    began_s, first_s = long.first_scheduled_s or 0.0, long.token_times_s[0]
     between = [time for time in short.token_times_s if began_s < time < first_s]
     assert len(between) >= 2
     workers = {span.op.lane.worker for span in served.spans}
@@ -107,6 +115,7 @@ def test_two_workers_slow_each_other_by_the_dram_they_share():
     short, long = served.records
     gaps = np.diff(short.token_times_s)
     at = np.array(short.token_times_s[1:])
+    assert long.first_scheduled_s is not None and long.finished_s is not None
     beside = (at - gaps > long.first_scheduled_s) & (at < long.token_times_s[0])
     after = at - gaps > long.finished_s
     assert beside.sum() >= 2 and after.sum() >= 2
