@@ -55,6 +55,8 @@ class StepResult:
 
 def split(entries: Sequence[Entry], count: int) -> list[tuple[Entry, ...]]:
     """The microbatches of a step: `count` runs of about equal token counts, none empty (there are `count` entries)."""
+    if count == 1:
+        return [tuple(entries)]
     total = sum(len(entry.token_ids) for entry in entries)
     groups: list[list[Entry]] = [[]]
     done = 0

@@ -39,6 +39,8 @@ class BlockPool:
 
     def grow(self, table: list[int], num_tokens: int) -> None:
         """Extend `table` in place until it holds `num_tokens`; raises `MemoryError` if blocks run out."""
+        if len(table) * self.block_tokens >= num_tokens:
+            return
         missing = self.blocks_for(num_tokens) - len(table)
         if missing > len(self._free) + len(self._kept):
             raise MemoryError(f"KV cache: {missing} blocks wanted, {len(self._free) + len(self._kept)} free")

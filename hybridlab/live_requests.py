@@ -17,7 +17,8 @@ from hybridlab.request import RequestRecord
 
 @dataclass
 class Live:
-    """One request. `tokens` are prompt and output; `computed` of them are in the blocks of `table`.
+    """One request, the `number`th that arrived. `tokens` are prompt and output; `computed` of them are in the blocks of
+    `table`.
 
     `keys` are those of its full blocks in the prefix cache, `entered` of its own blocks are known there. `found` counts
     the blocks of others that it will share when it starts.
@@ -25,6 +26,7 @@ class Live:
 
     record: RequestRecord
     tokens: list[int]
+    number: int = 0
     computed: int = 0
     table: list[int] = field(default_factory=list)
     in_flight: bool = False
@@ -32,6 +34,11 @@ class Live:
     entered: int = 0
     found: int = 0
     seen: WaitingRequest | RunningRequest | None = None
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """Arrivals in their order. One that follows another may get to know its arrival late."""
+        return self.record.arrival_s or 0.0, self.number
 
     @property
     def is_running(self) -> bool:
@@ -68,8 +75,8 @@ class Live:
 
 def views(lives: Iterable[Live], pool: BlockPool, prefixes: Prefixes) -> list[WaitingRequest | RunningRequest]:
     """The requests that are not in flight: running before waiting, each by arrival."""
-    # Those in flight count as ahead of all others. One that follows another may get to know its arrival late.
-    ranked = sorted(lives, key=lambda live: (not live.in_flight, not live.is_running, live.record.arrival_s))
+    # Those in flight count as ahead of all others.
+    ranked = sorted(lives, key=lambda live: (not live.in_flight, not live.is_running, live.rank))
     shared = _shared_blocks(ranked, pool, prefixes)
     size = pool.block_tokens
     pairs = zip(ranked, shared, strict=True)
@@ -90,6 +97,9 @@ def _shared_blocks(ranked: Sequence[Live], pool: BlockPool, prefixes: Prefixes) 
             if behind and behind[0] is live:
                 behind.pop(0)
                 late = _held(behind)
+            if not live.entered:
+                shared.append(0)
+                continue
             own = live.table[: live.entered]
             shared.append(_leading(len(own), lambda i, own=own: own[i] in ahead))
             ahead.update(own[: _leading(len(own), lambda i, own=own: pool.holders(own[i]) > 1)])
@@ -134,3 +144,93 @@ def _view(live: Live, shared_kv_tokens: int, block_tokens: int) -> WaitingReques
         left, arrival_s = len(live.tokens) - computed, live.record.arrival_s or 0.0
         live.seen = WaitingRequest(request.id, arrival_s, left, allocated, computed, shared_kv_tokens)
     return live.seen
+
+
+class Lives:
+    """All requests between arrival and end, so kept that one that only waits costs nothing in a step.
+
+    `untouched` hold no blocks and are not computed, by arrival; `others` are all the rest. `timed` have a deadline.
+    """
+
+    def __init__(self, pool: BlockPool, prefixes: Prefixes) -> None:
+        self._pool, self._prefixes = pool, prefixes
+        self.all: dict[str, Live] = {}
+        self.others: dict[str, Live] = {}
+        self.untouched: list[Live] = []
+        self.timed: dict[str, Live] = {}
+        self._count = 0
+        self._seen: list[WaitingRequest] | None = []
+        """What a scheduler sees of `untouched`, where none of them finds blocks; None if that is to be worked out."""
+        self._waiting: tuple[WaitingRequest, ...] | None = ()
+        """The same, as long as nothing was changed in it."""
+        self._version = prefixes.version
+
+    def admit(self, record: RequestRecord) -> None:
+        live = Live(record, [int(token) for token in record.prompt], self._count)
+        self._count += 1
+        self.all[record.request.id] = live
+        if live.deadline_s < inf:
+            self.timed[record.request.id] = live
+        self._insert(live)
+
+    def touch(self, live: Live) -> None:
+        """It will be computed."""
+        if live.record.request.id not in self.others:
+            place = self._place(live.rank)
+            del self.untouched[place]
+            if self._seen is not None:
+                del self._seen[place]
+            self._waiting = None
+            self.others[live.record.request.id] = live
+
+    def give_up(self, live: Live) -> None:
+        """Its blocks return; it will be computed anew."""
+        live.give_up(self._pool)
+        if self.others.pop(live.record.request.id, None) is not None:
+            self._insert(live)
+
+    def remove(self, live: Live) -> None:
+        rid = live.record.request.id
+        self.touch(live)
+        live.give_up(self._pool)
+        del self.others[rid], self.all[rid]
+        self.timed.pop(rid, None)
+
+    def views(self) -> tuple[tuple[WaitingRequest, ...], tuple[RunningRequest, ...]]:
+        """(waiting, running), without those in flight, each by arrival."""
+        if self._version != self._prefixes.version or self._seen is None:
+            self._version, self._waiting = self._prefixes.version, None
+            found = [self._look(live) for live in self.untouched]
+            self._seen = None if None in found else [seen for seen in found if seen is not None]
+        if self._seen is None:  # what they share depends on all others
+            seen = views(self.all.values(), self._pool, self._prefixes)
+            waiting = [request for request in seen if isinstance(request, WaitingRequest)]
+            return tuple(waiting), tuple(request for request in seen if isinstance(request, RunningRequest))
+        seen = views(self.others.values(), self._pool, self._prefixes)
+        running = tuple(request for request in seen if isinstance(request, RunningRequest))
+        begun = [request for request in seen if isinstance(request, WaitingRequest)]
+        if not begun:
+            if self._waiting is None:
+                self._waiting = tuple(self._seen)
+            return self._waiting, running
+        waiting = list(self._seen)
+        for count, request in enumerate(begun):
+            waiting.insert(count + self._place(self.all[request.id].rank), request)
+        return tuple(waiting), running
+
+    def _insert(self, live: Live) -> None:
+        place = self._place(live.rank)
+        self.untouched.insert(place, live)
+        self._waiting = None
+        if self._seen is not None:
+            seen = self._look(live)
+            self._seen = None if seen is None else [*self._seen[:place], seen, *self._seen[place:]]
+
+    def _place(self, rank: tuple[float, int]) -> int:
+        return bisect_left(self.untouched, rank, key=lambda live: live.rank)
+
+    def _look(self, live: Live) -> WaitingRequest | None:
+        """What is seen of an untouched request; None if it finds blocks."""
+        live.find(self._prefixes, self._pool.block_tokens)
+        seen = None if live.found else _view(live, 0, self._pool.block_tokens)
+        return seen if isinstance(seen, WaitingRequest) else None

@@ -19,7 +19,9 @@ DIGEST_BYTES = 16
 
 
 class Prefixes(Protocol):
-    """What the queue asks about the KV blocks of earlier tokens."""
+    """What the queue asks about the KV blocks of earlier tokens. What is found is the same while `version` is."""
+
+    version: int
 
     def extend_keys(self, keys: list[bytes], tokens: Sequence[int]) -> None:
         """Append the keys of the full blocks of `tokens` that `keys` does not have yet."""
@@ -44,6 +46,8 @@ class Prefixes(Protocol):
 class NoPrefixes:
     """Every prompt is computed from its first token."""
 
+    version = 0
+
     def extend_keys(self, keys: list[bytes], tokens: Sequence[int]) -> None:
         pass
 
@@ -61,7 +65,7 @@ class PrefixCache:
     """Knows the full blocks of one pool by their content, until the pool evicts them."""
 
     def __init__(self, pool: BlockPool) -> None:
-        self._pool = pool
+        self._pool, self.version = pool, 0
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         pool.on_evict = self._forget
@@ -85,6 +89,7 @@ class PrefixCache:
 
     def enter(self, keys: Sequence[bytes], table: list[int], num_entered: int) -> int:
         for index in range(num_entered, min(len(keys), len(table))):
+            self.version += 1
             key, block = keys[index], table[index]
             known = self._block_of.setdefault(key, block)
             if known == block:
@@ -95,4 +100,5 @@ class PrefixCache:
         return min(len(keys), len(table))
 
     def _forget(self, block: int) -> None:
+        self.version += 1
         del self._block_of[self._key_of.pop(block)]

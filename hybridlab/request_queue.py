@@ -11,8 +11,8 @@ from hybridlab.arrivals import Arrivals
 from hybridlab.batch import Entry, StepBatch, StepResult
 from hybridlab.errors import StrategyError
 from hybridlab.kv_blocks import BlockPool
-from hybridlab.live_requests import Live, views
-from hybridlab.plans import QueueView, RequestId, RunningRequest, StepPlan, WaitingRequest
+from hybridlab.live_requests import Live, Lives
+from hybridlab.plans import QueueView, RequestId, StepPlan
 from hybridlab.prefix_cache import NoPrefixes, Prefixes
 from hybridlab.request import Request, RequestRecord, Status
 from hybridlab.spec import ModelSpec
@@ -40,7 +40,8 @@ class RequestQueue:
         self._budget = token_budget
         limits = Limits(pool.num_blocks * pool.block_tokens, model.max_positions, model.vocab)
         self._arrivals = Arrivals(requests, lambda request, context: why_refused(request, limits, context))
-        self._live: dict[RequestId, Live] = {}
+        self._lives = Lives(pool, self._prefixes)
+        self._live = self._lives.all
         self._cancelled: set[RequestId] = set()
         self._last_decode_s: float | None = None
 
@@ -54,7 +55,7 @@ class RequestQueue:
 
     @property
     def in_flight(self) -> bool:
-        return any(live.in_flight for live in self._live.values())
+        return any(live.in_flight for live in self._lives.others.values())
 
     @property
     def has_cancelled(self) -> bool:
@@ -69,7 +70,7 @@ class RequestQueue:
     @property
     def next_event_s(self) -> float | None:
         """When the queue changes by itself: the next arrival, or the next deadline of a request."""
-        waiting = (live.deadline_s for live in self._live.values() if not live.in_flight)
+        waiting = (live.deadline_s for live in self._lives.timed.values() if not live.in_flight)
         deadline_s = min(waiting, default=inf)
         event_s = min(deadline_s, inf if self.next_arrival_s is None else self.next_arrival_s)
         return None if event_s == inf else event_s
@@ -77,12 +78,12 @@ class RequestQueue:
     def view(self, worker: str, now_s: float) -> QueueView:
         """What a scheduler may know at `now_s`; requests in flight on another worker are left out."""
         self._admit(now_s)
-        seen = views(self._live.values(), self._pool, self._prefixes)
+        waiting, running = self._lives.views()
         return QueueView(
             now_s,
             worker,
-            tuple(request for request in seen if isinstance(request, WaitingRequest)),
-            tuple(request for request in seen if isinstance(request, RunningRequest)),
+            waiting,
+            running,
             self._budget,
             self._pool.free_tokens,
             self._pool.block_tokens,
@@ -107,6 +108,7 @@ class RequestQueue:
         step = replace(step, preempt=planned.preempt + step.preempt)
         starting = [self._live[rid] for rid in step.tokens]
         for live in starting:  # all of them before any grows: growing may evict what was found
+            self._lives.touch(live)
             if not live.table:
                 live.start(self._pool, self._prefixes)
             if live.record.first_scheduled_s is None:
@@ -153,24 +155,24 @@ class RequestQueue:
             else:
                 self._finish(live, Status.CANCELLED, "cancelled", now_s)
             self._cancelled.discard(rid)
-        for live in [live for live in self._live.values() if live.deadline_s <= now_s and not live.in_flight]:
+        for live in [live for live in self._lives.timed.values() if live.deadline_s <= now_s and not live.in_flight]:
             live.record.error = f"not finished {live.record.request.timeout_s:g} s after its arrival"
             self._finish(live, Status.CANCELLED, "timeout", now_s)
 
     def lose_cache(self) -> None:
         """What the KV cache held is gone: requests that are not in flight keep their tokens and are computed anew."""
-        for live in self._live.values():
+        for live in tuple(self._lives.others.values()):
             if not live.in_flight:
-                live.give_up(self._pool)
+                self._lives.give_up(live)
         self._pool.evict_kept()
 
     def _admit(self, now_s: float) -> None:
         for record in self._arrivals.until(now_s):
-            self._live[record.request.id] = Live(record, [int(token) for token in record.prompt])
+            self._lives.admit(record)
 
     def _preempt(self, request_ids: Iterable[RequestId]) -> None:
         for rid in request_ids:
-            self._live[rid].give_up(self._pool)
+            self._lives.give_up(self._live[rid])
 
     def _entry(self, live: Live, count: int) -> Entry:
         end = live.computed + count
@@ -193,7 +195,6 @@ class RequestQueue:
         return token
 
     def _finish(self, live: Live, status: Status, reason: str, now_s: float) -> None:
-        live.give_up(self._pool)
-        del self._live[live.record.request.id]
+        self._lives.remove(live)
         self._cancelled.discard(live.record.request.id)
         self._arrivals.end(live.record, status, reason, now_s)

@@ -65,7 +65,6 @@ def check_step(view: QueueView, step: StepPlan) -> list[str]:
     if not isinstance(step, StepPlan):
         return [f"schedule() returned {type(step).__name__}, expected StepPlan or None"]
     problems = []
-    waiting = {r.id: r for r in view.waiting}
     running = {r.id: r for r in view.running}
     if step.role not in ROLES:
         problems.append(f"role {step.role!r} is unknown; expected one of {', '.join(ROLES)}")
@@ -74,6 +73,9 @@ def check_step(view: QueueView, step: StepPlan) -> list[str]:
             *problems,
             "tokens must be a non-empty mapping of request id to token count; return None to wait",
         ]
+    # Most steps only decode: those who wait need not be looked at, and may be many.
+    others = bool(step.preempt) or any(rid not in running for rid in step.tokens)
+    waiting = {r.id: r for r in view.waiting} if others else {}
     ranks_ok = isinstance(step.ranks, tuple) and step.ranks and all(isinstance(r, int) and r >= 0 for r in step.ranks)
     if not ranks_ok or len(set(step.ranks)) != len(step.ranks):
         problems.append(f"ranks is {step.ranks!r}, expected a non-empty tuple of distinct ranks")

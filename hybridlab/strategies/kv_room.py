@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from math import ceil
 
 from hybridlab.plans import QueueView, RequestId, RunningRequest, StepPlan, WaitingRequest
@@ -23,7 +24,9 @@ def fit_step(queue: QueueView, step: StepPlan) -> StepPlan | None:
     """
     room = KVRoom(queue)
     room.preempt(step.preempt)
-    chosen = [r for r in (*queue.running, *queue.waiting) if r.id in step.tokens]
+    chosen: list[AnyRequest] = [r for r in queue.running if r.id in step.tokens]
+    if len(chosen) < len(step.tokens):
+        chosen += [r for r in queue.waiting if r.id in step.tokens]
     if sum(room.new_tokens(r, step.tokens[r.id]) for r in chosen) <= room.free_tokens:
         return step
     tokens: dict[RequestId, int] = {}
@@ -71,7 +74,7 @@ class KVRoom:
 
     def make_room(self, request: AnyRequest, num_tokens: int) -> bool:
         """Preempt holders of KV cache behind `request`, the last first, until `num_tokens` of it fit."""
-        for victim in (*reversed(self._queue.waiting), *reversed(self._queue.running)):
+        for victim in chain(reversed(self._queue.waiting), reversed(self._queue.running)):
             if self.fits(request, num_tokens) or victim.id == request.id:
                 break
             if victim.allocated_kv_tokens and victim.id not in self.preempted:
@@ -80,7 +83,7 @@ class KVRoom:
 
     def preempt(self, request_ids: Sequence[RequestId]) -> None:
         """Give up the KV cache of these requests; their blocks count as free from here on."""
-        for request in (*self._queue.running, *self._queue.waiting):
+        for request in chain(self._queue.running, self._queue.waiting) if request_ids else ():
             if request.id in request_ids:
                 self.preempted.append(request.id)
                 self.free_tokens += max(0, request.allocated_kv_tokens - request.shared_kv_tokens)

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from hybridlab.batch import StepBatch, StepResult
 from hybridlab.kv_blocks import BlockPool
+from hybridlab.live_requests import views
 from hybridlab.plans import QueueView, StepPlan
 from hybridlab.prefix_cache import NoPrefixes, PrefixCache
 from hybridlab.request import Request, RequestRecord, Status
@@ -210,6 +211,14 @@ class Serving(RuleBasedStateMachine):
         assert all(self.pool.holders(block) == held[block] for block in range(self.pool.num_blocks))
         assert self.pool.free_tokens == (self.pool.num_blocks - len(held)) * BLOCK
         assert all(len(set(live.table)) == len(live.table) for live in self.queue._live.values())
+
+    @precondition(lambda self: hasattr(self, "queue"))
+    @invariant()
+    def what_is_seen_is_what_all_requests_give(self) -> None:
+        lives, prefixes = self.queue._lives, self.queue._prefixes
+        waiting, running = lives.views()
+        assert [*running, *waiting] == views(lives.all.values(), self.pool, prefixes)
+        assert lives.all.keys() == lives.others.keys() | {live.record.request.id for live in lives.untouched}
 
     @precondition(lambda self: hasattr(self, "queue"))
     @invariant()

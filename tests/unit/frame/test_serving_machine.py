@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from serving_machine import Serving
 
-from hybridlab import request_queue
+from hybridlab import live_requests, request_queue
 from hybridlab.arrivals import Arrivals
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.live_requests import Live
@@ -231,7 +231,7 @@ def _time_limits_are_forgotten(plant: Any) -> None:
 
 
 def _requests_in_flight_are_shown(plant: Any) -> None:
-    whole = request_queue.views
+    whole = live_requests.views
 
     def views(lives: Any, pool: Any, prefixes: Any) -> Any:
         lives = list(lives)
@@ -239,7 +239,7 @@ def _requests_in_flight_are_shown(plant: Any) -> None:
         flying = [x for x in lives if x.in_flight and x.is_running]
         return [*seen, *(RunningRequest(x.record.request.id, x.computed, len(x.table) * 4) for x in flying)]
 
-    plant(request_queue, "views", views)
+    plant(live_requests, "views", views)
 
 
 BUGS: list[Any] = [f for name, f in sorted(globals().items()) if name.startswith("_") and callable(f)]
