@@ -40,13 +40,13 @@ def execution_order(ops: Sequence[Op]) -> tuple[Op, ...]:
 def validate(ops: Sequence[Op], *, ring_slots: int, ranks: Sequence[int]) -> tuple[Op, ...]:
     """Check a lowered and arranged list of ops; return an execution order.
 
-    Raises `PlanError` on duplicate ids, unknown kinds or needs, cycles across lanes, collectives that a rank
-    misses or meets in another order, and ring slots read unloaded or refilled while still in use.
+    Raises `PlanError` on duplicate ids, unknown kinds or needs, needs of other ranks, cycles across lanes, collectives
+    that a rank misses or meets in another order, and ring slots read unloaded or refilled while still in use.
     """
     ids = [op.id for op in ops]
     if len(set(ids)) != len(ids):
         raise PlanError(f"op id {next(i for i in ids if ids.count(i) > 1)} occurs more than once")
-    known = set(ids)
+    known = {op.id: op.rank for op in ops}
     for op in ops:
         if op.kind not in OP_KINDS:
             raise PlanError(f"{_describe(op)} has unknown kind {op.kind!r}; expected one of {', '.join(OP_KINDS)}")
@@ -54,6 +54,11 @@ def validate(ops: Sequence[Op], *, ring_slots: int, ranks: Sequence[int]) -> tup
             raise PlanError(f"{_describe(op)} loads weights and belongs on an h2d lane, not {op.lane}")
         if unknown := [need for need in op.needs if need not in known]:
             raise PlanError(f"{_describe(op)} needs op {unknown[0]}, which is not in the program")
+        if other := [need for need in op.needs if known[need] != op.rank]:
+            raise PlanError(
+                f"{_describe(op)} of rank {op.rank} needs op {other[0]} of rank {known[other[0]]}: ranks wait for each "
+                "other in collectives alone"
+            )
     order = execution_order(ops)
     _check_collectives(ops, ranks)
     _check_slots(ops, order, ring_slots)

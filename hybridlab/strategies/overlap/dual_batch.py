@@ -46,7 +46,8 @@ class DualBatch:
         def stage(op: Op) -> tuple[int, bool, int]:
             if op.kind == "experts" and op.tier is Tier.STREAMED:  # behind the routers of all microbatches
                 return (op.layer + 1) * count - 1, True, 1 + op.part
-            is_combine = op.kind == "combine"
+            # With several ranks, what experts add travels before it is combined.
+            is_combine = op.kind in ("reduce", "combine")
             return (op.layer + is_combine) * count + op.microbatch, not is_combine, 0
 
         return sorted(ops, key=stage)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +14,12 @@ from hybridlab.engine import ep_traffic
 from hybridlab.engine.collectives import Traffic
 from hybridlab.engine.ep_exchange import Wire, make_exchanges
 from hybridlab.errors import StrategyError
-from hybridlab.lowering import lower
+from hybridlab.lowering import Planner, lower
 from hybridlab.model.base import Routed
-from hybridlab.plans import EXCHANGES, ExpertPath, LaneKind, PlacementPlan, Shape
-from hybridlab.strategies.checks import TOY_MODEL
+from hybridlab.plans import EXCHANGES, ExpertPath, LaneKind, PlacementPlan, Shape, StepPlan, Tier
+from hybridlab.strategies.checks import TOY_GPU, TOY_MODEL
+from hybridlab.strategies.placement.all_host import AllHost
+from hybridlab.strategies.registry import names, resolve
 from hybridlab.validation import validate
 
 HIDDEN, EXPERTS, TOP_K = 16, 11, 3
@@ -129,6 +134,12 @@ def test_each_exchange_has_its_ops_and_a_plan_names_one_that_there_is():
         gather, dispatch = (sum(op.kind == kind for op in ops) for kind in ("all_gather", "dispatch"))
         each = 2 * 2 * len(TOY_MODEL.moe_layers)
         assert (gather, dispatch) == ((each, 0) if name == "small_ep" else (0, each))
+        # Whatever the overlap and the tier, ranks meet their collectives in one order.
+        for overlap, tier in product(names("overlap"), Tier):
+            plan = replace(placed, default_tier=tier, ring_slots=2, parts_per_layer=2)
+            planner = Planner(TOY_MODEL, TOY_GPU, AllHost(), resolve("overlap", overlap), plan, ranks=(0, 1))
+            step = StepPlan("decode", dict.fromkeys("abcd", 1))
+            assert planner.program(planner.shape("main", step)).shape.ranks == (0, 1)
     assert PlacementPlan() != PlacementPlan(exchange="dispatch_per_rank")
     with pytest.raises(StrategyError, match="exchange is 'ring', expected one of small_ep"):
         PlacementPlan(exchange="ring")

@@ -60,8 +60,7 @@ def programs(draw, *, model: ModelSpec = MODEL, ranks: int = 2) -> Program:
     plan = PlacementPlan(Tier.HOST, tier_of, rank_of, slots, parts, exchange)
     prefetch = draw(st.sampled_from([None, (), (frozenset({0, 3, 5}),) * model.num_layers]))
     path = ExpertPath(prefetch, draw(st.sampled_from([0, 2])))
-    # Over ranks, `sequential` chains what must meet, and `dual_batch` does not arrange what streams: both are refused.
-    overlap = draw(st.sampled_from(["prefetch"] if both else ["sequential", "prefetch", "dual_batch"]))
+    overlap = draw(st.sampled_from(["sequential", "prefetch", "dual_batch"]))
     step = StepPlan("decode", {"a": 1, "b": 1, "c": 1}, ranks=(0, 1) if both else (0,))
     return planned(plan, path, overlap, step, model)
 

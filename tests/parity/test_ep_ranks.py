@@ -1,0 +1,79 @@
+"""Ranks as processes against the oracles: each streams its own experts over its own link."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+
+import hybridlab as hl
+from hybridlab.engine.ranks import Ranks
+from hybridlab.lowering import Planner
+from hybridlab.plans import EXCHANGES, Tier
+from hybridlab.strategies.registry import names, resolve
+
+STREAMED = {"name": "streamed", "stream_from_tokens": 4, "ring_slots": 3, "parts_per_layer": 2}
+"""Prompts, and decode steps of four requests or five; the last ones are left to the host."""
+DEVICES: dict[str, dict[str, Any]] = {
+    "cpu": {"device": "cpu"},
+    "emulated": {"device": "emulated", "placement": STREAMED},
+}
+SCHEDULERS = ({"name": "fcfs"}, {"name": "chunked_prefill", "chunk_tokens": 9})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_plan_gives_the_oracles_tokens_on_ranks(oracle, device, ranks):
+    kinds = set()
+    with oracle.load(precision="exact", ranks=ranks, **DEVICES[device]) as engine:
+        assert isinstance(engine.runtime, Ranks) and len(set(engine.runtime.pids)) == ranks
+        given = engine.planner
+        # One start for all: exchange and overlap are the program's.
+        pairs = product(EXCHANGES, names("overlap")) if ranks == 2 else zip(EXCHANGES, names("overlap"), strict=True)
+        for number, (exchange, overlap) in enumerate(pairs):
+            scheduler = SCHEDULERS[number % 2]
+            placed = replace(given.placed, exchange=exchange)
+            chosen = resolve("overlap", overlap)
+            engine.planner = Planner(given.model, given.hardware, given.placement, chosen, placed, given.ranks)
+            served = engine.serve(oracle.requests(), scheduler, keep_span_steps=1000)
+            assert [record.output for record in served.records] == oracle.greedy, (exchange, overlap)
+            kinds |= {(span.op.kind, span.op.rank, span.op.tier) for span in served.spans}
+        oracle.check_logits(engine)
+    # Each rank that has experts loads and computes some of them itself.
+    with_experts = {rank for (_, rank) in given.placed.rank_of.items()}
+    tiers = {Tier.HOST} if device == "cpu" else {Tier.HOST, Tier.STREAMED}
+    assert {(rank, tier) for kind, rank, tier in kinds if kind == "experts"} == {
+        (rank, tier) for rank in with_experts for tier in tiers
+    }
+    assert {rank for kind, rank, _ in kinds if kind == "load"} == (with_experts if device == "emulated" else set())
+    for kind in ("attention", "all_gather", "dispatch", "reduce"):
+        assert {rank for found, rank, _ in kinds if found == kind} == set(range(ranks))
+
+
+def test_ranks_share_prefixes_and_draw_as_one_process_does(oracle):
+    prompt = oracle.prompts[-1]["prompt"]
+    again = [hl.Request(str(i), prompt, 12, 0.0, hl.Sampling(0.8, 0.9, seed=i)) for i in range(3)]
+    outputs = []
+    for ranks in (1, 2):
+        with oracle.load(precision="exact", ranks=ranks, device="cpu") as engine:
+            first = engine.serve(again, "fcfs")
+            outputs.append([record.output for record in first.records])
+            texts = [engine.generate(prompt, 8), list(engine.stream(prompt, 8))]
+            assert texts == [oracle.greedy[-1][:8]] * 2
+    assert outputs[0] == outputs[1]
+
+
+def test_each_rank_says_what_it_has_sent(oracle):
+    with oracle.load(precision="exact", ranks=2, device="cpu") as engine:
+        runtime = engine.runtime
+        assert isinstance(runtime, Ranks)
+        before = runtime.traffic()
+        engine.generate(oracle.prompts[-1]["prompt"], 1)
+        after = runtime.traffic()
+    spec, tokens = oracle.spec, len(oracle.prompts[-1]["prompt"])
+    moved = [{name: after[rank][name] - before[rank][name] for name in after[rank]} for rank in range(2)]
+    assert moved[0]["experts"].sent_bytes == moved[1]["experts"].received_bytes
+    assert sum(m["experts"].sent_bytes for m in moved) == len(spec.moe_layers) * tokens * spec.hidden * 8
+    assert sum(m["attention"].sent_bytes for m in moved) == tokens * spec.kv_elements_per_token * 4
