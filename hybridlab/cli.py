@@ -19,7 +19,7 @@ from hybridlab.cli_calibrate import calibrate
 from hybridlab.cli_checkpoint import checkpoint
 from hybridlab.cli_figures import figures
 from hybridlab.cli_output import Json, emit, human_output, note
-from hybridlab.cli_sweep import Config, Figures, Force, ResultsDir, RetryFailed, plan, results, sweep
+from hybridlab.cli_sweep import Backend, Config, Figures, Force, ResultsDir, RetryFailed, plan, results, sweep
 from hybridlab.errors import HybridlabError, RequestError
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click and exports only this subclass
@@ -93,6 +93,7 @@ def run(
     force: Force = False,
     retry_failed: RetryFailed = False,
     results_dir: ResultsDir = None,
+    backend: Backend = "engine",
     figures: Figures = True,
     json: Json = False,
 ) -> None:
@@ -102,7 +103,7 @@ def run(
     from hybridlab.cli_sweep import as_json, end
 
     with human_output():
-        result = hl.run(config, force=force, retry_failed=retry_failed, results_dir=results_dir)
+        result = hl.run(config, backend=backend, force=force, retry_failed=retry_failed, results_dir=results_dir)
         drawn = draw(result, f"hybridlab run {config}") if figures else Drawn()
     emit(as_json(result, drawn) if json else table(result), json)
     end(result, drawn)

@@ -198,6 +198,21 @@ def bench_kernels(
         raise typer.Exit(130)
 
 
+@bench.command("simulator")
+def bench_simulator(
+    configurations: Annotated[int, typer.Option(min=1, help="Machines that a step is mapped over.")] = 100_000,
+    requests: Annotated[int, typer.Option(min=1, help="Of the trace that is served.")] = 1000,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 3,
+    json: Json = False,
+) -> None:
+    """How many configurations, ops and scheduler steps a second the simulator computes here; needs jax."""
+    from hybridlab.bench_simulator import measure
+
+    with human_output():
+        result = measure(configurations=configurations, requests=requests, repeats=repeats)
+    emit(result.as_dict() if json else str(result), json)
+
+
 def _one_source(command: str, preset: str | None, checkpoint: Path | None, layers: int | None) -> None:
     if preset is not None and checkpoint is not None:
         raise ConfigError(f"bench {command}: give --preset or --checkpoint, not both")

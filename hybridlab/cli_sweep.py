@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hybridlab.experiment import ExperimentResult
 
 Config = Annotated[Path, typer.Argument(help="An experiment's YAML file.")]
+Backend = Annotated[str, typer.Option(help="engine, or simulator: on the clock of a described machine.")]
 ResultsDir = Annotated[Path | None, typer.Option(help="Default: the project's results.")]
 Force = Annotated[bool, typer.Option("--force", help="Run again what results/ already holds.")]
 Figures = Annotated[bool, typer.Option(help="Draw the figures that the config asks for.")]
@@ -42,6 +43,7 @@ def sweep(
     retry_failed: RetryFailed = False,
     force: Force = False,
     results_dir: ResultsDir = None,
+    backend: Backend = "engine",
     figures: Figures = True,
     json: Json = False,
 ) -> None:
@@ -52,8 +54,9 @@ def sweep(
     import hybridlab as hl
 
     with human_output():
-        note(str(hl.plan(config, force=force, retry_failed=retry_failed, results_dir=results_dir)))
-        result = hl.run(config, force=force, retry_failed=retry_failed, results_dir=results_dir)
+        if backend != "simulator":  # which takes no time worth planning
+            note(str(hl.plan(config, force=force, retry_failed=retry_failed, results_dir=results_dir)))
+        result = hl.run(config, backend=backend, force=force, retry_failed=retry_failed, results_dir=results_dir)
         drawn = draw(result, f"hybridlab sweep {config}") if figures else Drawn()
     emit(as_json(result, drawn) if json else rows(result.table), json)
     end(result, drawn)
