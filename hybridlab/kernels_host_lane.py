@@ -1,7 +1,7 @@
 """The expert layers of a step on one thread, each as soon as another processor says that its inputs are there.
 
 No interpreter stands between the layers: on a GPU machine a thread that waits in Python costs some 100 us a layer
-(docs/decisions/0012). Legend: T tokens, K experts of a token, H hidden.
+(docs/decisions/0014). Legend: T tokens, K experts of a token, H hidden.
 """
 
 from __future__ import annotations

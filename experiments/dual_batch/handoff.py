@@ -2,7 +2,7 @@
 
 `python experiments/dual_batch/handoff.py OUT [--layers 48] [--tokens 1,8]` on a machine with a GPU: a chain of layers,
 each a small kernel, the hand-off, and a sum. Rows go to OUT/handoff.jsonl as they are made: microseconds a layer beyond
-the same chain without hand-offs. Evidence for docs/decisions/0012.
+the same chain without hand-offs. Evidence for docs/decisions/0014.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Words(Protocol):
 class StreamWords:
     """Memory operations of the driver's streams, which CUDA graphs hold too; `word` is pinned.
 
-    The quickest of the ways that were tried beside kernels that spin (docs/decisions/0012).
+    The quickest way that was tried for more than one token (docs/decisions/0014).
     """
 
     def write(self, word: torch.Tensor) -> None:
