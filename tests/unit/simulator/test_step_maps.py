@@ -148,3 +148,21 @@ def test_without_jax_the_error_says_how_to_get_it():
     code = WITHOUT_JAX.replace("PATH", repr(sys.path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("ConfigError step maps need jax") and "hybridlab[jax]" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("program", [HOST, MIXED], ids=["scanned", "event by event"])
+def test_a_sensitivity_is_what_a_small_change_does(program):
+    steps, sizes = StepMap(program, MODEL), [Micro.decode(64.0, 500.0)]
+    machine = replace(SLOW, link_gb_s=0.005)
+    found = steps.sensitivity(machine, SHAPE, sizes)
+    assert set(found) == {each.name for each in fields(Machine)}
+    for name in ("host_peak_gb_s", "cpu_tflops", "gpu_read_gb_s", "link_gb_s", "gpu_op_us", "handoff_gpu_to_cpu_us"):
+        value = getattr(machine, name)
+        less, more = steps(replace(machine, **{name: value * np.array([1 - 1e-4, 1 + 1e-4])}), SHAPE, sizes)
+        assert found[name] == pytest.approx(
+            (more - less) / (2e-4 * steps(machine, SHAPE, sizes)[0]), rel=1e-3, abs=1e-6
+        )
+    assert found["host_memory_gb"] == 0 and found["gpu_op_us"] > 0
+    assert found["link_gb_s"] < 0 if program is MIXED else found["link_gb_s"] == 0
+    with pytest.raises(ConfigError, match="a sensitivity is of one"):
+        steps.sensitivity(replace(machine, link_gb_s=np.ones(2)), SHAPE, sizes)
