@@ -34,7 +34,9 @@ PLAIN, DUAL, CPU = "plain batch", "dual batch", "device cpu"
 SETTING = ("preset", "depth", "threads", "accelerator_threads", "machine", "code")
 """What must be the same in all rows of a figure: else a line says less about the overlap than about these."""
 MARGIN = 1.18
-"""Room around the points, as a factor: labels of batches lie there."""
+"""Room around the points, as a factor."""
+LABEL = 1.5
+"""More to the right of them: the name of the last batch lies there."""
 
 
 def read_decode(folder: str | Path | None = None) -> pd.DataFrame:
@@ -153,7 +155,7 @@ def _check_one_setting(series: Sequence[Series], what: str) -> None:
 
 def _limits(series: Sequence[Series]) -> dict[str, tuple[float, float]]:
     x, y = (np.concatenate([one.rows[name] for one in series]) for name in ("tpot_s", "tokens_per_s"))
-    return {"xlim": (x.min() / MARGIN, x.max() * MARGIN), "ylim": (y.min() / MARGIN, y.max() * MARGIN)}
+    return {"xlim": (x.min() / MARGIN, x.max() * LABEL), "ylim": (y.min() / MARGIN, y.max() * MARGIN)}
 
 
 def _draw_batches(ax: Axes, series: Sequence[Series]) -> None:
