@@ -85,10 +85,10 @@ class SimulatorConfig(Section):
     overrides: dict[str, float] = Field(default_factory=dict)
     """Parameters of `hybridlab.simulator.machine.Machine` in place of the profile's."""
     routing: PathText | None = None
-    """Recorded routing statistics (`RoutingStats.save`); None: each expert is as likely as another."""
+    """Recorded routing statistics (`RoutingStats.save`), which placements know too; None: as `model.routing` says."""
     expert_bits: float | None = Field(default=None, gt=0, le=64)
     dense_bits: float | None = Field(default=None, gt=0, le=64)
-    """Bits per weight in place of the model's own."""
+    """Bits per weight, each in place of the model's own."""
 
 
 def _slo(value: Any) -> Any:

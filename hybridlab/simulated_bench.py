@@ -31,13 +31,14 @@ BLOCK_TOKENS = 16
 
 @dataclass(frozen=True)
 class Simulated:
-    """What a config simulates."""
+    """What a config simulates. `routing` decides which experts tokens choose, `known` of it is what placements see."""
 
     name: str
     machine: Machine
     spec: ModelSpec
     shape: ModelShape
     routing: RoutingStats
+    known: RoutingStats
     gpu: bool
 
     @property
@@ -47,7 +48,7 @@ class Simulated:
     def identity(self) -> dict[str, Any]:
         """What determines a simulated result beside the code, the strategies and the workload; no real machine."""
         model = provenance.digest(repr((self.spec, self.shape)).encode())
-        routing = provenance.digest([self.routing.layers, self.routing.counts])
+        routing = provenance.digest([[stats.layers, stats.counts] for stats in (self.routing, self.known)])
         about = {"cpu": f"{self.name} (simulated)", "cores": int(self.machine.cpu_cores), "gpu": self.gpu}
         return {"model": model, "routing": routing, "machine": {**about, **asdict(self.machine)}}
 
@@ -70,10 +71,22 @@ def simulated(config: ExperimentConfig, checkpoint: Path) -> Simulated:
     if config.engine.vram_gb is not None:
         machine = replace(machine, gpu_memory_gb=min(machine.gpu_memory_gb, config.engine.vram_gb))
     spec, shape = _model(config, checkpoint)
-    if given.expert_bits is not None:
-        shape = shape.with_bits(given.expert_bits, given.dense_bits)
-    routing = RoutingStats() if given.routing is None else RoutingStats.load(config.project_dir / given.routing)
-    return Simulated(profile.name, machine, spec, shape, routing, device == "cuda")
+    shape = shape.with_bits(given.expert_bits or shape.expert_bits, given.dense_bits or shape.dense_bits)
+    known = RoutingStats() if given.routing is None else RoutingStats.load(config.project_dir / given.routing)
+    routing = known if given.routing is not None else _popularity(config, spec)
+    Routes(spec, routing)  # raises for those of another model
+    return Simulated(profile.name, machine, spec, shape, routing, known, device == "cuda")
+
+
+def _popularity(config: ExperimentConfig, spec: ModelSpec) -> RoutingStats:
+    """Of the experts of a preset's checkpoint, as it would be made."""
+    from hybridlab.checkpoint.routing import expert_inclusion
+
+    if config.model.path is not None or config.model.routing == "uniform":
+        return RoutingStats()
+    shares = expert_inclusion(spec, config.model.routing, config.model.seed)
+    rows = tuple(tuple(round(1e9 * share) for share in row.tolist()) for row in shares.values())
+    return RoutingStats(rows, f"preset, {config.model.routing}", tuple(shares))
 
 
 def _machine_path(config: ExperimentConfig) -> str | Path:
@@ -89,7 +102,15 @@ def _model(config: ExperimentConfig, checkpoint: Path) -> tuple[ModelSpec, Model
         spec = read_config(checkpoint)
         return spec, ModelShape.of(spec)
     if model.preset in public_models():
-        return public_models()[model.preset]
+        spec, shape = public_models()[model.preset]
+        if model.layers is not None:
+            if model.layers > spec.num_layers:
+                raise ConfigError(f"model.layers is {model.layers}, expected at most {spec.num_layers}")
+            kept = frozenset(layer for layer in spec.dense_layers if layer < model.layers)
+            spec = replace(spec, num_layers=model.layers, dense_layers=kept)
+        if model.dtype == "bf16":
+            spec, shape = replace(spec, weight_dtype="bf16"), shape.with_bits(16.0)
+        return spec, shape
     from hybridlab.checkpoint.presets import preset_spec
 
     spec = preset_spec(model.preset or "", dtype=model.dtype, layers=model.layers)
@@ -114,7 +135,7 @@ class SimulatorBench:
 
     def load(self) -> None:
         there = simulated(self._config, self._checkpoint)
-        placed = self._placement.place(there.spec, there.hardware, there.routing)
+        placed = self._placement.place(there.spec, there.hardware, there.known)
         token_budget, kv_tokens = sizes(self._config, there, placed)
         planner = Planner(there.spec, there.hardware, self._placement, self._overlap, placed)
         self._loaded = there, planner, token_budget, kv_tokens
@@ -146,12 +167,17 @@ def sizes(config: ExperimentConfig, there: Simulated, placed: PlacementPlan) -> 
 
     Raises `MemoryBudgetError` for a model that does not fit it.
     """
-    from hybridlab.engine.load_plan import plan_load
+    from hybridlab.engine.load_plan import DEFAULT_KV_TOKENS, LEAST_STEP, plan_load
     from hybridlab.engine.options import host_precision
     from hybridlab.model.numerics import make_numerics
 
-    require_room(there.machine, there.spec, there.shape, placed, gpu=there.gpu)
     engine, hardware = config.engine, there.hardware
+    kv_tokens = engine.kv_tokens or 0
+    if there.shape.expert_bits < 8.0:  # a format that the engine does not load, and so does not plan for
+        kv_tokens = -(-(kv_tokens or DEFAULT_KV_TOKENS) // BLOCK_TOKENS) * BLOCK_TOKENS
+        require_room(there.machine, there.spec, there.shape, placed, gpu=there.gpu, kv_tokens=kv_tokens)
+        return engine.token_budget or LEAST_STEP, kv_tokens
+    require_room(there.machine, there.spec, there.shape, placed, gpu=there.gpu, kv_tokens=kv_tokens)
     threads = engine.threads or hardware.num_cores
     plan = plan_load(
         there.spec,

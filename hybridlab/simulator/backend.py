@@ -72,7 +72,7 @@ class SimulatorBackend:
             self._routed_LE += self._routes.share_LE * sum(micro.tokens for micro in micros)
 
     def wait(self, until_s: float | None) -> Sequence[StepResult]:
-        ended = self._clock.advance(inf if until_s is None else until_s)
+        ended = self._clock.advance(inf if until_s is None else max(until_s, self._clock.now_s))
         results = []
         for worker, (batch, run) in list(self._in_flight.items()):
             if run in ended:

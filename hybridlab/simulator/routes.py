@@ -7,6 +7,7 @@ from math import comb
 
 import numpy as np
 
+from hybridlab.errors import ConfigError
 from hybridlab.plans import Tier
 from hybridlab.routing import RoutingStats
 from hybridlab.simulator.cost_model import Chosen
@@ -17,7 +18,7 @@ class Routes:
     """`share_LE` float64 [L, E] of the MoE layers: the probability that one token chooses an expert; rows sum to top_k.
 
     From recorded counts, a share above 1 is cut and given to the others: a token chooses an expert once. Layers that
-    nothing is known of are uniform.
+    nothing is known of are uniform. Raises `ConfigError` for counts of another model.
     """
 
     def __init__(self, model: ModelSpec, routing: RoutingStats | None = None) -> None:
@@ -26,9 +27,12 @@ class Routes:
         self.layers = model.moe_layers
         self.share_LE = np.full((len(self.layers), experts), top_k / max(1, experts))
         known = dict(zip(routing.layers, routing.counts, strict=True)) if routing is not None else {}
+        if known and (set(known) - set(self.layers) or {len(row) for row in known.values()} != {experts}):
+            found = f"layers {min(known)} to {max(known)} with {len(next(iter(known.values())))} experts"
+            raise ConfigError(f"routing statistics: {found}; the model's {len(self.layers)} layers have {experts}")
         for row, layer in enumerate(self.layers):
             counts = np.asarray(known.get(layer, ()), np.float64)
-            if len(counts) == experts and counts.sum() > 0:
+            if counts.sum() > 0:
                 self.share_LE[row] = _probabilities(counts, top_k)
         self._row = {layer: row for row, layer in enumerate(self.layers)}
         self._known: dict[tuple, Chosen] = {}

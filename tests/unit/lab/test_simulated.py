@@ -92,6 +92,26 @@ def test_recorded_routing_and_bits_decide_the_time_of_a_step(lab, tmp_path):
     assert skewed < 0.95 * base and bits < 0.95 * base
 
 
+def test_what_a_preset_says_of_its_checkpoint_holds_without_one(lab):
+    slow = {"overrides": {"host_peak_gb_s": 0.5, "cpu_op_us": 0.0}}
+    model, v3 = {"preset": "tiny"}, {"preset": "deepseek-ai/DeepSeek-V3", "layers": 4}
+    flat, skewed, small, wide = (
+        run({**lab, "simulator": slow, "model": one}).summary["p99_tpot_s"].tolist()[0]
+        for one in (model, {**model, "routing": "olmoe"}, v3, {**v3, "dtype": "bf16"})
+    )
+    assert skewed < 0.97 * flat and wide > 1.9 * small
+    with pytest.raises(ConfigError, match=r"model\.layers is 99, expected at most 61"):
+        run({**lab, "model": {**v3, "layers": 99}})
+
+
+def test_four_bits_fit_where_eight_do_not(lab):
+    config = {**lab, "model": {"preset": "deepseek-ai/DeepSeek-V3"}}
+    machine = {"overrides": {"host_memory_gb": 500.0}}
+    with pytest.raises(MemoryBudgetError, match="the host's memory"):
+        run({**config, "simulator": machine})
+    assert run({**config, "simulator": {**machine, "expert_bits": 4.8}}).summary["completed"].tolist() == [6]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -109,6 +129,14 @@ def test_recorded_routing_and_bits_decide_the_time_of_a_step(lab, tmp_path):
 def test_what_cannot_be_simulated_is_refused_by_name(lab, change, message):
     with pytest.raises(ConfigError, match=message):
         run({**lab, **change})
+
+
+def test_routes_of_another_model_are_refused(lab, tmp_path):
+    RoutingStats(((1,) * 8,), "another", (1,)).save(tmp_path / "other.safetensors")
+    with pytest.raises(
+        ConfigError, match="routing statistics: layers 1 to 1 with 8 experts; the model's 3 layers have 16"
+    ):
+        run({**lab, "simulator": {"routing": "other.safetensors"}})
 
 
 def test_a_simulation_is_not_planned(lab):

@@ -172,5 +172,6 @@ def test_a_step_left_behind_is_drained():
     assert batch is not None
     backend.submit("main", planner.program(planner.shape("main", batch.step)), batch)
     assert backend.idle() == () and backend.wait(0.0) == []
+    assert backend.wait(-1.0) == [] and backend.now_s == 0.0  # time never goes back
     backend.drain()
     assert backend.idle() == ("main",) and backend.now_s > 0
