@@ -39,5 +39,9 @@ class StrategyError(HybridlabError):
     """A strategy returned something that its contract forbids."""
 
 
+class WeightsError(HybridlabError):
+    """Weights that are shared between processes cannot be used: not filled, damaged, or of another checkpoint."""
+
+
 class WorkerLost(HybridlabError):
     """A worker computes no more (its process was killed, its GPU gave up), and what it held is gone."""

@@ -64,6 +64,11 @@ class Checkpoint:
         """Whether the model has this tensor. Others that lie in the files do not count."""
         return name in self._tensors
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the model's tensors."""
+        return tuple(sorted({self._files.path(name) for name in self._tensors}))
+
     def tensor(self, name: str) -> np.ndarray:
         """A tensor by name: BF16 as uint16 codes, F8_E4M3 as uint8 codes, scales as float32; read-only."""
         spec = self._tensors.get(name)

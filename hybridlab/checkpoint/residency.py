@@ -28,11 +28,16 @@ def populate(files: Iterable[Path]) -> bool:
 
     Returns False where the system cannot do it (not Linux, or a kernel before 5.14): pages then come on demand.
     """
+    return sys.platform == "linux" and populate_ranges(mapped_ranges(files))
+
+
+def populate_ranges(ranges: Iterable[tuple[int, int]]) -> bool:
+    """As `populate`, of addresses [first, last) at multiples of the page size."""
     if sys.platform != "linux":
         return False
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for first, last in mapped_ranges(files):
+    for first, last in ranges:
         for start in range(first, last, _STEP_BYTES):
             if madvise(start, min(_STEP_BYTES, last - start), _MADV_POPULATE_READ):
                 return False

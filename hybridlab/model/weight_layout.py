@@ -27,11 +27,18 @@ def check_weight_layout(layout: str) -> None:
 class WeightSource(Protocol):
     """Gives a linear layer's weights in the layout that its kernel reads."""
 
+    @property
+    def num_packed(self) -> int:
+        """Weights that this process has packed."""
+        ...
+
     def __call__(self, weights: LinearWeights) -> Weight: ...
 
 
 class Rows:
     """As in the checkpoint: nothing is copied."""
+
+    num_packed = 0
 
     def __call__(self, weights: LinearWeights) -> Weight:
         return weights.weight, weights.scale
@@ -44,6 +51,10 @@ class Tiles:
         self._threads = threads
         self._packed: dict[str, kernels.Packed] = {}
         self._arena = np.empty(0, np.uint8)
+
+    @property
+    def num_packed(self) -> int:
+        return len(self._packed)
 
     def __call__(self, weights: LinearWeights) -> Weight:
         if (packed := self._packed.get(weights.name)) is None:

@@ -1,0 +1,83 @@
+"""The same ranks under torchrun: the first process has the engine, the others follow it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hybridlab as hl
+from hybridlab.engine.ranks_joined import address_of
+from hybridlab.errors import ConfigError
+
+ORACLE = Path(__file__).parents[2] / "data" / "oracles" / "qwen3_bf16"
+EXPECTED = json.loads((ORACLE / "expected.json").read_text())["requests"]
+
+_SCRIPT = """
+import json, os, sys
+import hybridlab as hl
+folder, end = sys.argv[1:]
+engine = hl.load(folder, ranks="torchrun", precision="exact", quiet=True, kv_tokens=1024, threads=1)
+requests = json.load(open(folder + "/expected.json"))["requests"]
+print(json.dumps([engine.generate(request["prompt"], 24) for request in requests]), flush=True)
+if end == "kill":  # a follower
+    others = [int(p) for p in open(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read().split()]
+    os.kill(max(pid for pid in others if pid != os.getpid()), 9)
+    try:
+        engine.generate([1, 2, 3], 4)
+    except hl.HybridlabError as error:
+        print(error, flush=True)
+if end == "close":
+    engine.close()
+print("done", flush=True)
+"""
+
+
+def torchrun(tmp_path: Path, end: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT, encoding="utf-8")
+    how = ["--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, "-m", "torch.distributed.run", *how, str(script), str(ORACLE), end]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=90)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@pytest.mark.parametrize(("end", "ranks"), [("close", 3), ("leave", 2)])
+def test_tokens_are_those_of_the_oracle(tmp_path, end, ranks):
+    done = torchrun(tmp_path, end, ranks)
+    assert done.returncode == 0, done.stderr
+    tokens, last = done.stdout.strip().split("\n")
+    assert json.loads(tokens) == [request["greedy"] for request in EXPECTED]
+    assert last == "done"
+
+
+def test_a_lost_follower_is_named(tmp_path):
+    done = torchrun(tmp_path, "kill", 3)
+    assert done.returncode != 0  # torchrun's own verdict on a process that was killed
+    lines = done.stdout.strip().split("\n")
+    assert "all 3 ranks were stopped" in lines[1] and ("rank 1" in lines[1] or "rank 2" in lines[1])
+
+
+def test_outside_of_torchrun_it_is_said_so(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="ranks is 'torchrun', but this is not a process of torchrun"):
+        hl.load(ORACLE, ranks="torchrun")
+
+
+def test_an_interface_has_an_address_or_is_refused():
+    assert address_of("lo") == "127.0.0.1"
+    with pytest.raises(ConfigError, match=r"interface 'nowhere0' has no address .* this machine has .*lo"):
+        address_of("nowhere0")
