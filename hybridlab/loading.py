@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hybridlab.checkpoint import Checkpoint, open_checkpoint
+from hybridlab.engine.collectives import LOOPBACK
 from hybridlab.engine.options import (
     check_accelerator_threads,
     check_device,
@@ -53,8 +54,9 @@ def load(
     prefix_cache: bool = True,
     routing: RoutingStats | None = None,
     worker: Literal["auto", "thread", "process"] = "auto",
-    ranks: int = 1,
+    ranks: int | Literal["torchrun"] = 1,
     exchange: str = "small_ep",
+    interface: str = LOOPBACK,
     quiet: bool = False,
 ) -> Engine:
     """Open a Hugging Face checkpoint folder and make it ready; the memory plan is printed before allocation.
@@ -74,9 +76,19 @@ def load(
     the requests of one step fail and another process is started. "auto": a thread, but a process with device "cuda".
     With several `ranks` (processes; `threads` and link are those of each), every rank computes stripes of each prompt
     and the experts that it has; `exchange` is how tokens reach the others ("small_ep", "dispatch_per_route",
-    "dispatch_per_rank"). A lost rank ends the engine with an error that names it.
+    "dispatch_per_rank"). A lost rank ends the engine with an error that names it. `ranks="torchrun"` takes the
+    processes that torchrun has started, on one host or several: the first one gets the engine, in the others this call
+    computes until that is closed, and ends the process. Ranks listen on the network `interface` alone.
     Raises `CheckpointError`, `ConfigError`, `StrategyError` or `MemoryBudgetError`, each in one line.
     """
+    starter = None
+    if ranks == "torchrun":
+        from hybridlab.engine.ranks_joined import Joined
+
+        starter = Joined(interface)
+        if starter.rank:
+            starter.follow()
+        ranks = starter.size
     device = check_device(device)
     if not isinstance(path, str | Path | Checkpoint):
         raise ConfigError(f"path is {path!r:.60}, expected the folder of a checkpoint")
@@ -126,7 +138,9 @@ def load(
     }
     if ranks > 1:
         placed = spread(placed, checkpoint.spec, ranks, exchange, type(placement).__name__)
-        runtime: Runtime | WorkerProcess | Ranks = Ranks(checkpoint, hardware, placed, num_ranks=ranks, **options)
+        runtime: Runtime | WorkerProcess | Ranks = Ranks(
+            checkpoint, hardware, placed, num_ranks=ranks, interface=interface, starter=starter, **options
+        )
     else:
         free_bytes = detect_host_memory().available_bytes if device == "cuda" else None
         start = WorkerProcess if in_process else Runtime

@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from torch._C._distributed_c10d import FileStore
+from torch._C._distributed_c10d import FileStore, Store
 
 from hybridlab.checkpoint import open_checkpoint
 from hybridlab.engine.channel import Channel, ChannelClosed, Kind, ProtocolError, unpack_json
@@ -29,8 +29,14 @@ def main(arguments: Sequence[str]) -> int:
     channel = Channel(socket.socket(fileno=descriptor))
     if not die_with(parent):
         return 1
+    return serve(channel)
+
+
+def serve(channel: Channel, store: Store | None = None) -> int:
+    """Be a rank until the other end of `channel` closes it; the exit status. Ranks meet in `store`, by default in the
+    one that the setup names."""
     try:
-        if (ready := _setup(channel)) is not None:
+        if (ready := _setup(channel, store)) is not None:
             Loop(channel, *ready).run()
     except ChannelClosed:
         pass  # the parent wants nothing more
@@ -40,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _setup(channel: Channel) -> tuple[RankRuntime, ModelSpec] | None:
+def _setup(channel: Channel, store: Store | None) -> tuple[RankRuntime, ModelSpec] | None:
     kind, body = channel.receive()
     if kind is not Kind.SETUP:
         raise ProtocolError(f"{kind.name} before SETUP")
@@ -52,7 +58,7 @@ def _setup(channel: Channel) -> tuple[RankRuntime, ModelSpec] | None:
     try:
         checkpoint = open_checkpoint(given["checkpoint"])
         hardware, placed = HardwareSpec(**given["hardware"]), placement(given["placement"])
-        store = FileStore(f"/proc/self/fd/{given['store']}", given["options"]["num_ranks"])
+        store = store or FileStore(f"/proc/self/fd/{given['store']}", given["options"]["num_ranks"])
         runtime = RankRuntime(checkpoint, hardware, placed, store, **given["options"])
     except Exception as error:
         send_error(channel, Kind.FAILED, error)

@@ -17,7 +17,7 @@ from hybridlab.engine.collectives import LOOPBACK, Traffic
 from hybridlab.engine.load_plan import plan_load
 from hybridlab.engine.memory import GIB, MemoryPlan
 from hybridlab.engine.program_messages import plain_placement
-from hybridlab.engine.ranks_group import RankGroup
+from hybridlab.engine.ranks_group import RankGroup, Spawned, Starter
 from hybridlab.engine.ranks_runtime import own_placement
 from hybridlab.engine.ring import slots_bytes
 from hybridlab.engine.worker import EngineBackend, StepFailed
@@ -34,7 +34,9 @@ TIMEOUT_S = 300.0
 
 
 class Ranks:
-    """What `engine.runtime.Runtime` is, on `num_ranks` processes; `threads` and `accelerator_threads` are of each.
+    """What `engine.runtime.Runtime` is, on `num_ranks` ranks; `threads` and `accelerator_threads` are of each.
+
+    They are processes of this one, unless `starter` has others.
 
     Every expert of `placed` has its rank. A rank that does not answer another within `timeout_s` is taken for lost.
     Sockets between ranks listen on the network interface `interface` alone. Raises what `Runtime` raises, and
@@ -58,6 +60,7 @@ class Ranks:
         quiet: bool,
         timeout_s: float | None = None,
         interface: str = LOOPBACK,
+        starter: Starter | None = None,
     ) -> None:
         spec = checkpoint.spec
         owns = [own_placement(placed, spec, rank) for rank in range(num_ranks)]
@@ -101,7 +104,7 @@ class Ranks:
             "placement": plain_placement(placed),
         }
         setups = [{**setup, "options": {**options, "rank": rank}} for rank in range(num_ranks)]
-        self._group = group = RankGroup(COMMAND, setups, spec)
+        self._group = group = RankGroup(starter or Spawned(COMMAND), setups, spec)
         try:
             group.thread.call(group.start).result()
         except StepFailed as error:

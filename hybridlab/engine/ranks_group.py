@@ -9,14 +9,15 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
 import numpy as np
 import torch
 
 from hybridlab.batch import Entry, OnRoute, StepBatch
-from hybridlab.engine.channel import ChannelClosed, Kind, ProtocolError, pack_json, unpack_json
+from hybridlab.engine.channel import Channel, ChannelClosed, Kind, ProtocolError, pack_json, unpack_json
 from hybridlab.engine.child import Child
 from hybridlab.engine.collectives import BLAME_S, Traffic
 from hybridlab.engine.program_messages import pack_program
@@ -35,21 +36,66 @@ GRACE_S = BLAME_S + 1.0
 """How long the other ranks have to answer, or to say whom they lost, once one has failed."""
 
 
+class Member(Protocol):
+    """A rank as the parent sees it: `engine.child.Child`, or one that somebody else has started."""
+
+    channel: Channel
+    pid: int
+
+    def on_end(self, function: Callable[[Any], None]) -> None: ...
+
+    def was_killed(self) -> bool: ...
+
+    def how_it_ended(self) -> str: ...
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Starter(Protocol):
+    """Where ranks come from. `store` is the descriptor of the file in which they meet, None if they meet elsewhere."""
+
+    @property
+    def store(self) -> int | None: ...
+
+    def start(self, rank: int) -> Member: ...
+
+    def close(self) -> None:
+        """All have started, or never will."""
+        ...
+
+
+class Spawned:
+    """Ranks that are processes of ours on this machine."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        # Nowhere in the file system: nothing is left of it when all processes have ended, however they do.
+        self.store = os.memfd_create("hybridlab-ranks")
+
+    def start(self, rank: int) -> Child:
+        return Child(self._command, keep=(self.store,))
+
+    def close(self) -> None:
+        os.close(self.store)
+
+
 class RankGroup:
-    """`engine.worker.Worker` over all ranks; `setup` is plain data for each of them.
+    """`engine.worker.Worker` over all ranks; `setups` are plain data for each of them.
 
     Once a rank is lost the group is `gone` for good: what the others hold is of no use without it.
     """
 
-    def __init__(self, command: Sequence[str], setups: Sequence[Mapping[str, Any]], model: ModelSpec) -> None:
-        self._command, self._setups, self._model = command, setups, model
+    def __init__(self, starter: Starter, setups: Sequence[Mapping[str, Any]], model: ModelSpec) -> None:
+        self._starter, self._setups, self._model = starter, setups, model
         self.losses = 0
         self.ready = False
         self.gone: WorkerLost | None = None
         self.thread = WorkerThread("hybridlab-ranks")
         """Where steps are run from; it hands messages to a thread for each rank."""
         self._threads = [WorkerThread(f"hybridlab-rank-{rank}") for rank in range(len(setups))]
-        self._children: list[Child] = []
+        self._children: list[Member] = []
         self._lock = threading.Lock()  # for `gone`, `ready`, `losses`, `_closing`, `_busy`
         self._closing = self._busy = False
         self._numbers: dict[Program, int] = {}
@@ -65,10 +111,8 @@ class RankGroup:
 
         Raises `WorkerLost` naming a rank that ended before that, else what one of them raised.
         """
-        # Nowhere in the file system: nothing is left of it when all processes have ended, however they do.
-        store = os.memfd_create("hybridlab-ranks")
         try:
-            started = [thread.call(lambda: Child(self._command, keep=(store,))) for thread in self._threads]
+            started = [thread.call(partial(self._starter.start, rank)) for rank, thread in enumerate(self._threads)]
             wait(started)
             with self._lock:
                 self._children = [future.result() for future in started if future.exception() is None]
@@ -77,10 +121,10 @@ class RankGroup:
                 future.result()
             for rank, child in enumerate(self._children):
                 child.on_end(lambda child, rank=rank: self._note_end(rank, child))
-            bodies = [pack_json({**setup, "store": store}) for setup in self._setups]
+            bodies = [pack_json({**setup, "store": self._starter.store}) for setup in self._setups]
             self._all(Kind.SETUP, bodies, lambda rank, answer: None, answer=Kind.READY)
         finally:
-            os.close(store)
+            self._starter.close()
             self._busy = False
         with self._lock:
             self.ready = self.gone is None
@@ -232,7 +276,7 @@ class RankGroup:
             raise WorkerLost(f"rank {rank} sent what it may not: {problem}") from None
         raise error
 
-    def _note_end(self, rank: int, child: Child) -> None:
+    def _note_end(self, rank: int, child: Member) -> None:
         """A rank that a signal ended is to blame; one that ended by itself said why, unless it had nothing to do."""
         why = f"rank {rank}: {child.how_it_ended()}"
         with self._lock:

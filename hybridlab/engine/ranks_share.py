@@ -70,21 +70,21 @@ def shared_batch(
 ) -> tuple[tuple[Entry, ...], SharedBatch, Shares]:
     """What `rank` computes of a microbatch of whole `entries`, and who computes what."""
     own = share(entries, rank, num_ranks)
-    slots, sizes, batch = [], [], None
+    ids: list[int] = []
+    positions: list[int] = []
+    contexts, slots, sizes = [], [], []
     for each in range(num_ranks):
-        ids: list[int] = []
-        positions: list[int] = []
-        contexts, new = [], []
+        size = 0
         for part in share(entries, each, num_ranks):
-            context, slot = cache.context(part.block_table, len(ids), len(part.token_ids), part.start)
-            contexts.append(context)
-            new.append(slot)
-            ids.extend(part.token_ids)
-            positions.extend(range(part.start, part.start + len(part.token_ids)))
-        slots.append(cache.slots(new) if new else torch.empty(0, dtype=torch.int64))
-        sizes.append(len(ids))
-        if each == rank:
-            tensors = torch.tensor(ids, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
-            batch = SharedBatch(*tensors, slots[-1], tuple(contexts))
-    assert batch is not None
-    return own, batch, Shares(tuple(sizes), torch.cat(slots))
+            count = len(part.token_ids)
+            context, new = cache.context(part.block_table, size, count, part.start)
+            slots.append(new)
+            size += count
+            if each == rank:
+                contexts.append(context)
+                ids.extend(part.token_ids)
+                positions.extend(range(part.start, part.start + count))
+        sizes.append(size)
+    shares = Shares(tuple(sizes), cache.slots(slots))
+    tensors = torch.tensor(ids, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
+    return own, SharedBatch(*tensors, shares.slots.split(sizes)[rank], tuple(contexts)), shares

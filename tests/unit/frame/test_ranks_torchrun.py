@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +26,8 @@ folder, end = sys.argv[1:]
 engine = hl.load(folder, ranks="torchrun", precision="exact", quiet=True, kv_tokens=1024, threads=1)
 requests = json.load(open(folder + "/expected.json"))["requests"]
 print(json.dumps([engine.generate(request["prompt"], 24) for request in requests]), flush=True)
-if end == "kill":  # a follower
-    others = [int(p) for p in open(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read().split()]
-    os.kill(max(pid for pid in others if pid != os.getpid()), 9)
+if end == "wait":
+    sys.stdin.readline()
     try:
         engine.generate([1, 2, 3], 4)
     except hl.HybridlabError as error:
@@ -64,10 +64,30 @@ def test_tokens_are_those_of_the_oracle(tmp_path, end, ranks):
 
 
 def test_a_lost_follower_is_named(tmp_path):
-    done = torchrun(tmp_path, "kill", 3)
-    assert done.returncode != 0  # torchrun's own verdict on a process that was killed
-    lines = done.stdout.strip().split("\n")
-    assert "all 3 ranks were stopped" in lines[1] and ("rank 1" in lines[1] or "rank 2" in lines[1])
+    """Without torchrun itself, which ends the others as soon as one has ended."""
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT, encoding="utf-8")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    processes = []
+    for rank in range(3):
+        where = {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, str(script), str(ORACLE), "wait"]
+        pipe = subprocess.PIPE if rank == 0 else None
+        env = {**os.environ, **where}
+        processes.append(subprocess.Popen(command, env=env, text=True, stdin=pipe, stdout=pipe))
+    leader, *followers = processes
+    try:
+        assert json.loads(leader.stdout.readline()) == [request["greedy"] for request in EXPECTED]
+        followers[1].kill()
+        out, _ = leader.communicate("go\n", timeout=60)
+        assert "rank 2" in out and "all 3 ranks were stopped" in out
+        assert leader.returncode == 0
+        assert followers[0].wait(30) is not None
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_outside_of_torchrun_it_is_said_so(monkeypatch):
