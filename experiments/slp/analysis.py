@@ -1,6 +1,7 @@
 """Fractions of the floor, one line a variant, what parts are worth, FP8 against BF16, and the figure, from stored runs.
 
-`python experiments/slp/analysis.py` reads results/paper/slp and draws results/paper/slp/ttft.{png,svg,pdf,json}.
+`python experiments/slp/analysis.py` reads results/paper/slp (of the CPUs: kernels and kernels_xeon beside it) and draws
+results/paper/slp/ttft.{png,svg,pdf,json}.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import matplotlib
 import pandas as pd
 
-from hybridlab.figures import read_slp, save_figure, slp, slp_table
+from hybridlab.figures import read_kernel_bench, read_slp, save_figure, slp, slp_table
 
 matplotlib.use("Agg")
 FOLDER = Path(__file__).resolve().parents[2] / "results" / "paper" / "slp"
@@ -46,12 +47,13 @@ def main() -> None:
     for name in ("vram24", "worth"):
         _print_runs(name)
     _print_gemm()
+    _print_cpus()
     save_figure(slp(rows), FOLDER / "ttft", command="python experiments/slp/analysis.py")
 
 
 def _print_runs(name: str) -> None:
     """Runs beside the sweep, each with the floor of its own."""
-    rows = pd.read_json(FOLDER / f"{name}.jsonl", lines=True)
+    rows: Any = pd.read_json(FOLDER / f"{name}.jsonl", lines=True)
     print(f"\n{name}.jsonl: floor = max(link alone, all resident), each run's own")
     for row in rows[rows["floor_s"] > 0].to_dict("records"):
         limit = f", --vram-gb {row['vram_gb']:g}" if row["vram_gb"] > 0 else ""
@@ -74,6 +76,19 @@ def _print_gemm() -> None:
         print(f"{shape}, {here} experts; relative error against widened: {errors}; ms, then fraction of dense; tokens:")
         for column, factor, digits in (("seconds", 1e3, 2), ("fraction", 1.0, 2)):
             print(_shown(factor * same.pivot(index="variant", columns="tokens", values=column).loc[[*LAYERS]], digits))
+
+
+def _print_cpus() -> None:
+    """What the CPU of that machine multiplies, beside the one of results/paper/kernels."""
+    print("\nBF16 products of a loop that only multiplies, GFLOP/s, by threads; ours at 512 tokens, fraction of it:")
+    for name in ("kernels_xeon", "kernels"):
+        rows: Any = read_kernel_bench(FOLDER.parent / name)
+        peak = rows.groupby("threads")["multiply_gflop_s"].median()
+        peaks = ", ".join(f"{threads}: {gflop_s:.0f}" for threads, gflop_s in peak.items())
+        many = rows[(rows["rows"] == 512) & (rows["threads"] == rows["threads"].max()) & (rows["work"] == "matrix")]
+        found = many[many["contender"] == "hybridlab"]["multiply_fraction"]
+        ours = f"; {found.min():.2f} to {found.max():.2f}" if len(found) else ""
+        print(f"  {rows['machine'].iloc[0]}: {peaks}{ours}")
 
 
 def _shown(table: pd.DataFrame, digits: int) -> str:

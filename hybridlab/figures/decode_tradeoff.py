@@ -58,7 +58,9 @@ def read_decode(folder: str | Path | None = None) -> pd.DataFrame:
         if missing := [name for name in (*COLUMNS, "evidence") if name not in table.columns]:
             raise ConfigError(f"{path}: damaged (no column {missing[0]!r})")
         tables.append(table.assign(file=str(path.relative_to(folder))))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*RUN, "device", *COLUMNS, "evidence"])
+    if not tables:
+        return pd.DataFrame(columns=[*RUN, "device", *COLUMNS, "evidence"])
+    return pd.concat(tables, ignore_index=True)
 
 
 def decode_table(df: pd.DataFrame) -> pd.DataFrame:
