@@ -52,11 +52,15 @@ class SimulatorBackend:
     def now_s(self) -> float:
         return self._clock.now_s
 
+    @property
+    def workers(self) -> tuple[str, ...]:
+        return self._workers
+
     def idle(self) -> tuple[str, ...]:
         return tuple(worker for worker in self._workers if worker not in self._in_flight)
 
-    def lost_cache(self) -> bool:
-        return False
+    def lost_caches(self) -> tuple[str, ...]:
+        return ()
 
     def submit(self, worker: str, program: Program, batch: StepBatch) -> None:
         """Raises `PlanError` for a program that cannot run or has an op of unknown kind."""

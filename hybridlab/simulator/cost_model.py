@@ -122,6 +122,7 @@ def cost_model(machine: Machine, shape: ModelShape, micros: Sequence[Micro], xp:
     cpu_flop_s = m.cpu_tflops * m.cpu_flop_efficiency * 1e12
     gpu_bytes_s = m.gpu_read_gb_s * m.gpu_read_efficiency * 1e9
     gpu_flop_s = m.gpu_tflops * m.gpu_flop_efficiency * 1e12
+    gpu_attention_flop_s = m.gpu_tflops * m.gpu_attention_efficiency * 1e12
 
     def compute(on_cpu: bool, num_bytes: Number, flop: Number, more_s: Number = 0.0) -> Cost:
         if on_cpu:
@@ -140,10 +141,15 @@ def cost_model(machine: Machine, shape: ModelShape, micros: Sequence[Micro], xp:
         return Cost(cost.alone_s + m.net_latency_us * 1e-6 + sent / (m.net_gb_s * 1e9), cost.dram_bytes)
 
     def attend(one: OpClass, micro: Micro) -> Cost:
-        num_bytes = s.attention_weights * dense_bytes + micro.context * s.kv_bytes
+        """Projections, then scores and values: kernels of their own, each with its own bound."""
+        weights = compute(one.on_cpu, s.attention_weights * dense_bytes, 2 * micro.tokens * s.attention_weights)
         earlier = 2 * (micro.context - micro.tokens) * s.expand_weights  # new tokens: among attention_weights
-        pairs = xp.minimum(micro.pairs * s.pair_flop, micro.pairs * s.pair_flop_expanded + earlier)
-        return compute(one.on_cpu, num_bytes, 2 * micro.tokens * s.attention_weights + pairs)
+        flop = xp.minimum(micro.pairs * s.pair_flop, micro.pairs * s.pair_flop_expanded + earlier)
+        cache_bytes = micro.context * s.kv_bytes
+        if one.on_cpu:
+            busy_s = xp.maximum(cache_bytes / cpu_bytes_s, flop / cpu_flop_s)
+            return Cost(weights.alone_s + busy_s, weights.dram_bytes + cache_bytes)
+        return Cost(weights.alone_s + xp.maximum(cache_bytes / gpu_bytes_s, flop / gpu_attention_flop_s), 0.0)
 
     def experts(one: OpClass, micro: Micro) -> Cost:
         assert one.chosen is not None

@@ -53,6 +53,7 @@ class Machine:
     cpu_expert_us: float = _parameter("us per distinct expert of a CPU op", ASSUMED, 0.0)
     gpu_read_efficiency: float = _parameter("share of gpu_read_gb_s", ASSUMED + " (usual for GEMV)", 0.8, above=True)
     gpu_flop_efficiency: float = _parameter("share of gpu_tflops", ASSUMED + " (usual for large GEMM)", 0.6, above=True)
+    gpu_attention_efficiency: float = _parameter("share of gpu_tflops in scores and values", ASSUMED, 0.6, above=True)
     gpu_op_us: float = _parameter("us per op on the GPU's lane: its launches", ASSUMED, 10.0)
     gpu_expert_bytes: float = _parameter(
         "bytes moved in GPU memory per stored byte of an expert", "1: multiplied as stored; 5: FP8 widened to BF16", 1.0

@@ -100,9 +100,10 @@ def test_attention_grows_with_what_it_looks_at():
 def test_latent_attention_expands_keys_where_that_is_less_work():
     """Of a long prompt; one token behind it attends in the latent space."""
     machine = load_profile("rtx5090_2x_epyc9355").machine
-    flop_s = machine.gpu_tflops * machine.gpu_flop_efficiency * 1e12
     prompt = Micro.prefill(32768.0)
-    least = (2 * prompt.tokens * V3_SHAPE.attention_weights + prompt.pairs * V3_SHAPE.pair_flop_expanded) / flop_s
+    least = 2 * prompt.tokens * V3_SHAPE.attention_weights / (machine.gpu_tflops * machine.gpu_flop_efficiency * 1e12)
+    attention_flop_s = machine.gpu_tflops * machine.gpu_attention_efficiency * 1e12
+    least += prompt.pairs * V3_SHAPE.pair_flop_expanded / attention_flop_s
     assert of("attention", prompt, machine, V3_SHAPE).alone_s == pytest.approx(least + 1e-5)
     wide = replace(V3_SHAPE, pair_flop_expanded=V3_SHAPE.pair_flop)
     token = Micro.decode(1.0, 32768.0)
