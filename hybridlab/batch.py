@@ -12,11 +12,26 @@ from hybridlab.request import Sampling
 
 
 @dataclass(frozen=True, slots=True)
+class HandOff:
+    """A request's KV cache on its way from one worker to another: `num_tokens` in `blocks` of what both can reach.
+
+    `ticket` is its own, never used again in this process; `step` is the one of the run that computed the last of it.
+    """
+
+    ticket: int
+    id: RequestId
+    num_tokens: int
+    step: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One request's share of a step.
 
     `token_ids` are computed at positions `start`, `start` + 1, ...; `block_table` covers all of them.
-    `wants_token` asks for the token that follows the last one.
+    `wants_token` asks for the token that follows the last one. Before the step, the blocks are filled from `fetch`;
+    after it they are left in `leave`, for another worker.
     """
 
     id: RequestId
@@ -25,6 +40,8 @@ class Entry:
     block_table: tuple[int, ...]
     sampling: Sampling
     wants_token: bool
+    fetch: HandOff | None = None
+    leave: HandOff | None = None
 
     @property
     def context_tokens(self) -> int:
@@ -43,7 +60,10 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A finished step. `error` is set when it failed as a whole; `tokens` holds the drawn tokens otherwise."""
+    """A finished step. `error` is set when it failed as a whole; `tokens` holds the drawn tokens otherwise.
+
+    `lost`: it failed with its worker, and may succeed on another.
+    """
 
     batch: StepBatch
     start_s: float
@@ -51,6 +71,7 @@ class StepResult:
     tokens: Mapping[RequestId, int] = field(default_factory=dict)
     spans: Sequence[Span] = ()
     error: str = ""
+    lost: bool = False
 
 
 def split(entries: Sequence[Entry], count: int) -> list[tuple[Entry, ...]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from math import inf
 
+from hybridlab.batch import HandOff
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.plans import RunningRequest, WaitingRequest
 from hybridlab.prefix_cache import Prefixes
@@ -21,7 +22,8 @@ class Live:
     `table`.
 
     `keys` are those of its full blocks in the prefix cache, `entered` of its own blocks are known there. `found` counts
-    the blocks of others that it will share when it starts.
+    the blocks of others that it will share when it starts. `home` is the pool of its blocks. Between two workers it has
+    none: its cache is in `left`, in the blocks `leased`. `replays` counts the steps that were lost with a worker.
     """
 
     record: RequestRecord
@@ -33,6 +35,12 @@ class Live:
     keys: list[bytes] = field(default_factory=list)
     entered: int = 0
     found: int = 0
+    home: BlockPool | None = None
+    may_decode: bool = True
+    """At its home; elsewhere it waits until all of it is computed, with what it drew before a preemption."""
+    left: HandOff | None = None
+    leased: list[int] = field(default_factory=list)
+    replays: int = 0
     seen: WaitingRequest | RunningRequest | None = None
 
     @property
@@ -42,7 +50,7 @@ class Live:
 
     @property
     def is_running(self) -> bool:
-        return len(self.record.output) > 0 and self.computed == len(self.tokens) - 1
+        return self.may_decode and len(self.record.output) > 0 and self.computed == len(self.tokens) - 1
 
     @property
     def deadline_s(self) -> float:
@@ -152,8 +160,8 @@ class Lives:
     `untouched` hold no blocks and are not computed, by arrival; `others` are all the rest. `timed` have a deadline.
     """
 
-    def __init__(self, pool: BlockPool, prefixes: Prefixes) -> None:
-        self._pool, self._prefixes = pool, prefixes
+    def __init__(self, pool: BlockPool, prefixes: Prefixes, transfer: BlockPool | None = None) -> None:
+        self._pool, self._prefixes, self._transfer = pool, prefixes, transfer
         self.all: dict[str, Live] = {}
         self.others: dict[str, Live] = {}
         self.untouched: list[Live] = []
@@ -185,19 +193,31 @@ class Lives:
 
     def give_up(self, live: Live) -> None:
         """Its blocks return; it will be computed anew."""
-        live.give_up(self._pool)
+        self._release(live)
         if self.others.pop(live.record.request.id, None) is not None:
             self._insert(live)
 
     def remove(self, live: Live) -> None:
         rid = live.record.request.id
         self.touch(live)
-        live.give_up(self._pool)
+        self._release(live)
         del self.others[rid], self.all[rid]
         self.timed.pop(rid, None)
 
-    def views(self) -> tuple[tuple[WaitingRequest, ...], tuple[RunningRequest, ...]]:
-        """(waiting, running), without those in flight, each by arrival."""
+    def arrive(self, live: Live) -> None:
+        """What was left for it is in its own blocks."""
+        if self._transfer is not None:
+            self._transfer.release(live.leased)
+        live.left = None
+
+    def leave(self, live: Live, hand_off: HandOff) -> None:
+        """Its cache is where any worker can take it from; its blocks return."""
+        assert live.home is not None
+        live.home.release(live.table)
+        live.home, live.may_decode, live.left = None, True, hand_off
+
+    def views(self, pool: BlockPool | None = None) -> tuple[tuple[WaitingRequest, ...], tuple[RunningRequest, ...]]:
+        """(waiting, running), without those in flight or in another pool, each by arrival."""
         if self._version != self._prefixes.version or self._seen is None:
             self._version, self._waiting = self._prefixes.version, None
             found = [self._look(live) for live in self.untouched]
@@ -206,7 +226,8 @@ class Lives:
             seen = views(self.all.values(), self._pool, self._prefixes)
             waiting = [request for request in seen if isinstance(request, WaitingRequest)]
             return tuple(waiting), tuple(request for request in seen if isinstance(request, RunningRequest))
-        seen = views(self.others.values(), self._pool, self._prefixes)
+        here = [live for live in self.others.values() if live.home in (None, pool or self._pool)]
+        seen = views(here, pool or self._pool, self._prefixes)
         running = tuple(request for request in seen if isinstance(request, RunningRequest))
         begun = [request for request in seen if isinstance(request, WaitingRequest)]
         if not begun:
@@ -217,6 +238,11 @@ class Lives:
         for count, request in enumerate(begun):
             waiting.insert(count + self._place(self.all[request.id].rank), request)
         return tuple(waiting), running
+
+    def _release(self, live: Live) -> None:
+        live.give_up(live.home or self._pool)
+        live.home, live.may_decode = None, True
+        self.arrive(live)
 
     def _insert(self, live: Live) -> None:
         place = self._place(live.rank)

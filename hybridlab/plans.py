@@ -99,7 +99,11 @@ class QueueView:
     A request that needs more than `allocated_kv_tokens` takes whole blocks of `kv_block_tokens` from the
     `free_kv_tokens`. `shared_kv_tokens` of a request's context lie in blocks that requests ahead of it hold too:
     they take nothing from the free ones, and preempting it does not free them. `token_budget` bounds the tokens of
-    one step. `last_decode_s` is when a decode last ended (None if never).
+    one step. `last_decode_s` is when a decode last ended (None if never). `ranks` are those of this worker.
+
+    Workers with KV caches of their own see the requests that have nothing in a cache, and those in their own. Where
+    prompts are computed for other workers (`worker` begins with "prefill") nothing runs; those who decode also see the
+    requests that come from there as running, with no KV tokens allocated yet: a step that names one brings it here.
     """
 
     now_s: float
@@ -110,6 +114,7 @@ class QueueView:
     free_kv_tokens: int
     kv_block_tokens: int
     last_decode_s: float | None = None
+    ranks: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)

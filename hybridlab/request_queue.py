@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import count
 from math import inf
 
 from hybridlab.admission import Limits, why_refused
 from hybridlab.arrivals import Arrivals
-from hybridlab.batch import Entry, StepBatch, StepResult
+from hybridlab.batch import Entry, HandOff, StepBatch, StepResult
 from hybridlab.errors import StrategyError
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.live_requests import Live, Lives
@@ -18,32 +19,41 @@ from hybridlab.request import Request, RequestRecord, Status
 from hybridlab.spec import ModelSpec
 from hybridlab.strategies.kv_room import fit_step
 from hybridlab.validation import check_step
+from hybridlab.worker_pools import KVPools, OnePool
+
+_TICKETS = count(1)
 
 
 class RequestQueue:
     """Requests by arrival. One per run; not thread-safe, except for `cancel`.
 
     Requests that can never be served are rejected at once; the others are not touched by it. `prefixes` finds
-    computed blocks of earlier requests with the same beginning.
+    computed blocks of earlier requests with the same beginning, in the one pool of all workers. A request whose step is
+    lost with a worker is computed again, up to `replays` times; then it fails. `ranks` are those of each worker.
     """
 
     def __init__(
         self,
         requests: Iterable[Request],
-        pool: BlockPool,
+        pool: BlockPool | KVPools,
         model: ModelSpec,
         token_budget: int,
         prefixes: Prefixes | None = None,
+        *,
+        replays: int = 0,
+        ranks: tuple[int, ...] = (0,),
     ) -> None:
-        self._pool, self._eos = pool, frozenset(model.eos_token_ids)
+        self._pools = pools = OnePool(pool) if isinstance(pool, BlockPool) else pool
+        self._eos = frozenset(model.eos_token_ids)
         self._prefixes = prefixes or NoPrefixes()
-        self._budget = token_budget
-        limits = Limits(pool.num_blocks * pool.block_tokens, model.max_positions, model.vocab)
+        self._budget, self._most_replays, self._ranks = token_budget, replays, ranks
+        limits = Limits(pools.largest_context, model.max_positions, model.vocab)
         self._arrivals = Arrivals(requests, lambda request, context: why_refused(request, limits, context))
-        self._lives = Lives(pool, self._prefixes)
+        self._lives = Lives(pools.transfer or pools.of(""), self._prefixes, pools.transfer)
         self._live = self._lives.all
         self._cancelled: set[RequestId] = set()
         self._last_decode_s: float | None = None
+        self._num_steps = 0
 
     @property
     def records(self) -> dict[RequestId, RequestRecord]:
@@ -76,18 +86,20 @@ class RequestQueue:
         return None if event_s == inf else event_s
 
     def view(self, worker: str, now_s: float) -> QueueView:
-        """What a scheduler may know at `now_s`; requests in flight on another worker are left out."""
+        """What a scheduler may know at `now_s`; requests in flight, or in the cache of another worker, are left out."""
         self._admit(now_s)
-        waiting, running = self._lives.views()
+        pool = self._pools.of(worker)
+        waiting, running = self._lives.views(pool)
         return QueueView(
             now_s,
             worker,
             waiting,
-            running,
+            running if self._pools.decodes(worker) else (),
             self._budget,
-            self._pool.free_tokens,
-            self._pool.block_tokens,
+            pool.free_tokens,
+            pool.block_tokens,
             self._last_decode_s,
+            self._ranks,
         )
 
     def start(self, view: QueueView, planned: StepPlan, scheduler_name: str) -> StepBatch | None:
@@ -106,14 +118,19 @@ class RequestQueue:
             return None
         self._preempt(step.preempt)
         step = replace(step, preempt=planned.preempt + step.preempt)
-        starting = [self._live[rid] for rid in step.tokens]
+        if not self._pools.decodes(view.worker) and (step := self._that_can_leave(step)) is None:
+            return None
+        starting, pool = [self._live[rid] for rid in step.tokens], self._pools.of(view.worker)
         for live in starting:  # all of them before any grows: growing may evict what was found
             self._lives.touch(live)
-            if not live.table:
-                live.start(self._pool, self._prefixes)
+            if not live.table and live.left is None:
+                live.start(pool, self._prefixes)
+            live.home, live.may_decode = pool, self._pools.decodes(view.worker)
             if live.record.first_scheduled_s is None:
                 live.record.first_scheduled_s, live.record.cached_tokens = view.now_s, live.computed
-        entries = tuple(self._entry(live, count) for live, count in zip(starting, step.tokens.values(), strict=True))
+        self._num_steps += 1
+        shares = zip(starting, step.tokens.values(), strict=True)
+        entries = tuple(self._entry(live, num_tokens, view.worker) for live, num_tokens in shares)
         return StepBatch(view.worker, step, entries)
 
     def apply(self, results: Sequence[StepResult]) -> list[tuple[RequestRecord, int]]:
@@ -123,6 +140,10 @@ class RequestQueue:
             for entry in result.batch.entries:
                 live = self._live[entry.id]
                 live.in_flight, live.seen = False, None
+                if result.lost and live.replays < self._most_replays:
+                    live.replays += 1
+                    self._lives.give_up(live)
+                    continue
                 if result.error:
                     live.record.error = result.error
                     self._finish(live, Status.FAILED, "failed", result.end_s)
@@ -130,7 +151,12 @@ class RequestQueue:
                 if live.is_running:
                     self._last_decode_s = result.end_s
                 live.computed = entry.context_tokens
-                live.enter(self._prefixes, self._pool.block_tokens)
+                if entry.fetch is not None:
+                    self._lives.arrive(live)
+                if entry.leave is not None:
+                    self._lives.leave(live, entry.leave)
+                else:
+                    live.enter(self._prefixes, self._pools.of(result.batch.worker).block_tokens)
                 if entry.wants_token and entry.id not in self._cancelled:
                     events.append((live.record, self._draw(live, result.tokens[entry.id], result.end_s)))
         return events
@@ -159,12 +185,14 @@ class RequestQueue:
             live.record.error = f"not finished {live.record.request.timeout_s:g} s after its arrival"
             self._finish(live, Status.CANCELLED, "timeout", now_s)
 
-    def lose_cache(self) -> None:
-        """What the KV cache held is gone: requests that are not in flight keep their tokens and are computed anew."""
+    def lose_cache(self, worker: str = "") -> None:
+        """What the worker's cache held is gone: requests that are not in flight keep their tokens, and are computed
+        anew."""
+        pool = self._pools.of(worker)
         for live in tuple(self._lives.others.values()):
-            if not live.in_flight:
+            if not live.in_flight and live.home is pool:
                 self._lives.give_up(live)
-        self._pool.evict_kept()
+        pool.evict_kept()
 
     def _admit(self, now_s: float) -> None:
         for record in self._arrivals.until(now_s):
@@ -174,14 +202,39 @@ class RequestQueue:
         for rid in request_ids:
             self._lives.give_up(self._live[rid])
 
-    def _entry(self, live: Live, count: int) -> Entry:
-        end = live.computed + count
-        self._pool.grow(live.table, end)
+    def _that_can_leave(self, step: StepPlan) -> StepPlan | None:
+        """`step` without the prompts that it would end and that nothing could take yet; None if nothing is left."""
+        assert self._pools.transfer is not None
+        tokens, free = {}, self._pools.transfer.free_tokens // self._pools.transfer.block_tokens
+        for rid, num_tokens in step.tokens.items():
+            live = self._live[rid]
+            if self._leaves(live, live.computed + num_tokens):
+                needed = self._pools.transfer.blocks_for(len(live.tokens))
+                if needed > free:
+                    continue
+                free -= needed
+            tokens[rid] = num_tokens
+        return replace(step, tokens=tokens) if tokens else None
+
+    @staticmethod
+    def _leaves(live: Live, end: int) -> bool:
+        """Whether a request that has `end` tokens computed goes on to decode."""
+        return end == len(live.tokens) and len(live.record.output) + 1 < live.record.request.max_tokens
+
+    def _entry(self, live: Live, num_tokens: int, worker: str) -> Entry:
+        end, leave = live.computed + num_tokens, None
+        self._pools.of(worker).grow(live.table, end)
+        if not self._pools.decodes(worker) and self._leaves(live, end):
+            assert self._pools.transfer is not None
+            self._pools.transfer.grow(live.leased, end)
+            leave = HandOff(next(_TICKETS), live.record.request.id, end, self._num_steps, tuple(live.leased))
         live.record.status = Status.DECODE if live.is_running else Status.PREFILL
         live.in_flight = True
         request = live.record.request
         tokens = live.tokens[live.computed : end]
-        return Entry(request.id, tokens, live.computed, tuple(live.table), request.sampling, end == len(live.tokens))
+        wants = end == len(live.tokens)
+        table = tuple(live.table)
+        return Entry(request.id, tokens, live.computed, table, request.sampling, wants, live.left, leave)
 
     def _draw(self, live: Live, token: int, now_s: float) -> int:
         record, request = live.record, live.record.request

@@ -25,12 +25,17 @@ class Backend(Movable, Protocol):
         """Seconds since the start of the run, on this backend's clock."""
         ...
 
-    def idle(self) -> Iterable[str]:
-        """Workers without a step."""
+    @property
+    def workers(self) -> Sequence[str]:
+        """All of them, by name."""
         ...
 
-    def lost_cache(self) -> bool:
-        """Whether, since this was last asked, the KV cache was lost: what it held must be computed again."""
+    def idle(self) -> Iterable[str]:
+        """Workers without a step, of those that are there."""
+        ...
+
+    def lost_caches(self) -> Sequence[str]:
+        """The workers that, since this was last asked, lost their KV cache: what it held must be computed again."""
         ...
 
     def submit(self, worker: str, program: Program, batch: StepBatch) -> None:
@@ -76,8 +81,8 @@ def steps(
     try:
         planner.update(backend, 0)
         while queue.live:
-            if backend.lost_cache():
-                queue.lose_cache()
+            for worker in backend.lost_caches():
+                queue.lose_cache(worker)
             queue.sweep(backend.now_s)
             idle = tuple(backend.idle())
             for worker in idle:
@@ -85,7 +90,7 @@ def steps(
                 step = scheduler.schedule(view) if view.waiting or view.running else None
                 if step is not None and (batch := queue.start(view, step, name)) is not None:
                     backend.submit(worker, planner.program(planner.shape(worker, batch.step)), batch)
-            if idle and not queue.in_flight and queue.next_arrival_s is None:
+            if len(idle) == len(backend.workers) and not queue.in_flight and queue.next_arrival_s is None:
                 if queue.live and not queue.has_cancelled:
                     raise StrategyError(f"scheduler {name} waits, but nothing runs and nothing will arrive")
                 continue

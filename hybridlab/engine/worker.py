@@ -124,10 +124,14 @@ class EngineBackend:
     def now_s(self) -> float:
         return perf_counter() - self._clock_start_s
 
-    def lost_cache(self) -> bool:
+    @property
+    def workers(self) -> tuple[str, ...]:
+        return (WORKER,)
+
+    def lost_caches(self) -> tuple[str, ...]:
         losses, known = self._worker.losses, self._known_losses
         self._known_losses = losses
-        return losses != known
+        return (WORKER,) if losses != known else ()
 
     def idle(self) -> tuple[str, ...]:
         return (WORKER,) if self._step_in_flight is None and self._worker.ready else ()
@@ -135,7 +139,13 @@ class EngineBackend:
     def submit(self, worker: str, program: Program, batch: StepBatch) -> None:
         self._check_there()
         known = self._known_losses
-        self._step_in_flight = self._thread.call(lambda: self._step(program, batch, known))
+
+        def compute() -> StepOutput:
+            if self._worker.losses != known:  # the step builds on what is no longer there
+                raise WorkerLost("the worker was lost before the step began")
+            return self._worker.run(program, batch, self._clock_start_s, self._on_route)
+
+        self._step_in_flight = self._thread.call(lambda: step_result(batch, self._clock_start_s, compute))
 
     def take_routes(self) -> np.ndarray:
         return self._thread.call(self._worker.take_routes).result()
@@ -170,19 +180,22 @@ class EngineBackend:
         if self._worker.gone is not None:
             raise self._worker.gone
 
-    def _step(self, program: Program, batch: StepBatch, known_losses: int) -> StepResult:
-        start_s = self.now_s
-        try:
-            if self._worker.losses != known_losses:  # the step builds on what is no longer there
-                raise WorkerLost("the worker was lost before the step began")
-            tokens, spans = self._worker.run(program, batch, self._clock_start_s, self._on_route)
-        except WorkerLost as error:
-            logging.getLogger(__name__).error("a step failed, its requests are marked as failed: %s", error)
-            return StepResult(batch, start_s, self.now_s, error=f"{type(error).__name__}: {error}")
-        except HybridlabError:
-            raise  # a mistake in what was asked for ends the run in one line
-        except Exception as error:
-            logging.getLogger(__name__).exception("a step failed; its requests are marked as failed")
-            text = str(error) if isinstance(error, StepFailed) else f"{type(error).__name__}: {error}"
-            return StepResult(batch, start_s, self.now_s, error=text)
-        return StepResult(batch, start_s, self.now_s, tokens, spans)
+
+def step_result(batch: StepBatch, clock_start_s: float, compute: Callable[[], StepOutput]) -> StepResult:
+    """What came of a step that `compute` computes; a mistake in what was asked for ends the run: `HybridlabError`."""
+    start_s = perf_counter() - clock_start_s
+    try:
+        tokens, spans = compute()
+    except (WorkerLost, StepFailed) as error:
+        lost = isinstance(error, WorkerLost)
+        log = logging.getLogger(__name__)
+        log.error("a step failed: %s", error, exc_info=not lost)
+        text = f"{type(error).__name__}: {error}" if lost else str(error)
+        return StepResult(batch, start_s, perf_counter() - clock_start_s, error=text, lost=lost)
+    except HybridlabError:
+        raise
+    except Exception as error:
+        logging.getLogger(__name__).exception("a step failed; its requests are marked as failed")
+        text = f"{type(error).__name__}: {error}"
+        return StepResult(batch, start_s, perf_counter() - clock_start_s, error=text)
+    return StepResult(batch, start_s, perf_counter() - clock_start_s, tokens, spans)

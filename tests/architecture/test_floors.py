@@ -14,7 +14,7 @@ PACKAGE = ROOT / "hybridlab"
 # First part of the module name -> floor. A new module is entered here: that is when its floor is decided.
 FLOORS = {
     0: {"errors", "plans", "request", "routing", "spec", "validation"},
-    1: {"admission", "batch", "kv_blocks", "lowering", "moves", "prefix_cache", "strategies"},
+    1: {"admission", "batch", "kv_blocks", "lowering", "moves", "prefix_cache", "strategies", "worker_pools"},
     2: {
         "checkpoint", "engine", "hardware", "kernel_checks", "kernel_layouts", "kernels", "kernels_attention",
         "kernels_host_lane", "kernels_numpy", "kernels_router", "model", "number_formats", "simulator", "text",

@@ -24,6 +24,7 @@ from hybridlab.request_queue import RequestQueue
 from hybridlab.strategies.checks import TOY_MODEL
 from hybridlab.strategies.scheduler.chunked_prefill import ChunkedPrefill
 from hybridlab.strategies.scheduler.fcfs import FCFS
+from hybridlab.worker_pools import KVPools, OnePool, WorkerPools
 
 BLOCK, EOS = 4, 0
 MODEL = dataclasses.replace(TOY_MODEL, eos_token_ids=(EOS,), vocab=24, max_positions=200)
@@ -86,7 +87,12 @@ requests_given = st.lists(
 
 
 class Serving(RuleBasedStateMachine):
-    """Two workers share one queue. Time passes when it is told to."""
+    """Two workers share one queue and one KV cache. Time passes when it is told to."""
+
+    replays = 0
+
+    def make_pools(self, num_blocks: int) -> KVPools:
+        return OnePool(BlockPool(num_blocks, BLOCK))
 
     @initialize(
         given=requests_given,
@@ -96,8 +102,9 @@ class Serving(RuleBasedStateMachine):
         reuse=st.booleans(),
     )
     def begin(self, given, num_blocks, budget, scheduler, reuse) -> None:
-        self.pool = BlockPool(num_blocks, BLOCK)
-        prefixes = PrefixCache(self.pool) if reuse else NoPrefixes()
+        self.pools = self.make_pools(num_blocks)
+        one, two = (self.pools.of(worker) for worker in WORKERS)
+        prefixes = PrefixCache(one) if reuse and one is two else NoPrefixes()
         # Prompts are beginnings of three texts, so that they share prefixes of every length.
         texts = [tuple(random.Random(f"text{t}").choices(range(1, MODEL.vocab), k=60)) for t in range(3)]
         self.requests: dict[str, Request] = {}
@@ -114,9 +121,11 @@ class Serving(RuleBasedStateMachine):
                 continues=continues,
                 timeout_s=limit_s,
             )
-        self.queue = RequestQueue(self.requests.values(), self.pool, MODEL, budget, prefixes)
+        everything = self.requests.values()
+        self.queue = RequestQueue(everything, self.pools, MODEL, budget, prefixes, replays=self.replays)
         self.scheduler, self.budget, self.now_s = scheduler, budget, 0.0
-        self.memory = [0] * (num_blocks * BLOCK)
+        self.memory = {pool: [0] * (pool.num_blocks * BLOCK) for pool in (one, two)}
+        self.left: dict[int, tuple[str, list[int]]] = {}
         self.flying: dict[str, StepBatch] = {}
         self.final: dict[str, tuple] = {}
         self.drawn: Counter[str] = Counter()
@@ -143,7 +152,7 @@ class Serving(RuleBasedStateMachine):
             record = self.queue.records[entry.id]
             assert len(entry.token_ids) > 0 and record.arrival_s is not None and record.arrival_s <= self.now_s
             assert len(entry.block_table) * BLOCK >= entry.context_tokens
-            self._written_blocks_are_its_own(entry)
+            self._written_blocks_are_its_own(worker, entry)
         self.flying[worker] = batch
         return True
 
@@ -154,10 +163,11 @@ class Serving(RuleBasedStateMachine):
         if batch is None:
             return
         for entry in batch.entries:
-            self._written_blocks_are_its_own(entry)
-        tokens = {entry.id: token for entry in batch.entries if (token := self._compute(entry)) is not None}
+            self._written_blocks_are_its_own(worker, entry)
+        tokens = {e.id: token for e in batch.entries if (token := self._compute(worker, e)) is not None}
         self.now_s += 0.25
-        result = StepResult(batch, self.now_s - 0.25, self.now_s, tokens, error="broken" if broken else "")
+        error, lost = ("broken", self.replays > 0) if broken else ("", False)
+        result = StepResult(batch, self.now_s - 0.25, self.now_s, tokens, error=error, lost=lost)
         self.drawn.update(record.request.id for record, _ in self.queue.apply([result]))
 
     @precondition(lambda self: bool(getattr(self, "drawn", None)))
@@ -166,24 +176,39 @@ class Serving(RuleBasedStateMachine):
         """Now and then the workers are lost: their steps fail, and the KV cache holds nothing of use any more."""
         if not chance:
             return
-        for worker in tuple(self.flying):
-            self.end(worker, True)
-        self.memory = [-1] * len(self.memory)
+        for worker in WORKERS:
+            self._lose(worker)
         self.queue.lose_cache()
 
-    def _written_blocks_are_its_own(self, entry) -> None:
-        for position in range(entry.start, entry.context_tokens):
-            assert self.pool.holders(entry.block_table[position // BLOCK]) == 1, "a shared block is written"
+    def _lose(self, worker: str) -> None:
+        if worker in self.flying:
+            self.end(worker, True)
+        pool = self.pools.of(worker)
+        self.memory[pool] = [-1] * len(self.memory[pool])
 
-    def _compute(self, entry) -> int | None:
+    def _written_blocks_are_its_own(self, worker: str, entry) -> None:
+        for position in range(entry.start, entry.context_tokens):
+            assert self.pools.of(worker).holders(entry.block_table[position // BLOCK]) == 1, "a shared block is written"
+
+    def _compute(self, worker: str, entry) -> int | None:
+        memory = self.memory[self.pools.of(worker)]
+
         def slot(position: int) -> int:
             return entry.block_table[position // BLOCK] * BLOCK + position % BLOCK
 
+        if entry.fetch is not None:
+            rid, content = self.left.pop(entry.fetch.ticket)
+            assert (rid, len(content)) == (entry.id, entry.fetch.num_tokens) and entry.start == len(content)
+            for position, digest in enumerate(content):
+                memory[slot(position)] = digest
         for offset, token in enumerate(entry.token_ids):
             position = entry.start + offset
-            before = self.memory[slot(position - 1)] if position else 0
-            self.memory[slot(position)] = next_slot(before, token)
-        return next_token(self.memory[slot(entry.context_tokens - 1)]) if entry.wants_token else None
+            before = memory[slot(position - 1)] if position else 0
+            memory[slot(position)] = next_slot(before, token)
+        if entry.leave is not None:
+            assert entry.leave.num_tokens == entry.context_tokens <= len(entry.leave.blocks) * BLOCK
+            self.left[entry.leave.ticket] = entry.id, [memory[slot(i)] for i in range(entry.context_tokens)]
+        return next_token(memory[slot(entry.context_tokens - 1)]) if entry.wants_token else None
 
     @rule(number=st.integers(0, 8))
     def cancel(self, number: int) -> None:
@@ -207,17 +232,24 @@ class Serving(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "queue"))
     @invariant()
     def blocks_partition_the_pool(self) -> None:
-        held = Counter(block for live in self.queue._live.values() for block in live.table)
-        assert all(self.pool.holders(block) == held[block] for block in range(self.pool.num_blocks))
-        assert self.pool.free_tokens == (self.pool.num_blocks - len(held)) * BLOCK
+        lives = self.queue._live.values()
+        tables = {pool: [live.table for live in lives if live.home is pool] for pool in self.memory}
+        if self.pools.transfer is not None:
+            tables[self.pools.transfer] = [live.leased for live in lives]
+        for pool, holding in tables.items():
+            held = Counter(block for table in holding for block in table)
+            assert all(pool.holders(block) == held[block] for block in range(pool.num_blocks))
+            assert pool.free_tokens == (pool.num_blocks - len(held)) * BLOCK
         assert all(len(set(live.table)) == len(live.table) for live in self.queue._live.values())
 
     @precondition(lambda self: hasattr(self, "queue"))
     @invariant()
     def what_is_seen_is_what_all_requests_give(self) -> None:
         lives, prefixes = self.queue._lives, self.queue._prefixes
-        waiting, running = lives.views()
-        assert [*running, *waiting] == views(lives.all.values(), self.pool, prefixes)
+        for pool in self.memory:
+            waiting, running = lives.views(pool)
+            here = [live for live in lives.all.values() if live.home in (None, pool)]
+            assert [*running, *waiting] == views(here, pool, prefixes)
         assert lives.all.keys() == lives.others.keys() | {live.record.request.id for live in lives.untouched}
 
     @precondition(lambda self: hasattr(self, "queue"))
@@ -256,15 +288,17 @@ class Serving(RuleBasedStateMachine):
             self.queue.sweep(self.now_s)
             if not self.queue.live:
                 break
-            if self._start("one", FCFS(4)):
-                self.end("one", False)
+            if started := [worker for worker in WORKERS if self._start(worker, FCFS(4))]:
+                for worker in started:
+                    self.end(worker, False)
             else:
                 assert self.queue.next_arrival_s is not None, "waits for nothing"
                 self.now_s = max(self.now_s, self.queue.next_arrival_s)
             self.blocks_partition_the_pool()
             self.the_end_is_final()
         assert not self.queue.live, "does not drain"
-        assert self.pool.free_tokens == self.pool.num_blocks * BLOCK
+        pools = {*self.memory, *filter(None, [self.pools.transfer])}
+        assert all(pool.free_tokens == pool.num_blocks * BLOCK for pool in pools)
         for rid, record in self.queue.records.items():
             assert record.is_final and self.drawn[rid] == len(record.output) == len(record.token_times_s)
             self._check_answer(record)
@@ -284,3 +318,28 @@ class Serving(RuleBasedStateMachine):
         else:
             assert record.output == expected[: len(record.output)]
             assert record.error or record.status is Status.CANCELLED
+
+
+class HandingOver(Serving):
+    """Worker "one" computes prompts in a cache of its own, and leaves them for worker "two"; each may be lost alone."""
+
+    replays = 1
+
+    def make_pools(self, num_blocks: int) -> KVPools:
+        pools = {worker: BlockPool(num_blocks, BLOCK) for worker in WORKERS}
+        return WorkerPools(pools, frozenset({"one"}), BlockPool(num_blocks, BLOCK))
+
+    @precondition(lambda self: bool(getattr(self, "drawn", None)))
+    @rule(worker=st.sampled_from((*WORKERS, "")))
+    def lose(self, worker: str) -> None:
+        """Now and then one worker is lost."""
+        if worker:
+            self._lose(worker)
+            self.queue.lose_cache(worker)
+
+    @precondition(lambda self: hasattr(self, "queue"))
+    @invariant()
+    def prompts_alone_are_computed_on_one(self) -> None:
+        batch = self.flying.get("one")
+        assert batch is None or all(entry.fetch is None for entry in batch.entries)
+        assert all(entry.leave is None for entry in getattr(self.flying.get("two"), "entries", ()))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from serving_machine import Serving
+from serving_machine import HandingOver, Serving
 
 from hybridlab import live_requests, request_queue
 from hybridlab.arrivals import Arrivals
@@ -24,16 +24,18 @@ from hybridlab.strategies.scheduler.fcfs import FCFS
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 
-def test_requests_are_served_whatever_happens() -> None:
+@pytest.mark.parametrize("machine", [Serving, HandingOver])
+def test_requests_are_served_whatever_happens(machine) -> None:
     run_state_machine_as_test(
-        Serving, settings=settings(max_examples=250, stateful_step_count=40, deadline=None, suppress_health_check=QUIET)
+        machine, settings=settings(max_examples=250, stateful_step_count=40, deadline=None, suppress_health_check=QUIET)
     )
 
 
 @pytest.mark.slow
-def test_requests_are_served_whatever_happens_at_length() -> None:
+@pytest.mark.parametrize("machine", [Serving, HandingOver])
+def test_requests_are_served_whatever_happens_at_length(machine) -> None:
     run_state_machine_as_test(
-        Serving,
+        machine,
         settings=settings(max_examples=5000, stateful_step_count=80, deadline=None, suppress_health_check=QUIET),
     )
 
@@ -146,7 +148,7 @@ def _known_blocks_outlive_the_cache(plant: Any) -> None:
 
 
 def _what_was_computed_outlives_the_cache(plant: Any) -> None:
-    plant(RequestQueue, "lose_cache", lambda self: self._pool.evict_kept())
+    plant(RequestQueue, "lose_cache", lambda self: self._pools.of("").evict_kept())
 
 
 def _sharing_is_counted_twice(plant: Any) -> None:
