@@ -20,6 +20,7 @@ from hybridlab.cli_checkpoint import checkpoint
 from hybridlab.cli_figures import figures
 from hybridlab.cli_output import Json, emit, human_output, note
 from hybridlab.cli_sweep import Backend, Config, Figures, Force, ResultsDir, RetryFailed, plan, results, sweep
+from hybridlab.cli_weights import weights
 from hybridlab.errors import HybridlabError, RequestError
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings its own click and exports only this subclass
@@ -68,6 +69,7 @@ app = typer.Typer(
 )
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(bench, name="bench")
+app.add_typer(weights, name="weights")
 app.command()(calibrate)
 app.command()(figures)
 app.command()(plan)

@@ -33,6 +33,7 @@ from hybridlab.prefix_cache import NoPrefixes, PrefixCache
 from hybridlab.routing import RoutingStats
 from hybridlab.session import Engine
 from hybridlab.strategies.registry import resolve
+from hybridlab.weights_sharing import sharing
 
 
 def load(
@@ -62,8 +63,10 @@ def load(
     """Open a Hugging Face checkpoint folder and make it ready; the memory plan is printed before allocation.
 
     Weights stay in the memory map ("rows"), or are packed into huge pages for a faster decode ("tiles": seconds of
-    loading, and memory of their own). `precision` is "bf16", "exact" or, with device "cuda", "fp8", where experts on
-    the GPU quantise their activations as well; `threads` defaults to all cores of this process.
+    loading, and memory of their own). Processes share packed weights: with `worker="process"`, a worker that is started
+    again has them already, and so has every load while `hybridlab weights hold` keeps them. `precision` is "bf16",
+    "exact" or, with device "cuda", "fp8", where experts on the GPU quantise their activations as well; `threads`
+    defaults to all cores of this process.
     A step computes at most `token_budget` tokens: 2,048 by default on the CPU, else as many as there is memory for, so
     that a prompt is one step. The KV cache holds `kv_tokens` (default: planned), in host memory if the GPU is too small
     for it (`engine.load_plan`).
@@ -144,7 +147,9 @@ def load(
     else:
         free_bytes = detect_host_memory().available_bytes if device == "cuda" else None
         start = WorkerProcess if in_process else Runtime
-        runtime = start(checkpoint, hardware, placed, weight_layout=weight_layout, free_bytes=free_bytes, **options)
+        options |= {"weight_layout": weight_layout, "free_bytes": free_bytes}
+        with sharing(checkpoint, weight_layout, create=in_process, quiet=quiet) as shared:
+            runtime = start(checkpoint, hardware, placed, shared=shared, **options)
     planner = Planner(checkpoint.spec, hardware, placement, overlap, placed, tuple(range(ranks)))
     prefixes = PrefixCache if prefix_cache else lambda pool: NoPrefixes()
     return Engine(checkpoint, runtime, planner, precision, num_threads, runtime.memory.token_budget, prefixes)

@@ -20,6 +20,7 @@ from hybridlab.engine.channel import ChannelClosed, Kind, ProtocolError, pack_js
 from hybridlab.engine.child import COMMAND, Child
 from hybridlab.engine.executor import check_chosen
 from hybridlab.engine.program_messages import pack_moves, pack_program
+from hybridlab.engine.shared_weights import SharedWeights
 from hybridlab.engine.step_messages import pack_step, unpack_choice, unpack_result
 from hybridlab.engine.worker import StepFailed, StepOutput
 from hybridlab.engine.worker_main import MOST_PROGRAMS
@@ -36,13 +37,14 @@ MOST_STARTS = 3
 class RemoteWorker:
     """`engine.worker.Worker` in a child process, made from the plain data of `setup`.
 
-    All messages are exchanged on `thread`, which starts each child too. What ends a child is noticed by its channel
-    while it computes and by its process descriptor while it is idle.
+    Each child has the weights of `shared`, which this object then owns. All messages are exchanged on `thread`, which
+    starts each child too. What ends a child is noticed by its channel while it computes and by its process descriptor
+    while it is idle.
     """
 
-    def __init__(self, setup: Mapping[str, Any], model: ModelSpec) -> None:
-        self._setup, self._model = setup, model
-        self.losses = 0
+    def __init__(self, setup: Mapping[str, Any], model: ModelSpec, shared: SharedWeights | None = None) -> None:
+        self._setup, self._model, self._shared = setup, model, shared
+        self.losses = self.num_packed = 0
         self.ready = False
         self.gone: WorkerLost | None = None
         self.thread = WorkerThread("hybridlab-worker-process")
@@ -71,7 +73,7 @@ class RemoteWorker:
         with self._lock:
             if self._closing:
                 raise closed()
-            child = self._child = Child(COMMAND)
+            child = self._child = Child(COMMAND, keep=() if self._shared is None else (self._shared.fileno(),))
         child.on_end(self._note_loss)
         self._numbers.clear()
         try:
@@ -88,6 +90,7 @@ class RemoteWorker:
             self.ready = True
         if not child.is_running():  # its end was noted before it was ready
             self._note_loss(child)
+        self.num_packed = ready["num_packed"]
         # Another process has the same sizes, whatever it finds free.
         sizes = {name: ready["memory"][name] for name in ("token_budget", "kv_tokens")}
         self._setup = {**self._setup, "options": {**self._setup["options"], **sizes, "quiet": True}}
@@ -146,6 +149,8 @@ class RemoteWorker:
             loading.kill()
         self.thread.call(self._drop)
         self.thread.close()
+        if self._shared is not None:
+            self._shared.close()
 
     def discard(self) -> None:
         """As `close`, at once and without waiting for it."""

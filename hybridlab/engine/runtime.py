@@ -18,6 +18,8 @@ from hybridlab.engine.load_plan import plan_load
 from hybridlab.engine.memory import MemoryPlan
 from hybridlab.engine.offloaded_kv import OffloadedKV
 from hybridlab.engine.options import host_precision
+from hybridlab.engine.shared_tiles import SharedTiles
+from hybridlab.engine.shared_weights import SharedWeights
 from hybridlab.engine.worker import EngineBackend, LocalWorker
 from hybridlab.engine.worker_thread import WorkerThread
 from hybridlab.hardware.gpu import free_memory_bytes
@@ -28,7 +30,10 @@ from hybridlab.spec import HardwareSpec
 
 
 class Runtime:
-    """Owns what a run needs on this machine. Close it to end the worker thread and free the KV cache."""
+    """Owns what a run needs on this machine. Close it to end the worker thread and free the KV cache.
+
+    With `shared`, which stays the caller's, weights in "tiles" are the one copy of several processes.
+    """
 
     def __init__(
         self,
@@ -46,8 +51,11 @@ class Runtime:
         memory_gb: float | None,
         free_bytes: int | None,
         quiet: bool,
+        shared: SharedWeights | None = None,
     ) -> None:
-        source = weight_source(weight_layout, threads)
+        self._shared = None if shared is None else shared.duplicate()
+        tiles = None if self._shared is None else SharedTiles(checkpoint, self._shared, threads)
+        self._source = source = tiles or weight_source(weight_layout, threads)
         numerics = make_numerics(host_precision(precision), threads, source)
         if hardware.device == "cuda":  # others may be at work on it
             free = free_memory_bytes()
@@ -70,6 +78,8 @@ class Runtime:
         if not quiet:
             for plan in filter(None, (self.memory, self.memory.gpu)):
                 print(f"hybridlab: {plan}", file=sys.stderr)
+        if tiles is not None:
+            tiles.open(progress=not quiet)
         self.num_kv_blocks = self.memory.kv_tokens // kv_block_tokens
         self.kv_block_tokens = kv_block_tokens
         if hardware.device == "cpu":
@@ -92,9 +102,14 @@ class Runtime:
         self.local = LocalWorker(self._executor, self._device.torch_device)
         self._worker = WorkerThread()
         # Beside the first prompts: an unmapped page costs a fault in the middle of a kernel. On "cuda", all is copied.
-        mapping = (lambda: None) if hardware.device == "cuda" else checkpoint.populate
+        mapping = (lambda: None) if hardware.device == "cuda" else (tiles or checkpoint).populate
         self._mapping = threading.Thread(target=mapping, name="hybridlab-map", daemon=True)
         self._mapping.start()
+
+    @property
+    def num_packed(self) -> int:
+        """Weights that this process has packed: none of those that another one shares with it."""
+        return self._source.num_packed
 
     def wait_mapped(self) -> None:
         """Wait until the weights' pages are mapped: benchmarks start from there."""
@@ -124,3 +139,5 @@ class Runtime:
         self._worker.close()
         self._cache.close()
         self._device.close()
+        if self._shared is not None:
+            self._shared.close()

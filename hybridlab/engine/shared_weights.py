@@ -62,6 +62,7 @@ class SharedWeights:
             raise WeightsError("weights cannot be shared: this system has no memfd")
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
         try:
+            _probe_seal(flags)
             descriptor = _huge(flags, index.num_bytes)
             if descriptor is None:
                 descriptor = os.memfd_create(NAME, flags)
@@ -197,6 +198,15 @@ def _write_all(whole: np.ndarray, index: WeightIndex, write: Write, threads: int
             bar.update(done)
     head = index.written()
     whole[: len(head)] = np.frombuffer(head, np.uint8)
+
+
+def _probe_seal(flags: int) -> None:
+    """Raises `WeightsError` before anything is filled in vain."""
+    descriptor = os.memfd_create(NAME, flags)
+    try:
+        _seal(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _seal(descriptor: int) -> None:

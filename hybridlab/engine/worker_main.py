@@ -27,6 +27,7 @@ from hybridlab.engine.channel import Channel, ChannelClosed, Kind, ProtocolError
 from hybridlab.engine.program_messages import placement, unpack_moves, unpack_program
 from hybridlab.engine.ranks_runtime import RankRuntime
 from hybridlab.engine.runtime import Runtime
+from hybridlab.engine.shared_weights import SharedWeights
 from hybridlab.engine.step_messages import Step, pack_choice, pack_result, unpack_step
 from hybridlab.errors import WorkerLost
 from hybridlab.plans import Program
@@ -34,7 +35,7 @@ from hybridlab.spec import HardwareSpec, ModelSpec
 
 MOST_PROGRAMS = 64
 """Kept on both sides: the one that was sent longest ago makes room."""
-SETUP_KEYS = {"package", "checkpoint", "hardware", "placement", "options"}
+SETUP_KEYS = {"package", "checkpoint", "hardware", "placement", "options", "shared"}
 PACKAGE = str(Path(__file__).parents[1])
 SEED = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
@@ -80,12 +81,13 @@ def _setup(channel: Channel) -> tuple[Runtime, ModelSpec] | None:
     try:
         checkpoint = open_checkpoint(given["checkpoint"])
         hardware, placed = HardwareSpec(**given["hardware"]), placement(given["placement"])
-        runtime = Runtime(checkpoint, hardware, placed, **given["options"])
+        shared = None if given["shared"] is None else SharedWeights(given["shared"])
+        runtime = Runtime(checkpoint, hardware, placed, shared=shared, **given["options"])
     except Exception as error:
         send_error(channel, Kind.FAILED, error)
         return None
     memory = dataclasses.asdict(runtime.memory)
-    sizes = {"num_kv_blocks": runtime.num_kv_blocks, "kv_block_tokens": runtime.kv_block_tokens}
+    sizes = {name: getattr(runtime, name) for name in ("num_kv_blocks", "kv_block_tokens", "num_packed")}
     channel.send(Kind.READY, pack_json({"memory": memory, **sizes}))
     return runtime, checkpoint.spec
 

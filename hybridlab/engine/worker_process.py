@@ -18,6 +18,7 @@ from hybridlab.engine.channel import Kind
 from hybridlab.engine.memory import MemoryPlan
 from hybridlab.engine.program_messages import plain_placement
 from hybridlab.engine.remote_worker import RemoteWorker
+from hybridlab.engine.shared_weights import SharedWeights
 from hybridlab.engine.worker import EngineBackend, StepFailed
 from hybridlab.engine.worker_main import PACKAGE, SEED
 from hybridlab.errors import HybridlabError
@@ -28,18 +29,30 @@ from hybridlab.spec import HardwareSpec
 class WorkerProcess:
     """What `engine.runtime.Runtime` is, in a process of its own; `options` are those of `Runtime`, as plain data.
 
+    With `shared`, which stays the caller's, all such processes have one copy of the weights: the first one fills it.
+
     Raises what `Runtime` raises, and `WorkerLost` if the process ends before it is ready.
     """
 
-    def __init__(self, checkpoint: Checkpoint, hardware: HardwareSpec, placed: PlacementPlan, **options: Any) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        hardware: HardwareSpec,
+        placed: PlacementPlan,
+        *,
+        shared: SharedWeights | None = None,
+        **options: Any,
+    ) -> None:
+        shared = None if shared is None else shared.duplicate()
         setup = {
             "package": PACKAGE,
             "checkpoint": str(checkpoint.folder.resolve()),
             "hardware": dataclasses.asdict(hardware),
             "placement": plain_placement(placed),
             "options": options,
+            "shared": None if shared is None else shared.fileno(),
         }
-        self._remote = remote = RemoteWorker(setup, checkpoint.spec)
+        self._remote = remote = RemoteWorker(setup, checkpoint.spec, shared)
         try:
             ready = remote.thread.call(remote.start).result()
         except StepFailed as error:
@@ -59,6 +72,11 @@ class WorkerProcess:
     def pid(self) -> int | None:
         """Of the process; None while another one is started."""
         return self._remote.pid
+
+    @property
+    def num_packed(self) -> int:
+        """Weights that the process of now has packed: none of those that another one shares with it."""
+        return self._remote.num_packed
 
     def wait_mapped(self) -> None:
         """Wait until the weights' pages are mapped: benchmarks start from there."""

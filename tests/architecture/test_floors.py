@@ -18,6 +18,7 @@ FLOORS = {
     2: {
         "checkpoint", "engine", "hardware", "kernel_checks", "kernel_layouts", "kernels", "kernels_attention",
         "kernels_host_lane", "kernels_numpy", "kernels_router", "model", "number_formats", "simulator", "text",
+        "weights_held", "weights_holder", "weights_sharing",
     },
     3: {
         "arrivals", "axes", "axes_random", "backends", "bench", "bench_contenders", "bench_decode_devices",
@@ -31,7 +32,7 @@ FLOORS = {
     },
     4: {
         "__main__", "cli", "cli_bench", "cli_calibrate", "cli_checkpoint", "cli_figures", "cli_output", "cli_run",
-        "cli_sweep",
+        "cli_sweep", "cli_weights",
         "figures", "widgets",
     },
 }  # fmt: skip

@@ -125,7 +125,7 @@ def test_a_damaged_index_is_one_clear_error(at, written, message):
 
 def test_an_index_that_is_no_index_is_refused(monkeypatch):
     monkeypatch.setattr(WeightIndex, "_text", b'{"layout": "tiles", "files": [], "sizes": 3}')
-    memory = INDEX.written().ljust(4096, b"\0")
+    memory = replace(INDEX).written().ljust(4096, b"\0")
     monkeypatch.undo()
     with pytest.raises(WeightsError, match="it is no index"):
         INDEX.check(memoryview(memory))

@@ -1,0 +1,98 @@
+"""Which weights a load shares with other processes: those that are held, or new ones; and how to have them held."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hybridlab import weights_held
+from hybridlab.checkpoint import Checkpoint, open_checkpoint
+from hybridlab.engine.shared_tiles import LAYOUT, SharedTiles, tiles_index
+from hybridlab.engine.shared_weights import SharedWeights, huge_pages
+from hybridlab.errors import ConfigError, MemoryBudgetError, WeightsError
+from hybridlab.hardware.host_memory import detect_host_memory
+from hybridlab.weights_held import Held
+
+RESERVE_BYTES = 2**29
+"""Of free memory that holding weights leaves alone."""
+
+
+@contextmanager
+def sharing(checkpoint: Checkpoint, layout: str, *, create: bool, quiet: bool) -> Iterator[SharedWeights | None]:
+    """The held weights of `checkpoint` in `layout`; else, with `create`, room for new ones; else None: pack privately.
+
+    A holder whose weights cannot be used is told of on stderr and left alone. The block's end closes what it was given.
+    """
+    shared = None
+    if layout == LAYOUT:
+        shared = _held(checkpoint, quiet) or (_new(checkpoint) if create else None)
+    try:
+        yield shared
+    finally:
+        if shared is not None:
+            shared.close()
+
+
+def hold(folder: Path | str, *, idle_s: float, layout: str = LAYOUT, threads: int, progress: bool = True) -> Held:
+    """Fill shared weights and leave them to a process of their own, until nobody has used them for `idle_s` seconds.
+
+    Raises `WeightsError` if they are held already or cannot be shared, `ConfigError` for a layout that is a file's own,
+    `CheckpointError`, and `MemoryBudgetError` if they do not fit into the memory that is free.
+    """
+    if layout != LAYOUT:
+        raise ConfigError(f"weight_layout is {layout!r:.40}, expected {LAYOUT!r}: rows are mapped from their files")
+    checkpoint = open_checkpoint(folder)
+    index = tiles_index(checkpoint)
+    with weights_held.claim(folder, layout) as server, SharedWeights.create(index) as shared:
+        free = detect_host_memory().available_bytes
+        if index.num_bytes + RESERVE_BYTES > free:
+            raise MemoryBudgetError(
+                f"{(index.num_bytes + RESERVE_BYTES) / 1e9:.2f} GB of memory needed to hold {folder} in {layout}, "
+                f"{free / 1e9:.2f} GB free; free memory, or take a smaller checkpoint"
+            )
+        SharedTiles(checkpoint, shared, threads).open(progress=progress)
+        return weights_held.start(server, shared.fileno(), folder, layout, index.num_bytes, idle_s)
+
+
+def _held(checkpoint: Checkpoint, quiet: bool) -> SharedWeights | None:
+    try:
+        found = weights_held.attach(checkpoint.folder, LAYOUT)
+        if found is None:
+            return None
+        descriptor, lease, held = found
+        shared = SharedWeights(descriptor, lease)
+        try:
+            shared.attach(tiles_index(checkpoint))
+        except WeightsError:
+            shared.close()
+            raise
+    except WeightsError as error:
+        _say(f"the held weights of {checkpoint.folder} are not used: {error}")
+        return None
+    if not quiet:
+        _say(f"weights: {held}")
+    return shared
+
+
+def _new(checkpoint: Checkpoint) -> SharedWeights | None:
+    try:
+        return SharedWeights.create(tiles_index(checkpoint))
+    except WeightsError as error:
+        _say(f"{error}; every worker packs its own")
+        return None
+
+
+def pages_note() -> str:
+    """What to know of the pages of shared weights here; "" if they are huge."""
+    found = huge_pages()
+    if found in ("always", "within_size", "advise", "force"):
+        return ""
+    return (
+        f"shared weights lie in small pages (shmem_enabled is {found or 'unknown'!r}): decode may be slower by some 10%"
+    )
+
+
+def _say(text: str) -> None:
+    print(f"hybridlab: {text}", file=sys.stderr)
