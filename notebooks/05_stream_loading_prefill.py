@@ -24,6 +24,7 @@
 
 # %%
 import hybridlab as hl
+from hybridlab.config import project_dir
 
 # %% [markdown]
 # ## On one H100
@@ -37,20 +38,33 @@ rows[["machine", "code"]].drop_duplicates()
 
 # %%
 table = hl.figures.slp_table(rows)
-table.pivot(index=["variant", "vram_gb"], columns="tokens", values="fraction").round(2)
+table.pivot(index="variant", columns="tokens", values="fraction").round(2)
 
 # %% [markdown]
-# Fractions of the floor: 1 is all that overlap can give. A ring of two layers is there at every length. With one buffer
-# a layer's experts are loaded once the last ones were used, beside the next layer's attention: at 32K tokens that is
-# long enough to lose nothing. `sequential` waits for every copy and every op. Two slots of half a layer take no more
-# memory than one buffer and hide the link up to 8K, but compute more slowly: each half gathers all routes anew.
+# Fractions of the floor: 1 is all that overlap can give. A ring of two layers has 0.97 and more at every length; 16K,
+# where loading and computing take about equally long, is the hardest. With one buffer a layer's experts are loaded once
+# the last ones were used, beside the next layer's attention: at 32K tokens that is long enough to lose nothing, at 16K
+# it costs a third. `sequential` waits for every copy and every op. Two slots of half a layer take no more memory than
+# one buffer and hide the link up to 8K, but compute more slowly: each half gathers all routes anew.
 
 # %%
 ax = hl.figures.slp(rows)
 
 # %% [markdown]
-# Up to 8K tokens the link decides: TTFT is the same for 1K and for 8K, and only fewer bytes would lower it. From 16K on
-# computing decides, and a GPU with room for the experts of two layers is as fast as one that holds them all.
+# Up to 8K tokens the link decides: TTFT is the same for 1K and for 8K, and only fewer bytes would lower it. At 16K both
+# take about as long, at 32K computing decides, and a GPU with room for the experts of two layers is nearly as fast as
+# one that holds them all. What the link itself needs is pinned memory: with pageable memory the same ring took 3.6 s at
+# 16K (`experiments/slp/README.md`).
+#
+# ### From how many tokens on?
+#
+# Short prompts are faster with the experts on the CPU. `hybridlab calibrate` found from where streaming them pays on
+# this machine. (The file has mixed steps, too, in which a share of the experts is streamed; they are left out, for
+# their times cannot be right: `experiments/crossover/README.md`.)
+
+# %%
+calibration = hl.figures.read_calibration(project_dir() / "results/paper/crossover/calibration.json")
+ax = hl.figures.crossover(calibration, where={"path": ["cpu", "streamed"]})
 
 # %% [markdown]
 # ## The same plans without a GPU
