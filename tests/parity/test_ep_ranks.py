@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -11,7 +11,9 @@ import pytest
 import hybridlab as hl
 from hybridlab.engine.ranks import Ranks
 from hybridlab.lowering import Planner
-from hybridlab.plans import EXCHANGES, Tier
+from hybridlab.plans import EXCHANGES, ExpertPath, PlacementPlan, Tier
+from hybridlab.spec import HardwareSpec
+from hybridlab.strategies.placement.streamed import Streamed
 from hybridlab.strategies.registry import names, resolve
 
 STREAMED = {"name": "streamed", "stream_from_tokens": 4, "ring_slots": 3, "parts_per_layer": 2}
@@ -53,6 +55,35 @@ def test_every_plan_gives_the_oracles_tokens_on_ranks(oracle, device, ranks):
     assert {rank for kind, rank, _ in kinds if kind == "load"} == (with_experts if device == "emulated" else set())
     for kind in ("attention", "all_gather", "dispatch", "reduce"):
         assert {rank for found, rank, _ in kinds if found == kind} == set(range(ranks))
+
+
+@dataclass(frozen=True)
+class Mixed(Streamed):
+    """Some experts cross the link; those that arrive stay on the accelerator if they have three tokens."""
+
+    num_layers: int = 0
+
+    def expert_path(self, num_tokens: int, placed: PlacementPlan, hardware: HardwareSpec) -> ExpertPath:
+        return ExpertPath((frozenset({0, 1, 5, 6}),) * self.num_layers, 3)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "hot_resident"])
+def test_each_rank_has_its_experts_in_several_tiers(oracle, kind):
+    spec = oracle.spec
+    half_gb = 0.5 * len(spec.moe_layers) * spec.num_experts * spec.expert_bytes / 1e9
+    hot = {"name": "hot_resident", "gpu_gb": half_gb, "ring_slots": 2, "stream_from_tokens": 6}
+    placement = Mixed(parts_per_layer=2, ring_slots=2, num_layers=spec.num_layers) if kind == "mixed" else hot
+    tiers = set()
+    with oracle.load(precision="exact", ranks=2, device="emulated", placement=placement, overlap="prefetch") as engine:
+        given = engine.planner
+        for exchange in EXCHANGES:
+            placed = replace(given.placed, exchange=exchange)
+            kept = given.placement, given.overlap, placed, given.ranks
+            engine.planner = Planner(given.model, given.hardware, *kept)
+            served = engine.serve(oracle.requests(), keep_span_steps=1000)
+            assert [record.output for record in served.records] == oracle.greedy, exchange
+            tiers |= {span.op.tier for span in served.spans if span.op.kind == "experts"}
+    assert len(tiers) >= 2
 
 
 def test_ranks_share_prefixes_and_draw_as_one_process_does(oracle):

@@ -1,7 +1,8 @@
 """A rank that is killed on purpose: faulty_rank.py RANK POINT DESCRIPTOR PARENT.
 
 The process that is rank RANK kills itself at POINT: "setup", "ready", an op kind, "keys" (before it has sent its keys
-and values), "answer", or stops there for ever: "hang". The second layer's ops, where there is one.
+and values), "answer", or stops there for ever: "hang". The second layer's ops, where there is one. "op:3" is the fourth
+op that the rank computes, whatever that is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def main() -> int:
 
     made = ranks_runtime.RankRuntime.__init__
     me = [-1]
+    seen: list[int] = []
 
     def fail(here: str) -> None:
         if me[0] == rank and here == point:
@@ -51,6 +53,8 @@ def main() -> int:
         def faulty(op):
             if op.layer:
                 fail(op.kind)
+            fail(f"op:{len(seen)}")
+            seen.append(op.id)
             execute(op)
 
         return faulty

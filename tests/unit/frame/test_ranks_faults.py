@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -67,6 +68,22 @@ def test_a_rank_killed_at_any_point_of_a_step_is_named(monkeypatch, point):
     monkeypatch.setattr(ranks_module, "COMMAND", (*FAULTY, "1", point))
     with load() as engine:
         check_lost(engine, runtime_of(engine).pids, KILLED.format(1))
+
+
+@pytest.mark.slow
+def test_a_rank_killed_at_any_op_is_named(monkeypatch):
+    """Op after op, until a run completes untouched."""
+    for number in itertools.count():
+        monkeypatch.setattr(ranks_module, "COMMAND", (*FAULTY, "1", f"op:{number}"))
+        with load(2) as engine:
+            pids = runtime_of(engine).pids
+            served = engine.serve([hl.Request("r", EXPECTED[3]["prompt"], 1)])
+            if served.records[0].status is not Status.FAILED:
+                break
+            assert re.search(KILLED.format(1).replace("3", "2"), served.records[0].error)
+            wait_until_dead(pids)
+    assert number == 16  # a rank's ops in the one step
+    assert served.records[0].output == EXPECTED[3]["greedy"][:1]
 
 
 def test_a_rank_that_hangs_is_named_once_the_others_have_waited(monkeypatch):
