@@ -81,10 +81,18 @@ app.command()(results)
 def doctor(
     json: Json = False,
     probe: Annotated[bool, typer.Option(help="Measure memory reads and the link (seconds, 1 GiB).")] = True,
+    release_weights: Annotated[
+        bool, typer.Option("--release-weights", help="Let go of all held weights first.")
+    ] = False,
 ) -> None:
     """Say what this machine can do, what is missing and what cannot be tested on it."""
     from hybridlab.hardware import doctor as examine
 
+    if release_weights:
+        from hybridlab.weights_held import release
+
+        for held in release():
+            note(f"released {held}")
     report = examine(probe=probe)
     emit(report.as_dict() if json else str(report), json)
 

@@ -7,10 +7,11 @@ import json
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,15 +69,15 @@ def attach(folder: Path | str, layout: str) -> tuple[int, socket.socket, Held] |
     connection = _connect(_name(folder, layout))
     if connection is None:
         return None
+    descriptors: list[int] = []
     try:
-        descriptors: list[int] = []
         held = _ask(connection, Verb.ATTACH, descriptors)
         if len(descriptors) != 1:
-            for descriptor in descriptors:
-                os.close(descriptor)
             raise WeightsError(f"held weights: process {held.pid} sent {len(descriptors)} descriptors, expected 1")
         return descriptors[0], connection, held
     except BaseException:
+        for descriptor in descriptors:
+            os.close(descriptor)
         connection.close()
         raise
 
@@ -105,7 +106,8 @@ def release(folder: Path | str | None = None) -> list[Held]:
             if connection is not None:
                 with connection:
                     ended.append(_ask(connection, Verb.RELEASE))
-                    connection.recv(1)  # its end
+                    with suppress(OSError):
+                        connection.recv(1)  # its end
     return ended
 
 
@@ -194,11 +196,13 @@ def _ask(connection: socket.socket, verb: Verb, descriptors: list[int] | None = 
     try:
         connection.sendall(REQUEST.pack(MAGIC, verb))
         most = 0 if descriptors is None else 1
-        packet, received, _, _ = socket.recv_fds(connection, MOST_BYTES, most, socket.MSG_CMSG_CLOEXEC)
+        packet, received, _, _ = socket.recv_fds(connection, MOST_BYTES, most)
     except OSError as error:
         raise WeightsError(f"held weights: their process does not answer ({error})") from None
     if descriptors is not None:
         descriptors += received
+    for descriptor in received:
+        os.set_inheritable(descriptor, False)
     if not packet:
         raise WeightsError("held weights: their process has ended")
     try:
@@ -206,7 +210,7 @@ def _ask(connection: socket.socket, verb: Verb, descriptors: list[int] | None = 
         if (magic, answered) != (MAGIC, verb):
             raise ValueError(f"{magic!r}, {answered}")
         return _held(json.loads(packet[REPLY.size :]))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
         raise WeightsError(f"held weights: their process sent what it may not ({error})") from None
 
 

@@ -28,6 +28,8 @@ def sharing(checkpoint: Checkpoint, layout: str, *, create: bool, quiet: bool) -
     shared = None
     if layout == LAYOUT:
         shared = _held(checkpoint, quiet) or (_new(checkpoint) if create else None)
+    if shared is not None and not quiet and (text := pages_note()):
+        _say(text)
     try:
         yield shared
     finally:

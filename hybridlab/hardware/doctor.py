@@ -20,6 +20,7 @@ from hybridlab.hardware.host_memory import HostMemory, detect_host_memory
 from hybridlab.hardware.link import LinkProbe, probe_link
 from hybridlab.hardware.pinning import Pinning, detect_pinning
 from hybridlab.hardware.read_bandwidth import BandwidthProbe, read_bandwidth_gb_s
+from hybridlab.weights_held import Held, list_held
 
 _PACKAGES = ("torch", "numpy", "pandas", "safetensors", "tokenizers", "Cython", "jax", "jaxlib")
 _ISA_FLAGS = (
@@ -50,6 +51,8 @@ class DoctorReport:
     gpus: tuple[Gpu, ...]
     links: tuple[LinkProbe, ...]
     pinning: Pinning
+    held: tuple[Held, ...]
+    """Weights that processes of their own keep in memory."""
     versions: dict[str, str]
     missing: tuple[str, ...]
     untested: tuple[str, ...]
@@ -80,6 +83,7 @@ class DoctorReport:
             *((f"GPU {gpu.index}", f"{gpu.name}, {_gib(gpu.memory_bytes)}") for gpu in self.gpus),
             *((f"link to GPU {link.gpu}", str(link)) for link in self.links),
             ("pinned memory", str(self.pinning)),
+            *(("weights held", f"{held} (hybridlab weights release {held.folder})") for held in self.held),
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
             *(("missing", text) for text in self.missing),
             *(("untested here", text) for text in self.untested),
@@ -129,6 +133,7 @@ def doctor(*, probe: bool = True, gpu: bool = True, repeats: int = 7) -> DoctorR
         gpus=gpus,
         links=tuple(probe_link(g.index, repeats=repeats) for g in gpus) if probe else (),
         pinning=detect_pinning(gpu=probe and bool(gpus)),
+        held=tuple(list_held()),
         versions=versions,
         missing=_missing(versions, bool(compiler), gpus if gpu else None),
         untested=_untested(cores, gpus, set(kernels.TIERS) - set(kernels.supported_tiers())),

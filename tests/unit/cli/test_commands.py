@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import hybridlab as hl
+from hybridlab import weights_held
 from hybridlab.cli import app
 
 CONFIG = """\
@@ -123,3 +125,40 @@ def test_calibrate_prints_what_it_found_and_keeps_it(tiny: Path, tmp_path: Path)
     text = invoke("calibrate", tiny, *words, "--no-save")
     assert text.stdout.startswith("tiny on ") and "ms a layer over tokens:" in text.stdout
     assert not Path(kept).exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="weights are held on Linux")
+def test_weights_are_held_listed_shown_by_doctor_and_released(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Among names of its own: what else is held on this machine is not touched.
+    monkeypatch.setattr(weights_held, "_prefix", lambda: f"hybridlab-weights-test-{os.getpid()}-")
+    held = json.loads(invoke("weights", "hold", tiny, "--idle", "10m", "--threads", 1, "--json").stdout)
+    try:
+        assert (held["folder"], held["layout"], held["idle_s"]) == (str(tiny.resolve()), "tiles", 600.0)
+        listed = json.loads(invoke("weights", "list", "--json").stdout)
+        assert held["pid"] in [one["pid"] for one in listed]
+        shown = [one["pid"] for one in json.loads(invoke("doctor", "--no-probe", "--json").stdout)["held"]]
+        assert held["pid"] in shown
+        assert f"hybridlab weights release {tiny}" in invoke("doctor", "--no-probe").stdout
+        again = invoke("weights", "hold", tiny)
+        assert again.exit_code == 2 and "are held, or being filled, already" in again.stderr
+    finally:
+        done = invoke("weights", "release", tiny)
+    assert done.exit_code == 0 and f"process {held['pid']}" in done.stdout
+    twice = invoke("weights", "release", tiny)
+    assert twice.exit_code == 2 and "no weights of it are held" in twice.stderr
+    again = json.loads(invoke("weights", "hold", tiny, "--threads", 1, "--json").stdout)
+    ended = invoke("doctor", "--no-probe", "--release-weights")
+    assert f"process {again['pid']}" in ended.stderr and "weights held" not in ended.stdout
+    assert invoke("weights", "list").stdout == "no weights are held\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--idle", "soon"], "idle is 'soon', expected a time such as 90s, 30m or 2h"),
+        (["--weight-layout", "rows"], "weight_layout is 'rows', expected 'tiles': rows are mapped from their files"),
+    ],
+)
+def test_what_cannot_be_held_is_one_line(tiny: Path, words: list[str], message: str) -> None:
+    done = invoke("weights", "hold", tiny, *words)
+    assert done.exit_code == 2 and message in done.stderr and done.stdout == ""
