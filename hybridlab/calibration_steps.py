@@ -255,6 +255,11 @@ def _timing(step: TimedStep, model_layers: int) -> _Timing:
     for span in step.spans:
         if (part := _part(span)) is not None:
             sums[part] += (span.end_s - span.start_s) / len(ends)
+    if sums["link_s"] and sums["cpu_experts_s"]:
+        # What the ring took ahead while the CPU computed the first layer must not look like a fast link: of many
+        # layers, each takes at least as long as the slowest lane needs for it.
+        gpu_s = sums["gpu_experts_s"] + sums["other_s"]
+        layer_s = max(layer_s, sums["link_s"], sums["cpu_experts_s"], gpu_s)
     return _Timing(layer_s, first_s + (model_layers - 1) * layer_s, **sums)
 
 
