@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from hybridlab.engine.options import (
 from hybridlab.engine.ranks import Ranks, check_ranks, spread, threads_of_rank
 from hybridlab.engine.runtime import Runtime
 from hybridlab.engine.worker_process import WorkerProcess
+from hybridlab.engine.workers import Workers, check_workers
 from hybridlab.errors import ConfigError
 from hybridlab.hardware import detect
 from hybridlab.hardware.gpu import detect_gpus
@@ -31,7 +33,7 @@ from hybridlab.lowering import Planner
 from hybridlab.model.weight_layout import WeightLayout
 from hybridlab.prefix_cache import NoPrefixes, PrefixCache
 from hybridlab.routing import RoutingStats
-from hybridlab.session import Engine
+from hybridlab.session import AnyRuntime, Engine
 from hybridlab.strategies.registry import resolve
 from hybridlab.weights_sharing import sharing
 
@@ -58,6 +60,7 @@ def load(
     ranks: int | Literal["torchrun"] = 1,
     exchange: str = "small_ep",
     interface: str = LOOPBACK,
+    workers: Mapping[str, Mapping[str, int]] | None = None,
     quiet: bool = False,
 ) -> Engine:
     """Open a Hugging Face checkpoint folder and make it ready; the memory plan is printed before allocation.
@@ -82,6 +85,10 @@ def load(
     "dispatch_per_rank"). A lost rank ends the engine with an error that names it. `ranks="torchrun"` takes the
     processes that torchrun has started, on one host or several: the first one gets the engine, in the others this call
     computes until that is closed, and ends the process. Ranks listen on the network `interface` alone.
+    With `workers`, as {"prefill": {"threads": 1}, "decode": {"threads": 1}}, processes with a KV cache each (of
+    their own `kv_tokens` or this one's) compute side by side, on cores of their own where there are enough. Those whose
+    names begin with "prefill" compute prompts for the others; the scheduler "paper" says which. The requests of a step
+    that is lost with a worker are computed once more. Nothing is found in a prefix cache then.
     Raises `CheckpointError`, `ConfigError`, `StrategyError` or `MemoryBudgetError`, each in one line.
     """
     starter = None
@@ -110,11 +117,23 @@ def load(
     )
     hardware = detect(gpu=device == "cuda")
     num_threads = check_threads(threads_of_rank(threads, ranks, device, hardware.num_cores), hardware)
+    given_sides = accelerator_threads
     if device == "emulated":
         accelerator_threads = check_accelerator_threads(accelerator_threads, num_threads)
         hardware = emulated_hardware(hardware, vram_gb, link_gb_s)
     elif device == "cuda":
         hardware = cuda_hardware(hardware, vram_gb)
+    split = check_workers(
+        workers,
+        num_threads,
+        device,
+        unused={
+            "ranks": ranks if ranks > 1 else None,
+            "worker": None if worker == "auto" else worker,
+            "weight_layout": None if weight_layout == "rows" else weight_layout,
+        },
+        in_files=in_files,
+    )
     in_process = check_worker(worker, device, in_files=in_files)
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     if precision == "fp8":
@@ -141,9 +160,15 @@ def load(
     }
     if ranks > 1:
         placed = spread(placed, checkpoint.spec, ranks, exchange, type(placement).__name__)
-        runtime: Runtime | WorkerProcess | Ranks = Ranks(
+        runtime: AnyRuntime = Ranks(
             checkpoint, hardware, placed, num_ranks=ranks, interface=interface, starter=starter, **options
         )
+    elif split is not None:
+        each = {name: {**own, "kv_tokens": own["kv_tokens"] or kv_tokens} for name, own in split.items()}
+        num_threads = sum(own["threads"] for own in each.values())
+        shape = {"token_budget": token_budget, "kv_block_tokens": kv_block_tokens, "accelerator_threads": given_sides}
+        how = {"precision": precision, "memory_gb": memory_gb, "quiet": quiet}
+        runtime = Workers(checkpoint, hardware, placed, workers=each, **shape, **how)
     else:
         free_bytes = detect_host_memory().available_bytes if device == "cuda" else None
         start = WorkerProcess if in_process else Runtime

@@ -16,6 +16,7 @@ from hybridlab.engine.options import is_count
 from hybridlab.engine.ranks import Ranks
 from hybridlab.engine.runtime import Runtime
 from hybridlab.engine.worker_process import WorkerProcess
+from hybridlab.engine.workers import Workers
 from hybridlab.errors import ConfigError, HybridlabError, RequestError
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.lowering import Planner
@@ -28,6 +29,7 @@ from hybridlab.strategies.registry import label, resolve
 from hybridlab.text import Text
 
 Prompt = str | Sequence[int]
+AnyRuntime = Runtime | WorkerProcess | Ranks | Workers
 
 
 class Engine:
@@ -40,7 +42,7 @@ class Engine:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        runtime: Runtime | WorkerProcess | Ranks,
+        runtime: AnyRuntime,
         planner: Planner,
         precision: str,
         threads: int,
@@ -50,7 +52,7 @@ class Engine:
         self.checkpoint, self.spec = checkpoint, checkpoint.spec
         self.precision, self.threads, self.token_budget = precision, threads, token_budget
         self.memory = runtime.memory
-        self._runtime: Runtime | WorkerProcess | Ranks | None = runtime
+        self._runtime: AnyRuntime | None = runtime
         self.planner = planner
         self._prefixes = prefixes
         self._text = Text(checkpoint.folder)
@@ -147,7 +149,7 @@ class Engine:
             return np.concatenate(rows)
 
     @property
-    def runtime(self) -> Runtime | WorkerProcess | Ranks:
+    def runtime(self) -> AnyRuntime:
         """What computes, for benchmarks and tests; raises `HybridlabError` once closed."""
         if self._runtime is None:
             raise HybridlabError(f"the engine of {self.checkpoint.folder} is closed")
@@ -200,7 +202,7 @@ class Engine:
         requests: Sequence[Request],
         token_budget: int | None,
         prefixes: Callable[[BlockPool], Prefixes] | None = None,
-    ) -> Iterator[tuple[Runtime | WorkerProcess | Ranks, RequestQueue]]:
+    ) -> Iterator[tuple[AnyRuntime, RequestQueue]]:
         runtime = self.runtime
         if token_budget is not None and not is_count(token_budget):
             raise ConfigError(f"token_budget is {token_budget!r}, expected an int >= 1")
@@ -209,14 +211,18 @@ class Engine:
         if not self._turn.acquire(blocking=False):
             raise HybridlabError("the engine is busy with another run; finish it, or close() the open stream")
         try:
-            pool = self._pool(runtime)
-            self._queue = RequestQueue(requests, pool, self.spec, budget, (prefixes or self._prefixes)(pool))
+            if isinstance(runtime, Workers):  # each with a cache of its own, in which prefixes are not looked for
+                self._queue = RequestQueue(requests, runtime.pools(), self.spec, budget, replays=1)
+            else:
+                pool = self._pool(runtime)
+                known = (prefixes or self._prefixes)(pool)
+                self._queue = RequestQueue(requests, pool, self.spec, budget, known, ranks=self.planner.ranks)
             yield runtime, self._queue
         finally:
             self._queue = None
             self._turn.release()
 
-    def _pool(self, runtime: Runtime | WorkerProcess | Ranks) -> BlockPool:
+    def _pool(self, runtime: AnyRuntime) -> BlockPool:
         return BlockPool(runtime.num_kv_blocks, runtime.kv_block_tokens)
 
     def require_servable(self, request: Request) -> None:

@@ -30,6 +30,9 @@ class Kind(IntEnum):
     MAPPED = 8
     TRAFFIC = 9
     """Of ranks alone: what they have sent each other."""
+    LEAVE = 10
+    TAKE = 11
+    """Of workers that share a region (`engine.kv_region`): a request's KV cache goes there, or comes from there."""
 
     READY = 32
     DONE = 33

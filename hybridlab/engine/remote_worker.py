@@ -15,14 +15,15 @@ import numpy as np
 import torch
 
 from hybridlab import errors
-from hybridlab.batch import Entry, OnRoute, StepBatch
+from hybridlab.batch import Entry, HandOff, OnRoute, StepBatch
 from hybridlab.engine.channel import ChannelClosed, Kind, ProtocolError, pack_json, unpack_json
 from hybridlab.engine.child import COMMAND, Child
-from hybridlab.engine.executor import check_chosen
+from hybridlab.engine.hand_off_messages import pack_hand_off
 from hybridlab.engine.program_messages import pack_moves, pack_program
+from hybridlab.engine.route_hook import RouteHook
 from hybridlab.engine.shared_weights import SharedWeights
-from hybridlab.engine.step_messages import pack_step, unpack_choice, unpack_result
-from hybridlab.engine.worker import StepFailed, StepOutput
+from hybridlab.engine.step_messages import pack_step, unpack_result
+from hybridlab.engine.worker import HandOffLost, StepFailed, StepOutput
 from hybridlab.engine.worker_main import MOST_PROGRAMS
 from hybridlab.engine.worker_thread import WorkerThread, closed
 from hybridlab.errors import HybridlabError, WorkerLost
@@ -42,8 +43,15 @@ class RemoteWorker:
     while it is idle.
     """
 
-    def __init__(self, setup: Mapping[str, Any], model: ModelSpec, shared: SharedWeights | None = None) -> None:
+    def __init__(
+        self,
+        setup: Mapping[str, Any],
+        model: ModelSpec,
+        shared: SharedWeights | None = None,
+        keep: Sequence[int] = (),
+    ) -> None:
         self._setup, self._model, self._shared = setup, model, shared
+        self._keep = keep
         self.losses = self.num_packed = 0
         self.ready = False
         self.gone: WorkerLost | None = None
@@ -73,7 +81,8 @@ class RemoteWorker:
         with self._lock:
             if self._closing:
                 raise closed()
-            child = self._child = Child(COMMAND, keep=() if self._shared is None else (self._shared.fileno(),))
+            own = () if self._shared is None else (self._shared.fileno(),)
+            child = self._child = Child(COMMAND, keep=(*own, *self._keep))
         child.on_end(self._note_loss)
         self._numbers.clear()
         try:
@@ -99,7 +108,7 @@ class RemoteWorker:
     def run(self, program: Program, batch: StepBatch, clock_start_s: float, on_route: OnRoute | None) -> StepOutput:
         child, entries = self._there(), batch.entries
         body = pack_step(self._number(child, program), entries, clock_start_s, on_route is not None)
-        hook = None if on_route is None else _Hook(on_route, entries, self._model.num_experts)
+        hook = None if on_route is None else RouteHook(on_route, entries, self._model.num_experts)
         result = self._exchange(child, Kind.STEP, body, lambda answer: unpack_result(answer, entries, program), hook)
         self._starts = 0
         return result
@@ -112,6 +121,17 @@ class RemoteWorker:
         return torch.from_numpy(
             self._exchange(child, Kind.LOGITS, body, lambda answer: read_array(answer, "<f4", shape))
         )
+
+    def leave(self, hand_off: HandOff, blocks: Sequence[int]) -> None:
+        """Leave what a request has in `blocks` in the region that the child shares with others."""
+        self._exchange(self._there(), Kind.LEAVE, pack_hand_off(hand_off, blocks))
+
+    def take(self, hand_off: HandOff, blocks: Sequence[int]) -> None:
+        """Fill `blocks` from there; raises `HandOffLost` if it is not there."""
+        try:
+            self._exchange(self._there(), Kind.TAKE, pack_hand_off(hand_off, blocks))
+        except StepFailed as error:
+            raise HandOffLost(str(error)) from None
 
     def take_routes(self) -> np.ndarray:
         shape, self._counting = (len(self._model.moe_layers), self._model.num_experts), True
@@ -187,7 +207,7 @@ class RemoteWorker:
         kind: Kind,
         body: bytes,
         read: Callable[[memoryview], T] = lambda answer: None,
-        hook: _Hook | None = None,
+        hook: RouteHook | None = None,
         *,
         answer: Kind = Kind.DONE,
     ) -> T:
@@ -257,24 +277,6 @@ class RemoteWorker:
             child, self._child, self.ready = self._child, None, False
         if child is not None:
             child.close()
-
-
-class _Hook:
-    """Answers a child's routers with what `on_route` makes of their choices; keeps what it raised."""
-
-    def __init__(self, on_route: OnRoute, entries: Sequence[Entry], num_experts: int) -> None:
-        self._on_route, self._entries, self._num_experts = on_route, entries, num_experts
-        self.error: BaseException | None = None
-
-    def reply(self, content: memoryview) -> tuple[Kind, Any]:
-        layer, entries, own = unpack_choice(content, self._entries)
-        own.flags.writeable = False
-        try:
-            chosen = check_chosen(self._on_route(layer, entries, own), own, layer, self._num_experts)
-        except BaseException as error:  # raised where the step is waited for
-            self.error = error
-            return Kind.FAILED, b""
-        return Kind.CHOSEN, b"" if chosen is None else np.ascontiguousarray(chosen, "<i4").tobytes()
 
 
 def read_array(content: memoryview, dtype: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -111,6 +111,11 @@ class Runtime:
         """Weights that this process has packed: none of those that another one shares with it."""
         return self._source.num_packed
 
+    @property
+    def cache(self) -> KVStorage:
+        """Where requests' KV is, between steps."""
+        return self._cache
+
     def wait_mapped(self) -> None:
         """Wait until the weights' pages are mapped: benchmarks start from there."""
         self._mapping.join()

@@ -28,6 +28,10 @@ class StepFailed(Exception):
     """A step failed elsewhere; the text says what was raised there."""
 
 
+class HandOffLost(Exception):
+    """A request's KV cache did not arrive; it can be computed again."""
+
+
 class Worker(Protocol):
     """What computes steps, one at a time.
 
@@ -186,8 +190,8 @@ def step_result(batch: StepBatch, clock_start_s: float, compute: Callable[[], St
     start_s = perf_counter() - clock_start_s
     try:
         tokens, spans = compute()
-    except (WorkerLost, StepFailed) as error:
-        lost = isinstance(error, WorkerLost)
+    except (WorkerLost, HandOffLost, StepFailed) as error:
+        lost = not isinstance(error, StepFailed)
         log = logging.getLogger(__name__)
         log.error("a step failed: %s", error, exc_info=not lost)
         text = f"{type(error).__name__}: {error}" if lost else str(error)

@@ -24,6 +24,8 @@ import torch
 from hybridlab.batch import Entry
 from hybridlab.checkpoint import open_checkpoint
 from hybridlab.engine.channel import Channel, ChannelClosed, Kind, ProtocolError, pack_json, unpack_json
+from hybridlab.engine.hand_off_messages import unpack_hand_off
+from hybridlab.engine.kv_region import KVRegion
 from hybridlab.engine.program_messages import placement, unpack_moves, unpack_program
 from hybridlab.engine.ranks_runtime import RankRuntime
 from hybridlab.engine.runtime import Runtime
@@ -69,34 +71,48 @@ def die_with(parent: int) -> bool:
     return os.getppid() == parent
 
 
-def _setup(channel: Channel) -> tuple[Runtime, ModelSpec] | None:
+def _setup(channel: Channel) -> tuple[Runtime, ModelSpec, KVRegion | None] | None:
     kind, body = channel.receive()
     if kind is not Kind.SETUP:
         raise ProtocolError(f"{kind.name} before SETUP")
     given = unpack_json(body)
+    beside = given.pop("beside", None) if isinstance(given, dict) else None
     if not isinstance(given, dict) or given.keys() != SETUP_KEYS:
         raise ProtocolError(f"a setup of {sorted(given)!r:.200}")
     if given["package"] != PACKAGE:
         raise ProtocolError(f"this worker is hybridlab of {PACKAGE}, its parent that of {given['package']}")
     try:
+        if beside is not None and beside["cores"]:
+            os.sched_setaffinity(0, beside["cores"])
         checkpoint = open_checkpoint(given["checkpoint"])
         hardware, placed = HardwareSpec(**given["hardware"]), placement(given["placement"])
         shared = None if given["shared"] is None else SharedWeights(given["shared"])
         runtime = Runtime(checkpoint, hardware, placed, shared=shared, **given["options"])
+        region = None
+        if beside is not None:
+            dtype = runtime.cache.entries(0)[0].dtype
+            shape = beside["num_blocks"], runtime.kv_block_tokens
+            region = KVRegion(beside["descriptor"], checkpoint.spec, *shape, dtype)
     except Exception as error:
         send_error(channel, Kind.FAILED, error)
         return None
     memory = dataclasses.asdict(runtime.memory)
     sizes = {name: getattr(runtime, name) for name in ("num_kv_blocks", "kv_block_tokens", "num_packed")}
     channel.send(Kind.READY, pack_json({"memory": memory, **sizes}))
-    return runtime, checkpoint.spec
+    return runtime, checkpoint.spec, region
 
 
 class Loop:
-    """Answers messages, in the order in which they come."""
+    """Answers messages, in the order in which they come. The KV of requests comes and goes through `region`, if any."""
 
-    def __init__(self, channel: Channel, runtime: Runtime | RankRuntime, model: ModelSpec) -> None:
-        self._channel, self._runtime, self._model = channel, runtime, model
+    def __init__(
+        self,
+        channel: Channel,
+        runtime: Runtime | RankRuntime,
+        model: ModelSpec,
+        region: KVRegion | None = None,
+    ) -> None:
+        self._channel, self._runtime, self._model, self._region = channel, runtime, model, region
         self._programs: OrderedDict[int, Program] = OrderedDict()
         self._places: dict[int, dict[int, int]] = {}
         self._step: Step | None = None
@@ -143,6 +159,12 @@ class Loop:
                 self._runtime.randomise_cache(*SEED.unpack(body))
             case Kind.MAPPED:
                 self._runtime.wait_mapped()
+            case Kind.LEAVE | Kind.TAKE if self._region is not None and isinstance(self._runtime, Runtime):
+                runtime, region = self._runtime, self._region
+                sizes = region.num_blocks, runtime.num_kv_blocks, runtime.kv_block_tokens
+                hand_off, request, blocks = unpack_hand_off(body, *sizes)
+                move = region.leave if kind is Kind.LEAVE else region.take
+                move(hand_off, request, runtime.cache, blocks)
             case Kind.TRAFFIC if isinstance(self._runtime, RankRuntime):
                 return pack_json({name: dataclasses.astuple(t) for name, t in self._runtime.traffic().items()})
             case _:

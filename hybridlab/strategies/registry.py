@@ -18,6 +18,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
     "scheduler": {
         "fcfs": "hybridlab.strategies.scheduler.fcfs:FCFS",
         "chunked_prefill": "hybridlab.strategies.scheduler.chunked_prefill:ChunkedPrefill",
+        "paper": "hybridlab.strategies.scheduler.paper:Paper",
     },
     "placement": {
         "all_host": "hybridlab.strategies.placement.all_host:AllHost",
