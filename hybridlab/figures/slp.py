@@ -33,10 +33,9 @@ LABEL_PT = 7.5
 
 
 def read_slp(folder: str | Path | None = None) -> pd.DataFrame:
-    """The rows of `folder`/slp.jsonl, by default of the project's results/paper/slp, with their machine and code.
+    """The rows of `folder`/slp.jsonl, by default of the project's results/paper/slp.
 
-    Rows that do not name those two have them from origin.json beside it; without one they are "unknown". Raises
-    ConfigError if the rows are missing or damaged.
+    Raises ConfigError if they are missing or damaged.
     """
     import pandas as pd
 
@@ -47,16 +46,8 @@ def read_slp(folder: str | Path | None = None) -> pd.DataFrame:
         table = pd.DataFrame([json.loads(line) for line in lines if line.strip()])
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
-    if missing := [name for name in (*COLUMNS, "evidence") if name not in table.columns]:
+    if missing := [name for name in (*COLUMNS, "evidence", "machine", "code") if name not in table.columns]:
         raise ConfigError(f"{path}: damaged (no column {missing[0]!r})")
-    origin_path = folder / "origin.json"
-    try:
-        origin = json.loads(origin_path.read_text(encoding="utf-8")) if origin_path.exists() else {}
-        told = {name: str(origin.get(name, "unknown")) for name in ("machine", "code")}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{origin_path}: damaged ({error})") from None
-    for name, value in told.items():
-        table[name] = table[name].fillna(value) if name in table.columns else value
     return table
 
 
