@@ -19,6 +19,8 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from hybridlab.errors import WorkerLost
 
 LOOPBACK = "lo"
+MEET_S = 60.0
+"""At least so long ranks wait for each other to start."""
 BLAME_S = 1.0
 """How long a rank waits for a peer that broke off to say which other rank it has lost."""
 
@@ -69,11 +71,11 @@ class GlooPeers:
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
         options._devices = [gloo.create_device(interface=interface)]
-        options._timeout = timedelta(seconds=timeout_s)
+        options._timeout = timedelta(seconds=max(timeout_s, MEET_S))
         try:
             self._group = gloo(PrefixStore(name, store), rank, size, options)
         except RuntimeError as error:
-            raise WorkerLost(f"rank {rank} of {size} did not find the others in {timeout_s:g} s: {error}") from None
+            raise WorkerLost(f"rank {rank} of {size} did not find the others: {error}") from None
 
     def exchange(self, sends: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         received = list(sends)
@@ -92,7 +94,7 @@ class GlooPeers:
         start_s = monotonic()
         for peer, work in works:
             try:
-                work.wait()
+                work.wait(timedelta(seconds=self._timeout_s))
             except RuntimeError as error:
                 raise self._lost(peer, str(error), monotonic() - start_s) from None
         return received

@@ -25,11 +25,10 @@ DEVICES: dict[str, dict[str, Any]] = {
 SCHEDULERS = ({"name": "fcfs"}, {"name": "chunked_prefill", "chunk_tokens": 9})
 
 
-@pytest.mark.parametrize(
-    ("device", "ranks"),
-    [("cpu", 2), ("emulated", 2), ("emulated", 3), ("emulated", 4)]
-    + [pytest.param("cpu", ranks, marks=pytest.mark.slow) for ranks in (3, 4)],
-)
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (("emulated", 3), ("cpu", 3), ("cpu", 4))]
+
+
+@pytest.mark.parametrize(("device", "ranks"), [("cpu", 2), ("emulated", 2), ("emulated", 4), *SLOW])
 def test_every_plan_gives_the_oracles_tokens_on_ranks(oracle, device, ranks):
     kinds = set()
     with oracle.load(precision="exact", ranks=ranks, **DEVICES[device]) as engine:

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 
-POINTS = ("setup", "ready", "keys", "all_gather", "router", "experts", "reduce", "head", "answer")
+POINTS = ("setup", "ready", "keys", "all_gather", "experts", "reduce", "answer")
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ from hybridlab.request import Status
 ORACLE = Path(__file__).parents[2] / "data" / "oracles" / "qwen3_bf16"
 EXPECTED = json.loads((ORACLE / "expected.json").read_text())["requests"]
 PATIENCE_S = 30.0
-KILLED = r"rank {}: worker process \d+ was ended by SIGKILL; all 3 ranks were stopped"
+KILLED = r"rank {}: worker process \d+ was ended by SIGKILL; all {} ranks were stopped"
 FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_rank.py")))
 
 
@@ -59,15 +59,17 @@ def wait_until_dead(pids: list[int]) -> None:
 @pytest.mark.parametrize("point", [point for point in POINTS if point in ("setup", "ready")])
 def test_a_rank_killed_while_it_starts_is_named(monkeypatch, point):
     monkeypatch.setattr(ranks_module, "COMMAND", (*FAULTY, "1", point))
-    with pytest.raises(WorkerLost, match=KILLED.format(1)):
-        load()
+    with pytest.raises(WorkerLost, match=KILLED.format(1, 2)):
+        load(2)
 
 
 @pytest.mark.parametrize("point", [point for point in POINTS if point not in ("setup", "ready")])
 def test_a_rank_killed_at_any_point_of_a_step_is_named(monkeypatch, point):
     monkeypatch.setattr(ranks_module, "COMMAND", (*FAULTY, "1", point))
-    with load() as engine:
-        check_lost(engine, runtime_of(engine).pids, KILLED.format(1))
+    # With a third rank, one of the others may be the first to see the second one go.
+    ranks = 3 if point in ("keys", "reduce") else 2
+    with load(ranks) as engine:
+        check_lost(engine, runtime_of(engine).pids, KILLED.format(1, ranks))
 
 
 @pytest.mark.slow
@@ -80,7 +82,7 @@ def test_a_rank_killed_at_any_op_is_named(monkeypatch):
             served = engine.serve([hl.Request("r", EXPECTED[3]["prompt"], 1)])
             if served.records[0].status is not Status.FAILED:
                 break
-            assert re.search(KILLED.format(1).replace("3", "2"), served.records[0].error)
+            assert re.search(KILLED.format(1, 2), served.records[0].error)
             wait_until_dead(pids)
     assert number == 16  # a rank's ops in the one step
     assert served.records[0].output == EXPECTED[3]["greedy"][:1]
