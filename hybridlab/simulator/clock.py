@@ -8,7 +8,7 @@ start together. An event clock needs rates at each moment. These are progressive
 move bytes of DRAM at the same time, the one with the most of its own time left runs at its full rate, the next gets
 what of Bcp that leaves, and ops with as much left as each other slow down alike. Nothing that can be given is held
 back, and two ops that start together end by exactly the law. A fair split of Bcp would not: the longer op then still
-pays for what the shorter one took.
+pays for what the shorter one took. Links alone take nothing from each other.
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ class EventClock:
 
     def _share_dram(self) -> None:
         users = [busy for busy in self._busy.values() if busy.bytes_s > 0]
-        if len(users) == 1:
-            users[0].scale = 1.0
-        if len(users) < 2:
+        if len(users) < 2 or all(busy.lane.kind is not LaneKind.CPU for busy in users):
+            for busy in users:
+                busy.scale = 1.0
             return
         users.sort(key=lambda busy: -busy.left_s)
         free, free_cpu = self.dram.total_bytes_s, self.dram.cpu_bytes_s

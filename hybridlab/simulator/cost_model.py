@@ -12,7 +12,7 @@ Activations count where their bytes may matter: the sums of "combine", collectiv
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,9 +76,18 @@ class Chosen:
     count: np.ndarray
     least: np.ndarray
     host: bool
+    _known: dict[float, tuple[float, float]] = field(default_factory=dict, repr=False)
 
     def of(self, tokens: Number, xp: Any) -> tuple[Number, Number]:
         """(distinct experts, routed tokens) that `tokens` tokens bring to the op, as expected."""
+        if xp is not FLOATS:
+            return self._count(tokens, xp)
+        if (found := self._known.get(tokens)) is None:  # steps of as many tokens come again and again
+            distinct, routed = self._count(tokens, xp)
+            found = self._known[tokens] = float(distinct), float(routed)
+        return found
+
+    def _count(self, tokens: Number, xp: Any) -> tuple[Number, Number]:
         expected = tokens * self.share
         runs = xp.where((self.least == 0) | ((expected < self.least) == self.host), self.count, 0.0)
         return (runs * (1.0 - (1.0 - self.share) ** tokens)).sum(), (runs * expected).sum()

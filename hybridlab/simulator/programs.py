@@ -24,7 +24,8 @@ _GPU_SIDE = (LaneKind.GPU, LaneKind.H2D, LaneKind.D2H, LaneKind.NET)
 @dataclass(frozen=True, eq=False)
 class Table:
     """`ops[i]` is of class `classes[cls[i]]`, on lane `lanes[lane[i]]`, and waits for `needs[i]`: pairs of an index
-    below i and a number of `HANDOFFS`. `shares`: CPU and link move bytes of DRAM side by side, or may.
+    below i and a number of `HANDOFFS`. `shares`: a CPU lane and
+    another one, CPU or link, may move bytes of DRAM side by side.
 
     Ops from `begin` on repeat every `period` until `end`; a period of 0 means that nothing does.
     """
@@ -69,8 +70,8 @@ def tabulate(program: Program, routes: Routes) -> Table:
         needs.append(tuple((index[need], _handoff(ops[index[need]].lane, op.lane)) for need in op.needs))
         if any(need >= i for need, _ in needs[-1]):
             raise PlanError(f"cycle: op {op.id} ({op.kind}) waits for an op that can only run behind it")
-    kinds = {lane.kind for lane in lanes}
-    shares = LaneKind.CPU in kinds and LaneKind.H2D in kinds
+    kinds = [lane.kind for lane in lanes]
+    shares = LaneKind.CPU in kinds and kinds.count(LaneKind.CPU) + kinds.count(LaneKind.H2D) > 1
     lane = tuple(lanes[op.lane] for op in ops)
     table = Table(ops, tuple(cls), tuple(found), lane, tuple(lanes), tuple(needs), shares)
     return _with_period(table)

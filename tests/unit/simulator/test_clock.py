@@ -106,6 +106,15 @@ def test_cpu_lanes_of_two_workers_share_what_the_cpu_reads():
     assert clock.now_s == pytest.approx(2.0)
 
 
+def test_links_alone_take_nothing_from_each_other():
+    clock = EventClock(NONE, Dram(100.0, 100.0))
+    for worker in ("a", "b"):
+        ops = (Op(0, "load", Lane(worker, LaneKind.H2D)),)
+        clock.submit(tabulate(program(*ops), ROUTES), [1.0], [80.0])
+    clock.advance()
+    assert clock.now_s == 1.0
+
+
 def test_lanes_persist_from_program_to_program():
     """A second program queues up behind the first on the same lane, and starts when submitted on a free one."""
     clock = EventClock(NONE)

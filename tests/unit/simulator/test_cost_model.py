@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from math import isfinite
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +15,7 @@ from hybridlab.checkpoint.schema import expected_tensors
 from hybridlab.errors import ConfigError, MemoryBudgetError, PlanError, StrategyError
 from hybridlab.plans import OP_KINDS, PlacementPlan, Tier
 from hybridlab.routing import RoutingStats
-from hybridlab.simulator.cost_model import Micro, OpClass, cost_model
+from hybridlab.simulator.cost_model import FLOATS, Micro, OpClass, cost_model
 from hybridlab.simulator.machine import load_profile
 from hybridlab.simulator.room import require_room
 from hybridlab.simulator.routes import Routes
@@ -70,7 +69,7 @@ def test_recorded_routes_that_are_skewed_touch_fewer_experts():
     skewed = Routes(MODEL, RoutingStats((row,) * len(MODEL.moe_layers), "skewed", MODEL.moe_layers))
     assert skewed.share_LE.sum(1) == pytest.approx(MODEL.top_k)
     assert skewed.share_LE.max() <= 1.0
-    distinct = [float(chosen(routes=r).of(8.0, np)[0]) for r in (Routes(MODEL), skewed)]
+    distinct = [float(chosen(routes=r).of(8.0, FLOATS)[0]) for r in (Routes(MODEL), skewed)]
     assert distinct[0] == pytest.approx(8 * (1 - 0.75**8))
     assert distinct[1] < 0.7 * distinct[0]
 
@@ -86,7 +85,7 @@ def test_what_arrived_runs_on_the_gpu_from_min_tokens_and_on_the_cpu_below():
     for tokens, on_gpu in ((8.0, 0.0), (64.0, 4.0)):  # 2 and 16 tokens an expert
         gpu = chosen(EVERYONE[:4], Tier.STREAMED, arrived, 4)
         cpu = chosen(EVERYONE, Tier.HOST, arrived, 4)
-        routed = [float(each.of(tokens, np)[1]) for each in (gpu, cpu)]
+        routed = [float(each.of(tokens, FLOATS)[1]) for each in (gpu, cpu)]
         assert sum(routed) == pytest.approx(tokens * MODEL.top_k)
         assert routed[0] == pytest.approx(on_gpu * tokens * MODEL.top_k / MODEL.num_experts)
 

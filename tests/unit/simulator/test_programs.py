@@ -93,6 +93,16 @@ def test_a_lone_clock_is_an_event_clock_of_one_worker(program, machine, sizes):
     assert ends[0] == pytest.approx(ends[1], rel=1e-9)
 
 
+def test_ranks_whose_experts_are_on_the_host_share_its_dram():
+    rank_of = {(layer, e): e % 2 for layer in MODEL.moe_layers for e in range(MODEL.num_experts)}
+    step = StepPlan("decode", {"a": 1}, ranks=(0, 1))
+    host, link = (
+        tabulate(planned(PlacementPlan(tier, {}, rank_of, 4), ExpertPath(), "prefetch", step), ROUTES).shares
+        for tier in (Tier.HOST, Tier.STREAMED)
+    )
+    assert host and not link
+
+
 def test_sharing_dram_makes_a_mixed_step_slower():
     path = ExpertPath((frozenset({0, 1, 2, 3}),) * MODEL.num_layers)
     plan = PlacementPlan(default_tier=Tier.STREAMED, ring_slots=2)
