@@ -6,6 +6,7 @@ that communicates.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -123,11 +124,15 @@ class GlooPeers:
 class NcclPeers:
     """On CUDA tensors: what is received is there for the current stream, and the host does not wait for it.
 
-    A lost peer ends the process after `timeout_s`, by NCCL's own watchdog, unless its parent does so before.
+    A lost peer ends the process after `timeout_s`, by NCCL's own watchdog, unless its parent does so before. The first
+    group of a process decides over which `interface` NCCL's own sockets are.
     """
 
-    def __init__(self, name: str, store: Store, rank: int, size: int, *, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self, name: str, store: Store, rank: int, size: int, *, timeout_s: float = 300.0, interface: str = LOOPBACK
+    ) -> None:
         self.rank, self.size, self.traffic = rank, size, Traffic()
+        os.putenv("NCCL_SOCKET_IFNAME", f"={interface}")  # NCCL knows no other way to be told
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout_s)
         self._group: Any = dist.ProcessGroupNCCL(PrefixStore(name, store), rank, size, options)
