@@ -24,7 +24,7 @@ from hybridlab.request_queue import RequestQueue
 from hybridlab.strategies.checks import TOY_MODEL
 from hybridlab.strategies.scheduler.chunked_prefill import ChunkedPrefill
 from hybridlab.strategies.scheduler.fcfs import FCFS
-from hybridlab.worker_pools import KVPools, OnePool, WorkerPools
+from hybridlab.worker_pools import KVPools, OnePool
 
 BLOCK, EOS = 4, 0
 MODEL = dataclasses.replace(TOY_MODEL, eos_token_ids=(EOS,), vocab=24, max_positions=200)
@@ -318,28 +318,3 @@ class Serving(RuleBasedStateMachine):
         else:
             assert record.output == expected[: len(record.output)]
             assert record.error or record.status is Status.CANCELLED
-
-
-class HandingOver(Serving):
-    """Worker "one" computes prompts in a cache of its own, and leaves them for worker "two"; each may be lost alone."""
-
-    replays = 1
-
-    def make_pools(self, num_blocks: int) -> KVPools:
-        pools = {worker: BlockPool(num_blocks, BLOCK) for worker in WORKERS}
-        return WorkerPools(pools, frozenset({"one"}), BlockPool(num_blocks, BLOCK))
-
-    @precondition(lambda self: bool(getattr(self, "drawn", None)))
-    @rule(worker=st.sampled_from((*WORKERS, "")))
-    def lose(self, worker: str) -> None:
-        """Now and then one worker is lost."""
-        if worker:
-            self._lose(worker)
-            self.queue.lose_cache(worker)
-
-    @precondition(lambda self: hasattr(self, "queue"))
-    @invariant()
-    def prompts_alone_are_computed_on_one(self) -> None:
-        batch = self.flying.get("one")
-        assert batch is None or all(entry.fetch is None for entry in batch.entries)
-        assert all(entry.leave is None for entry in getattr(self.flying.get("two"), "entries", ()))

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from handing_machine import HandingOver
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from serving_machine import HandingOver, Serving
+from serving_machine import Serving
 
 from hybridlab import live_requests, request_queue
 from hybridlab.arrivals import Arrivals
