@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,8 +107,19 @@ def test_each_rank_says_what_it_has_sent(oracle):
         before = runtime.traffic()
         engine.generate(oracle.prompts[-1]["prompt"], 1)
         after = runtime.traffic()
+        runtime.wait_mapped()
+        mapped = sum(weight_pss_bytes(pid) for pid in runtime.pids)
+    size = sum(file.stat().st_size for file in oracle.folder.glob("model*.safetensors"))
+    assert 0 < mapped <= 1.05 * size + 4096 * 8  # one copy, in whole pages
     spec, tokens = oracle.spec, len(oracle.prompts[-1]["prompt"])
     moved = [{name: after[rank][name] - before[rank][name] for name in after[rank]} for rank in range(2)]
     assert moved[0]["experts"].sent_bytes == moved[1]["experts"].received_bytes
     assert sum(m["experts"].sent_bytes for m in moved) == len(spec.moe_layers) * tokens * spec.hidden * 8
     assert sum(m["attention"].sent_bytes for m in moved) == tokens * spec.kv_elements_per_token * 4
+
+
+def weight_pss_bytes(pid: int) -> int:
+    """A process's share of the pages of weights that it has mapped."""
+    mappings = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path(f"/proc/{pid}/smaps").read_text())
+    weights = [text for text in mappings if ".safetensors" in text.partition("\n")[0]]
+    return sum(1024 * int(re.findall(r"^Pss: +(\d+)", text, re.MULTILINE)[0]) for text in weights)
