@@ -19,7 +19,9 @@ weights = typer.Typer(
 def hold(
     path: Annotated[Path, typer.Argument(help="A checkpoint folder in Hugging Face layout.")],
     idle: Annotated[str, typer.Option(help="End after so long without use: 90s, 30m, 2h.")] = "30m",
-    weight_layout: Annotated[str, typer.Option(help="tiles: packed for the CPU's kernels.")] = "tiles",
+    weight_layout: Annotated[
+        str, typer.Option(help="tiles, for the CPU, or blocks: experts as device cuda pins them.")
+    ] = "tiles",
     threads: Annotated[int | None, typer.Option(min=1, help="To fill them. Default: every usable core.")] = None,
     json: Json = False,
 ) -> None:

@@ -170,10 +170,13 @@ def load(
         how = {"precision": precision, "memory_gb": memory_gb, "quiet": quiet}
         runtime = Workers(checkpoint, hardware, placed, workers=each, **shape, **how)
     else:
-        free_bytes = detect_host_memory().available_bytes if device == "cuda" else None
         start = WorkerProcess if in_process else Runtime
-        options |= {"weight_layout": weight_layout, "free_bytes": free_bytes}
-        with sharing(checkpoint, weight_layout, create=in_process, quiet=quiet) as shared:
+        layout = "blocks" if device == "cuda" else weight_layout
+        with sharing(checkpoint, layout, create=in_process and device != "cuda", quiet=quiet) as shared:
+            free_bytes = detect_host_memory().available_bytes if device == "cuda" else None
+            if free_bytes is not None and shared is not None:
+                free_bytes += shared.resident_bytes
+            options |= {"weight_layout": weight_layout, "free_bytes": free_bytes}
             runtime = start(checkpoint, hardware, placed, shared=shared, **options)
     planner = Planner(checkpoint.spec, hardware, placement, overlap, placed, tuple(range(ranks)))
     prefixes = PrefixCache if prefix_cache else lambda pool: NoPrefixes()

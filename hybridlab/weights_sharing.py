@@ -9,12 +9,16 @@ from pathlib import Path
 
 from hybridlab import weights_held
 from hybridlab.checkpoint import Checkpoint, open_checkpoint
-from hybridlab.engine.shared_tiles import LAYOUT, SharedTiles, tiles_index
+from hybridlab.engine import shared_blocks, shared_tiles
+from hybridlab.engine.shared_tiles import SharedTiles, tiles_index
 from hybridlab.engine.shared_weights import SharedWeights, huge_pages
+from hybridlab.engine.weight_index import WeightIndex
 from hybridlab.errors import ConfigError, MemoryBudgetError, WeightsError
 from hybridlab.hardware.host_memory import detect_host_memory
 from hybridlab.weights_held import Held
 
+LAYOUTS = (shared_tiles.LAYOUT, shared_blocks.LAYOUT)
+"""For the CPU's kernels, and as a CUDA device copies experts."""
 RESERVE_BYTES = 2**29
 """Of free memory that holding weights leaves alone."""
 
@@ -26,8 +30,8 @@ def sharing(checkpoint: Checkpoint, layout: str, *, create: bool, quiet: bool) -
     A holder whose weights cannot be used is told of on stderr and left alone. The block's end closes what it was given.
     """
     shared = None
-    if layout == LAYOUT:
-        shared = _held(checkpoint, quiet) or (_new(checkpoint) if create else None)
+    if layout in LAYOUTS:
+        shared = _held(checkpoint, layout, quiet) or (_new(checkpoint, layout) if create else None)
     if shared is not None and not quiet and (text := pages_note()):
         _say(text)
     try:
@@ -37,16 +41,19 @@ def sharing(checkpoint: Checkpoint, layout: str, *, create: bool, quiet: bool) -
             shared.close()
 
 
-def hold(folder: Path | str, *, idle_s: float, layout: str = LAYOUT, threads: int, progress: bool = True) -> Held:
+def hold(
+    folder: Path | str, *, idle_s: float, layout: str = shared_tiles.LAYOUT, threads: int, progress: bool = True
+) -> Held:
     """Fill shared weights and leave them to a process of their own, until nobody has used them for `idle_s` seconds.
 
     Raises `WeightsError` if they are held already or cannot be shared, `ConfigError` for a layout that is a file's own,
     `CheckpointError`, and `MemoryBudgetError` if they do not fit into the memory that is free.
     """
-    if layout != LAYOUT:
-        raise ConfigError(f"weight_layout is {layout!r:.40}, expected {LAYOUT!r}: rows are mapped from their files")
+    if layout not in LAYOUTS:
+        expected = " or ".join(map(repr, LAYOUTS))
+        raise ConfigError(f"weight_layout is {layout!r:.40}, expected {expected}: rows are mapped from their files")
     checkpoint = open_checkpoint(folder)
-    index = tiles_index(checkpoint)
+    index = index_of(checkpoint, layout)
     with weights_held.claim(folder, layout) as server, SharedWeights.create(index) as shared:
         free = detect_host_memory().available_bytes
         if index.num_bytes + RESERVE_BYTES > free:
@@ -54,19 +61,29 @@ def hold(folder: Path | str, *, idle_s: float, layout: str = LAYOUT, threads: in
                 f"{(index.num_bytes + RESERVE_BYTES) / 1e9:.2f} GB of memory needed to hold {folder} in {layout}, "
                 f"{free / 1e9:.2f} GB free; free memory, or take a smaller checkpoint"
             )
-        SharedTiles(checkpoint, shared, threads).open(progress=progress)
+        if layout == shared_blocks.LAYOUT:
+            shared_blocks.fill_blocks(checkpoint, shared, threads=threads, progress=progress)
+        else:
+            SharedTiles(checkpoint, shared, threads).open(progress=progress)
         return weights_held.start(server, shared.fileno(), folder, layout, index.num_bytes, idle_s)
 
 
-def _held(checkpoint: Checkpoint, quiet: bool) -> SharedWeights | None:
+def index_of(checkpoint: Checkpoint, layout: str) -> WeightIndex:
+    """What shared weights of `checkpoint` in one of `LAYOUTS` hold."""
+    if layout == shared_blocks.LAYOUT:
+        return shared_blocks.blocks_index(checkpoint, shared_blocks.experts_by_layer(checkpoint))
+    return tiles_index(checkpoint)
+
+
+def _held(checkpoint: Checkpoint, layout: str, quiet: bool) -> SharedWeights | None:
     try:
-        found = weights_held.attach(checkpoint.folder, LAYOUT)
+        found = weights_held.attach(checkpoint.folder, layout)
         if found is None:
             return None
         descriptor, lease, held = found
         shared = SharedWeights(descriptor, lease)
         try:
-            shared.attach(tiles_index(checkpoint))
+            shared.attach(index_of(checkpoint, layout))
         except WeightsError:
             shared.close()
             raise
@@ -78,11 +95,11 @@ def _held(checkpoint: Checkpoint, quiet: bool) -> SharedWeights | None:
     return shared
 
 
-def _new(checkpoint: Checkpoint) -> SharedWeights | None:
+def _new(checkpoint: Checkpoint, layout: str) -> SharedWeights | None:
     try:
-        return SharedWeights.create(tiles_index(checkpoint))
+        return SharedWeights.create(index_of(checkpoint, layout))
     except WeightsError as error:
-        _say(f"{error}; every worker packs its own")
+        _say(f"{error}; every worker makes its own copy")
         return None
 
 

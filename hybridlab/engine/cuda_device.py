@@ -13,10 +13,11 @@ from hybridlab.engine.cuda_memory import CONTEXT_BYTES
 from hybridlab.engine.cuda_ring import CudaRing, ResidentExperts
 from hybridlab.engine.devices import Capture, Device, TierExperts, no_link, nothing_to_bring
 from hybridlab.engine.host_exchange import HostExchange
-from hybridlab.engine.host_store import HostStore
 from hybridlab.engine.lane_threads import LaneThreads
 from hybridlab.engine.lanes import Lanes
 from hybridlab.engine.ring import slot_experts
+from hybridlab.engine.shared_blocks import host_store
+from hybridlab.engine.shared_weights import SharedWeights
 from hybridlab.model import build_model
 from hybridlab.model.cuda_blocks import triton_module
 from hybridlab.model.cuda_numerics import CudaBf16
@@ -37,9 +38,12 @@ def cuda_device(
     precision: str = "bf16",
     where: str = CUDA,
     vram_bytes: int | None = None,
+    shared: SharedWeights | None = None,
     quiet: bool = True,
 ) -> Device:
     """Experts are pinned in host memory once (`HostStore`); the link and the CPU's kernels read the same bytes.
+
+    With `shared` they are those that other processes pin as well, if CUDA takes memory that cannot be written.
 
     With `precision` "fp8" experts on the device quantise their activations too.
     The process may take no more than `vram_bytes` of the device, its context included (None: all of it).
@@ -53,7 +57,8 @@ def cuda_device(
     spec = model.spec
     layers = {layer: experts_of(model.expert_weights(layer)) for layer in spec.moe_layers}
     block = ExpertBlock.of(next(iter(layers.values()))[0])
-    store = HostStore(layers, block, pin=device.type == "cuda", threads=threads, progress=not quiet)
+    pin = device.type == "cuda"
+    store = host_store(checkpoint, layers, block, shared, pin=pin, threads=threads, progress=not quiet)
     resident: dict[int, list[int]] = defaultdict(list)
     for layer in spec.moe_layers:
         for expert in range(spec.num_experts):

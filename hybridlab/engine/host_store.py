@@ -16,26 +16,31 @@ from hybridlab.model.expert_block import Expert, ExpertBlock
 class HostStore:
     """A layer's experts lie one after another as blocks, so that a part of neighbouring experts is one copy.
 
-    `blocks(layer)` uint8 [E, block bytes], pinned if `pin`; `experts(layer)` the same bytes as weights.
+    `blocks(layer)` uint8 [E, block bytes], pinned by `pins`; `experts(layer)` the same bytes as weights.
     """
 
-    def __init__(
-        self,
+    def __init__(self, block: ExpertBlock, layers: dict[int, torch.Tensor], pins: Pins) -> None:
+        self.block = block
+        self._layers, self._pins = layers, pins
+
+    @classmethod
+    def filled(
+        cls,
         layers: Mapping[int, Sequence[Expert]],
         block: ExpertBlock,
         *,
         pin: bool,
         threads: int,
         progress: bool = False,
-    ) -> None:
-        self.block = block
-        self._layers: dict[int, torch.Tensor] = {}
-        self._pins = Pins()
+    ) -> HostStore:
+        """With a copy of its own of all `layers`."""
+        store = cls(block, {}, Pins())
         try:
-            self._fill(layers, pin, threads, progress)
+            store._fill(layers, pin, threads, progress)
         except BaseException:
-            self.close()
+            store.close()
             raise
+        return store
 
     def blocks(self, layer: int) -> torch.Tensor:
         return self._layers[layer]

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+_READ_ONLY = 8  # cudaHostRegisterReadOnly
+
 
 def pages(num_bytes: int) -> torch.Tensor:
     """Zeros, flat uint8, in pages of their own (huge ones where the system gives them) that nobody has touched yet."""
@@ -22,10 +24,13 @@ class Pins:
     def __init__(self) -> None:
         self._pinned: list[torch.Tensor] = []
 
-    def pin(self, room: torch.Tensor) -> None:
-        """Register the memory of `room` with CUDA; raises RuntimeError when the driver refuses."""
+    def pin(self, room: torch.Tensor, *, read_only: bool = False) -> None:
+        """Register the memory of `room` with CUDA; raises RuntimeError when the driver refuses.
+
+        Memory that this process cannot write is `read_only`, which not every driver takes.
+        """
         runtime: Any = torch.cuda.cudart()
-        status = int(runtime.cudaHostRegister(room.data_ptr(), room.nbytes, 0))
+        status = int(runtime.cudaHostRegister(room.data_ptr(), room.nbytes, _READ_ONLY if read_only else 0))
         if status != 0:
             raise RuntimeError(f"cudaHostRegister: error {status}")
         self._pinned.append(room)

@@ -32,7 +32,8 @@ from hybridlab.spec import HardwareSpec
 class Runtime:
     """Owns what a run needs on this machine. Close it to end the worker thread and free the KV cache.
 
-    With `shared`, which stays the caller's, weights in "tiles" are the one copy of several processes.
+    With `shared`, which stays the caller's, weights in "tiles" (on "cuda": experts) are the one copy of several
+    processes.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class Runtime:
         shared: SharedWeights | None = None,
     ) -> None:
         self._shared = None if shared is None else shared.duplicate()
-        tiles = None if self._shared is None else SharedTiles(checkpoint, self._shared, threads)
+        packed = None if hardware.device == "cuda" else self._shared
+        tiles = None if packed is None else SharedTiles(checkpoint, packed, threads)
         self._source = source = tiles or weight_source(weight_layout, threads)
         numerics = make_numerics(host_precision(precision), threads, source)
         if hardware.device == "cuda":  # others may be at work on it
@@ -88,7 +90,9 @@ class Runtime:
             from hybridlab.engine.cuda_device import cuda_device
 
             vram = hardware.gpu_memory_bytes
-            self._device = cuda_device(checkpoint, placed, threads, precision=precision, vram_bytes=vram, quiet=quiet)
+            self._device = cuda_device(
+                checkpoint, placed, threads, precision=precision, vram_bytes=vram, shared=self._shared, quiet=quiet
+            )
         else:
             accelerator = make_numerics(precision, accelerator_threads, source)
             host = make_numerics(precision, threads - accelerator_threads, source)
@@ -142,6 +146,7 @@ class Runtime:
 
     def close(self) -> None:
         self._worker.close()
+        self._executor.close()
         self._cache.close()
         self._device.close()
         if self._shared is not None:

@@ -81,6 +81,11 @@ class SharedWeights:
         seals = fcntl.fcntl(self._descriptor, fcntl.F_GET_SEALS)
         return "write" if seals & fcntl.F_SEAL_WRITE else "future write" if seals & _F_SEAL_FUTURE_WRITE else ""
 
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that is taken already: all of it once it is filled."""
+        return os.fstat(self._descriptor).st_size if self.seal else 0
+
     def duplicate(self) -> SharedWeights:
         """Another owner of the same memory, and of the lease."""
         lease = None if self._lease is None else self._lease.dup()

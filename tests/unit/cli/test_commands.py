@@ -156,7 +156,10 @@ def test_weights_are_held_listed_shown_by_doctor_and_released(tiny: Path, monkey
     ("words", "message"),
     [
         (["--idle", "soon"], "idle is 'soon', expected a time such as 90s, 30m or 2h"),
-        (["--weight-layout", "rows"], "weight_layout is 'rows', expected 'tiles': rows are mapped from their files"),
+        (
+            ["--weight-layout", "rows"],
+            "weight_layout is 'rows', expected 'tiles' or 'blocks': rows are mapped from their files",
+        ),
     ],
 )
 def test_what_cannot_be_held_is_one_line(tiny: Path, words: list[str], message: str) -> None:
