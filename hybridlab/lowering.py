@@ -54,8 +54,9 @@ class Planner:
         Raises `StrategyError` naming a move that cannot be.
         """
         if self.hardware.device != "cpu" and (moves := self._mover.ask(backend, num_steps)):
-            self.placed = self._mover.moved(self.placed, moves)
+            placed = self._mover.moved(self.placed, moves)
             backend.move(moves)
+            self.placed = placed
 
     def shape(self, worker: str, step: StepPlan) -> Shape:
         """The shape of `step`; a step of n requests has at most n microbatches."""
@@ -67,11 +68,13 @@ class Planner:
             raise StrategyError(
                 f"overlap {type(self.overlap).__name__}: num_microbatches() returned {wanted!r}, expected an int >= 1"
             )
-        path = self.placement.expert_path(step.num_tokens, self.placed, self.hardware)
+        name = f"placement {type(self.placement).__name__}: expert_path()"
+        try:
+            path = self.placement.expert_path(step.num_tokens, self.placed, self.hardware)
+        except Exception as error:  # a strategy of the user's may raise anything
+            raise StrategyError(f"{name} raised {type(error).__name__}: {error}") from error
         if not isinstance(path, ExpertPath):
-            raise StrategyError(
-                f"placement {type(self.placement).__name__}: expert_path() returned {path!r}, expected an ExpertPath"
-            )
+            raise StrategyError(f"{name} returned {path!r}, expected an ExpertPath")
         lane = LaneKind.CPU if self.hardware.device == "cpu" else LaneKind.GPU
         return Shape(step.role, worker, lane, path, min(wanted, len(step.tokens)), ranks, self.placed)
 
@@ -87,7 +90,7 @@ class Planner:
                 order = validate(ops, ring_slots=slots, ranks=shape.ranks)
             except PlanError as error:
                 if ops is arranged or not _can_run(arranged):
-                    raise
+                    raise PlanError(f"overlap {type(self.overlap).__name__}: {error}") from None
                 raise PlanError(
                     f"{error}; overlap {type(self.overlap).__name__} runs this program with a larger ring alone: raise "
                     f"ring_slots ({slots}) or lower parts_per_layer ({shape.placement.parts_per_layer})"

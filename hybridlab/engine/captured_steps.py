@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from hybridlab.batch import Entry
 from hybridlab.engine.devices import Device, Execute, Replay
 from hybridlab.engine.kv_cache import KVCache, KVStorage
+from hybridlab.engine.local_ids import tables_held
 from hybridlab.engine.running import Running
 from hybridlab.model.base import DecodeBatch
 from hybridlab.plans import Program, Span
@@ -18,9 +20,12 @@ from hybridlab.plans import Program, Span
 CAPTURE_FROM = 3
 """How often a step must have come before it is captured, which takes as long as some ten of them."""
 KEPT = 16
-"""Captured steps; the one not used for longest goes."""
+"""Captured steps at a time."""
+IDLE_STEPS = 256
+"""A captured step that was not used for so many others may go for a new one."""
 COUNTED = 256
 """Steps whose number is remembered."""
+NEVER_AGAIN = 10**9
 
 Groups = Sequence[tuple[Entry, ...]]
 
@@ -34,6 +39,7 @@ class CapturedSteps:
         self._device, self._cache, self._execute_for = device, cache, execute_for
         self._captured: OrderedDict[tuple, _Captured] = OrderedDict()
         self._seen: Counter[tuple] = Counter()
+        self._num_steps = 0
 
     def run(
         self, program: Program, groups: Groups, clock_start_s: float
@@ -41,26 +47,22 @@ class CapturedSteps:
         """The step, or None if it is not one to replay (yet)."""
         if self._device.capture is None or not self._suits(program, groups):
             return None
+        self._num_steps += 1
         key = (program, *map(len, groups))
         captured = self._captured.get(key)
         if captured is None:
-            if len(self._seen) >= COUNTED:
-                self._seen.clear()
-            self._seen[key] += 1
-            if self._seen[key] < CAPTURE_FROM:
-                return None
-            captured = self._captured[key] = self._capture(program, groups)
-            if len(self._captured) > KEPT:
-                self._captured.popitem(last=False)
+            return self._capture(key, program, groups, clock_start_s) if self._pays(key) else None
         self._captured.move_to_end(key)
+        captured.used_at = self._num_steps
         for micro, inputs, group in zip(captured.micros, captured.inputs, groups, strict=True):
             micro.entries = group
             inputs.fill(group)
         return captured.micros, captured.replay(clock_start_s)
 
     def forget(self) -> None:
-        """What a step does has changed."""
+        """What a step does has changed, or nobody will ask for one any more."""
         self._captured.clear()
+        self._seen.clear()
 
     def _suits(self, program: Program, groups: Groups) -> bool:
         """Every request computes one token and draws the next; streamed experts change their slots with each step."""
@@ -71,7 +73,25 @@ class CapturedSteps:
             and all(len(entry.token_ids) == 1 and entry.wants_token for entry in entries)
         )
 
-    def _capture(self, program: Program, groups: Groups) -> _Captured:
+    def _pays(self, key: tuple) -> bool:
+        """Whether the step has come often enough, and there is room, or one that nobody has asked for of late."""
+        if len(self._seen) >= COUNTED:
+            self._seen.clear()
+        self._seen[key] += 1
+        if self._seen[key] < CAPTURE_FROM:
+            return False
+        if len(self._captured) < KEPT:
+            return True
+        oldest, captured = next(iter(self._captured.items()))
+        if self._num_steps - captured.used_at < IDLE_STEPS:
+            return False
+        del self._captured[oldest]
+        return True
+
+    def _capture(
+        self, key: tuple, program: Program, groups: Groups, clock_start_s: float
+    ) -> tuple[list[Running], tuple[Span, ...]]:
+        """Run the step on the tensors of its later replays, then capture it; if that fails, it stays as it was."""
         inputs = [DecodeInputs(len(group), self._cache, self._device) for group in groups]
         tokens = [len(group) for group in groups]
         for one, group in zip(inputs, groups, strict=True):
@@ -84,23 +104,35 @@ class CapturedSteps:
         def start() -> list[Running]:
             return [Running(group, one.batch()) for one, group in zip(inputs, groups, strict=True)]
 
-        # Kernels are compiled and tables made by a run of its own: nothing may be new in the captured one.
+        # Kernels are compiled and tables made by this run: nothing may be new in the captured one.
         upload()
         if self._device.torch_device != "cpu":
             torch.cuda.synchronize(self._device.torch_device)
+        ran = start()
         with self._device.around(program, tokens):
-            self._device.lanes.run(program, self._execute_for(program, start()), 0.0)
+            spans = self._device.lanes.run(program, self._execute_for(program, ran), clock_start_s)
         micros = start()
         assert self._device.capture is not None
-        replay = self._device.capture(program, tokens, self._execute_for(program, micros), upload)
-        return _Captured(micros, inputs, replay)
+        try:
+            with tables_held() as tables:
+                replay = self._device.capture(program, tokens, self._execute_for(program, micros), upload)
+            self._captured[key] = _Captured(micros, inputs, replay, tables, self._num_steps)
+        except RuntimeError as error:  # most likely no memory is left for it
+            self._seen[key] = -NEVER_AGAIN
+            text = str(error).partition("\n")[0]
+            logging.getLogger(__name__).warning("a decode step of %s requests is not captured: %s", tokens, text)
+        return ran, spans
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Captured:
+    """`tables` are read by the replays where they lie; `used_at` is the number of the last step that used it."""
+
     micros: list[Running]
     inputs: list[DecodeInputs]
     replay: Replay
+    tables: list[torch.Tensor]
+    used_at: int
 
 
 class DecodeInputs:

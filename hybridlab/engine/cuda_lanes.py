@@ -22,6 +22,7 @@ class CudaLanes:
     def __init__(self, device: torch.device, host: HostExchange) -> None:
         assert host.up is not None and host.down is not None
         self._device, self._host = device, host
+        self._pool = torch.cuda.graph_pool_handle()  # for all graphs: they run one after another
         self._streams = {kind: torch.cuda.Stream(device) for kind in (LaneKind.GPU, LaneKind.H2D)}
         self._streams[LaneKind.CPU] = host.up
         # What an op of the host needs is sent on a stream of its own: not behind the results that come up.
@@ -39,7 +40,8 @@ class CudaLanes:
     ) -> Callable[[float], tuple[Span, ...]]:
         """`upload` and the program as one CUDA graph; every tensor that it reads or writes stays where it is."""
         graph, compute = torch.cuda.CUDAGraph(), self._streams[LaneKind.GPU]
-        with torch.cuda.graph(graph, stream=compute):
+        # Other threads of a notebook may allocate meanwhile.
+        with torch.cuda.graph(graph, self._pool, compute, capture_error_mode="thread_local"):
             upload()
             ends = self._enqueue(program, execute, captured=True)
 

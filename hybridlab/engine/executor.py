@@ -43,6 +43,10 @@ class Executor:
         self._counts_LE.zero_()
         return found
 
+    def close(self) -> None:
+        """Captured steps hold what they run on: without this, it would all stay until it is collected as a cycle."""
+        self._captured.forget()
+
     def move(self, moves: Sequence[Move]) -> None:
         """As `moves.Movable`, between steps."""
         self._device.move(moves)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,11 +112,16 @@ class HostExchange:
         """The host computes along; at the end its thread is free again, also after an error."""
         step.reset()
         future = self._thread.call(lambda: step.lane.run(self._threads, step.stop))
+        if future.done():  # closed: nobody would ever set a word
+            future.result()
         try:
             with self.holding(step):
                 yield
         except BaseException:
             step.stop[0] = 1
+            if self._device.type == "cuda":  # what is still queued must not meet the words of the next step
+                with suppress(RuntimeError):
+                    torch.cuda.synchronize(self._device)
             raise
         finally:
             future.result()
@@ -134,9 +139,10 @@ class HostExchange:
         """As `Device.around`; the buffers of the programs used last are kept."""
         key = (program, *tokens)
         if (step := self._steps.get(key)) is None:
-            step = self._steps[key] = self.step(program, tokens)
-            while len(self._steps) > 1 and (len(self._steps) > KEPT_STEPS or self._kept_tokens > KEPT_TOKENS):
+            # Before new ones are made: of a long step they are large.
+            while self._steps and (len(self._steps) >= KEPT_STEPS or self._kept_tokens + sum(tokens) > KEPT_TOKENS):
                 self._steps.popitem(last=False)
+            step = self._steps[key] = self.step(program, tokens)
         self._steps.move_to_end(key)
         return self.running(step)
 

@@ -71,7 +71,7 @@ class HostStore:
                     done = len(self._layers) * len(experts) * size
                     raise MemoryBudgetError(
                         f"pinned {done / 1e9:.2f} of {total / 1e9:.2f} GB of experts, then the driver refused "
-                        f"({str(error).splitlines()[0]}); lower what the placement streams, or raise the memlock limit"
+                        f"({str(error).splitlines()[0]}); raise the memlock limit (ulimit -l)"
                     ) from None
                 bar.update(len(experts) * size)
 

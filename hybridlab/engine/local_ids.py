@@ -5,12 +5,27 @@ Nothing here waits for a CUDA device. Legend: T tokens, S slots of a token (top-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
 _KEPT_TABLES = 2048
 """More than the groups of a step; placements that move experts bring new ones."""
+
+
+_HELD: ContextVar[list[torch.Tensor] | None] = ContextVar("held", default=None)
+
+
+@contextmanager
+def tables_held() -> Iterator[list[torch.Tensor]]:
+    """All tables that are used inside, for a captured step to keep: it reads them where they lie."""
+    token = _HELD.set(held := [])
+    try:
+        yield held
+    finally:
+        _HELD.reset(token)
 
 
 class LocalIds:
@@ -19,7 +34,6 @@ class LocalIds:
     def __init__(self, num_experts: int, device: torch.device | str) -> None:
         self._num_experts, self._device = num_experts, torch.device(device)
         self._tables: dict[tuple[int, ...], torch.Tensor] = {}
-        self._held: dict[tuple[int, ...], torch.Tensor] = {}
 
     def __call__(self, ids_TS: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
         """int64 [T, S]: the place in `experts` of each id, -1 for the others and for skipped routes (-1)."""
@@ -32,8 +46,8 @@ class LocalIds:
             if len(self._tables) >= _KEPT_TABLES:
                 del self._tables[next(iter(self._tables))]  # the one not used for longest
         self._tables[key] = table
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._held[key] = table  # a graph reads it where it lies
+        if (held := _HELD.get()) is not None:
+            held.append(table)
         return table[ids_TS.long()]
 
 

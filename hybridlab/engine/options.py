@@ -115,6 +115,8 @@ def emulated_hardware(hardware: HardwareSpec, vram_gb: float | None, link_gb_s: 
 
 def check_accelerator_threads(given: int | None, threads: int) -> int:
     """Half of `threads` by default; raises `ConfigError` unless both sides have a thread."""
+    if threads < 2:
+        raise ConfigError("device 'emulated' needs 2 threads, one for each side; there is 1")
     chosen = threads // 2 if given is None else given
     if not isinstance(chosen, int) or isinstance(chosen, bool) or not 1 <= chosen < threads:
         raise ConfigError(

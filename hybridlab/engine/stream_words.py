@@ -9,8 +9,6 @@ from typing import Protocol
 
 import torch
 
-from hybridlab.errors import HybridlabError
-
 
 class Words(Protocol):
     """`word` is an int32 tensor of one element in host memory."""
@@ -40,7 +38,8 @@ class StreamWords:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         status = getattr(_driver(), name)(stream, ctypes.c_uint64(word.data_ptr()), ctypes.c_uint32(1), 0)
         if status != 0:
-            raise HybridlabError(f"{name}: CUDA driver error {status}")
+            # Not a user's mistake: often the first to meet an error of a kernel before it.
+            raise RuntimeError(f"{name}: CUDA driver error {status}")
 
 
 class PlainWords:

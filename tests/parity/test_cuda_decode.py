@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hybridlab.batch import Entry, StepBatch
 from hybridlab.checkpoint import open_checkpoint
-from hybridlab.engine import captured_steps
+from hybridlab.engine import captured_steps, stream_words
 from hybridlab.engine.cuda_device import CUDA, cuda_device
 from hybridlab.engine.executor import Executor
 from hybridlab.engine.kv_cache import KVCache
+from hybridlab.engine.stream_words import StreamWords
+from hybridlab.errors import HybridlabError
 from hybridlab.hardware import detect
 from hybridlab.lowering import Planner
-from hybridlab.plans import LaneKind, StepPlan
+from hybridlab.plans import LaneKind, StepPlan, Tier
 from hybridlab.request import Sampling
 from hybridlab.routing import RoutingStats
 from hybridlab.strategies.registry import resolve
@@ -139,5 +142,68 @@ def test_an_error_in_a_replayed_step_leaves_the_next_one_well(oracle, monkeypatc
         monkeypatch.setattr(decoding.device.model, "head", head)
         after, _ = decoding.decode([0], captured_steps.CAPTURE_FROM)
         assert after == before
+    finally:
+        decoding.device.close()
+
+
+def test_a_step_that_cannot_be_captured_stays_as_it_was(oracle, monkeypatch, replays):
+    decoding = Decoding(oracle, "all_host", "prefetch", "cpu")
+    tried: list[int] = []
+
+    def capture(*given: object):
+        tried.append(1)
+        raise RuntimeError("out of memory")
+
+    try:
+        decoding.prefill()
+        expected, _ = decoding.decode([0, 1], 2)
+        monkeypatch.setattr(decoding.executor._captured, "_device", replace(decoding.device, capture=capture))
+        drawn, _ = decoding.decode([0, 1], 8)
+        assert drawn[:2] == expected and len(drawn) == 8
+        assert tried == [1]
+    finally:
+        decoding.device.close()
+
+
+def test_one_step_too_many_does_not_drive_out_those_in_use(oracle, monkeypatch):
+    decoding = Decoding(oracle, "all_host", "prefetch", "cpu")
+    made: list[int] = []
+    capture = decoding.device.capture
+    assert capture is not None
+
+    def counted(program, tokens, *given):
+        made.append(sum(tokens))
+        return capture(program, tokens, *given)
+
+    monkeypatch.setattr(captured_steps, "KEPT", 1)
+    monkeypatch.setattr(captured_steps, "IDLE_STEPS", 6)
+    monkeypatch.setattr(decoding.executor._captured, "_device", replace(decoding.device, capture=counted))
+    try:
+        decoding.prefill()
+        for _ in range(5):
+            decoding.decode([0], 1)
+            decoding.decode([0, 1], 1)
+        assert made == [1]
+        decoding.decode([0, 1], 7)  # nobody asks for the other one any more
+        assert made == [1, 2]
+    finally:
+        decoding.device.close()
+
+
+def test_an_error_of_the_driver_is_one_of_the_step(oracle, monkeypatch):
+    """And not a mistake of the user's, which would end the run."""
+    decoding = Decoding(oracle, "all_host", "prefetch", "cpu")
+    try:
+        decoding.prefill()
+        before, _ = decoding.decode([0], 1)
+        words = decoding.device.experts[Tier.HOST].words  # type: ignore[attr-defined]
+        monkeypatch.setattr(words, "write", lambda word: StreamWords()._call("cuNoSuchCall", word))
+        monkeypatch.setattr(stream_words, "_driver", lambda: SimpleNamespace(cuNoSuchCall=lambda *given: 700))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+        with pytest.raises(RuntimeError, match="cuNoSuchCall: CUDA driver error 700") as caught:
+            decoding.decode([0], 1)
+        assert not isinstance(caught.value, HybridlabError)
+        monkeypatch.undo()
+        assert decoding.decode([0], 1)[0] == before
     finally:
         decoding.device.close()

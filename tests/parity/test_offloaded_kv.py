@@ -24,7 +24,10 @@ from hybridlab.routing import RoutingStats
 from hybridlab.strategies.registry import resolve
 
 HAS_GPU = torch.cuda.is_available()
-WHERE = ("cpu", pytest.param(CUDA, marks=pytest.mark.skipif(not HAS_GPU, reason="torch finds no CUDA device")))
+WHERE = (
+    "cpu",
+    pytest.param(CUDA, marks=[pytest.mark.skipif(not HAS_GPU, reason="torch finds no CUDA device"), pytest.mark.gpu]),
+)
 BLOCK, BLOCKS_EACH, GREEDY = 8, 12, Sampling()
 
 

@@ -59,7 +59,8 @@ def test_logits_and_memory_are_those_of_a_thread(oracle, engines):
 
 def test_sampled_tokens_are_those_of_a_thread(oracle, engines):
     prompt = oracle.prompts[1]["prompt"]
-    drawn = {name: engine.generate(prompt, 16, temperature=1.5, top_p=0.9, seed=2**31) for name, engine in engines.items()}
+    how = {"temperature": 1.5, "top_p": 0.9, "seed": 2**31}
+    drawn = {name: engine.generate(prompt, 16, **how) for name, engine in engines.items()}
     assert drawn["process"] == drawn["thread"] != engines["thread"].generate(prompt, 16)
 
 

@@ -105,6 +105,7 @@ def test_parts_are_replaced_in_the_device(gpu: ModuleType) -> None:
         assert isinstance(device.lanes, gpu.LayerByLayer) == (part is gpu.synchronised)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 def test_every_variant_is_measured_on_a_gpu(gpu: ModuleType, tmp_path: Path) -> None:
     words = ["--preset", "tiny", "--tokens", "64,512", "--steps", "2", "--decode", "1,3", "--beside-cpu"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from hybridlab.errors import StrategyError
 from hybridlab.plans import Op, StepPlan, Tier
 from hybridlab.spec import NEVER, HardwareSpec
 from hybridlab.strategies.fields import check_positive
@@ -28,13 +29,18 @@ class DualBatch:
     def __post_init__(self) -> None:
         check_positive("min_requests", self.min_requests, optional=True)
         check_positive("max_requests", self.max_requests, optional=True)
+        least = max(2, self.min_requests or 2)
+        if self.max_requests is not None and self.max_requests < least and self.min_requests != NEVER:
+            raise StrategyError(f"max_requests: expected at least {least}, as min_requests, got {self.max_requests}")
 
     def calibrated(self, hardware: HardwareSpec) -> DualBatch:
         """This overlap with the threshold measured on `hardware`, unless one is given or none was measured."""
         measured, end = hardware.dual_batch_from_requests, hardware.dual_batch_to_requests
         if self.min_requests or measured is None:
             return self
-        return replace(self, min_requests=measured, max_requests=self.max_requests or (end and end - 1))
+        most = self.max_requests or (end and end - 1)
+        never = most is not None and most < measured
+        return replace(self, min_requests=NEVER if never else measured, max_requests=most)
 
     def num_microbatches(self, step: StepPlan) -> int:
         count, most = len(step.tokens), self.max_requests or NEVER

@@ -39,6 +39,7 @@ def test_each_finding_is_said() -> None:
     assert f"pinned memory  {report.pinning}" in str(report) and report.as_dict()["pinning"]["registered"] is None
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 def test_cuda_says_whether_it_pins() -> None:
     assert detect_pinning(gpu=True).registered is not None
