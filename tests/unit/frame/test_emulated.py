@@ -32,7 +32,7 @@ def load(**options) -> hl.Engine:
         ({"accelerator_threads": 2}, "accelerator_threads is 2"),
         ({"accelerator_threads": True}, "accelerator_threads is True"),
         ({"accelerator_threads": 1.0}, "accelerator_threads is 1.0"),
-        ({"threads": 1}, "device 'emulated' has 1 threads to share out"),
+        ({"threads": 1}, "device 'emulated' needs 2 threads, one for each side; there is 1"),
         ({"link_gb_s": 0}, "link_gb_s is 0, expected a finite number > 0"),
         ({"link_gb_s": -1.0}, "link_gb_s is -1.0"),
         ({"link_gb_s": float("inf")}, "link_gb_s is inf"),
