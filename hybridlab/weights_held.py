@@ -22,6 +22,7 @@ from hybridlab.weights_holder import MAGIC, MOST_BYTES, REPLY, REQUEST, Verb, us
 PATIENCE_S = 5.0
 """For an answer of a holder, which has nothing else to do."""
 COMMAND = (sys.executable, "-P", "-m", "hybridlab.weights_holder")
+CAN_HOLD = sys.platform == "linux"
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _FACTS = {"folder": str, "layout": str, "num_bytes": int, "pid": int, "attached": int, "idle_s": float}
 
@@ -54,7 +55,7 @@ def parse_idle(text: str) -> float:
 
 def find(folder: Path | str, layout: str) -> Held | None:
     """The holder of a checkpoint's weights in `layout`, if there is one. Raises `WeightsError` if it is not usable."""
-    connection = _connect(_name(folder, layout))
+    connection = _connect(_name(folder, layout)) if CAN_HOLD else None
     if connection is None:
         return None
     with connection:
@@ -66,7 +67,7 @@ def attach(folder: Path | str, layout: str) -> tuple[int, socket.socket, Held] |
 
     What the descriptor holds is not checked here. Raises `WeightsError`.
     """
-    connection = _connect(_name(folder, layout))
+    connection = _connect(_name(folder, layout)) if CAN_HOLD else None
     if connection is None:
         return None
     descriptors: list[int] = []
@@ -114,6 +115,8 @@ def release(folder: Path | str | None = None) -> list[Held]:
 @contextmanager
 def claim(folder: Path | str, layout: str) -> Iterator[socket.socket]:
     """The name under which weights are held, before they are there; raises `WeightsError` if somebody has it."""
+    if not CAN_HOLD:
+        raise WeightsError("weights cannot be held: this system has no abstract sockets")
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with server:
         try:
@@ -172,8 +175,6 @@ def _names() -> list[str]:
 
 def _connect(name: str) -> socket.socket | None:
     """None if nobody answers to `name`; raises `WeightsError` if another user does."""
-    if sys.platform != "linux":
-        return None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.settimeout(PATIENCE_S)

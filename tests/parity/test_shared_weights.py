@@ -70,9 +70,11 @@ def wait_until(done) -> None:
         time.sleep(0.02)
 
 
-def test_a_worker_process_fills_shared_weights_and_computes_what_a_thread_does(oracle):
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_a_worker_process_fills_shared_weights_and_computes_what_a_thread_does(oracle, device):
     num_weights = len(tiles_index(open_checkpoint(oracle.folder)).sizes)
-    with oracle.load(worker="thread", **TILES) as thread, oracle.load(worker="process", **TILES) as process:
+    options = {**TILES, "device": device}
+    with oracle.load(worker="thread", **options) as thread, oracle.load(worker="process", **options) as process:
         assert isinstance(thread.runtime, Runtime) and isinstance(process.runtime, WorkerProcess)
         assert (thread.runtime.num_packed, process.runtime.num_packed) == (num_weights, num_weights)
         assert outputs(oracle, process) == outputs(oracle, thread)

@@ -157,9 +157,10 @@ def test_a_client_of_another_user_is_cut_off(tmp_path, memory, monkeypatch):
 
 
 def test_a_holder_of_another_user_is_not_believed(tmp_path, held, monkeypatch):
-    monkeypatch.setattr(weights_held, "user_of", lambda peer: os.geteuid() + 1)
-    with pytest.raises(WeightsError, match=r"user \d+ answers in their place"):
-        weights_held.attach(tmp_path, "tiles")
+    with monkeypatch.context() as patched:  # undone before the holder is released
+        patched.setattr(weights_held, "user_of", lambda peer: os.geteuid() + 1)
+        with pytest.raises(WeightsError, match=r"user \d+ answers in their place"):
+            weights_held.attach(tmp_path, "tiles")
 
 
 GOOD = asdict(Held("/x", "tiles", 7, 1, 0, 600.0, 1.0))
