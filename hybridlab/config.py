@@ -52,6 +52,13 @@ class ModelConfig(Section):
         return self
 
 
+class WorkerConfig(Section):
+    """One of several workers; None: an even share of the threads, the KV tokens that the engine has for each."""
+
+    threads: int | None = Field(default=None, gt=0)
+    kv_tokens: int | None = Field(default=None, gt=0)
+
+
 class EngineConfig(Section):
     """How the engine runs. None leaves the choice to the engine."""
 
@@ -75,6 +82,8 @@ class EngineConfig(Section):
     """process: model and memory in a process of their own, which is started again if it ends."""
     prefix_cache: bool = True
     """Requests that begin with the same tokens share their KV blocks."""
+    workers: dict[str, WorkerConfig] | None = None
+    """Processes side by side, with a KV cache each: those named "prefill..." compute prompts for those "decode..."."""
 
 
 class SimulatorConfig(Section):

@@ -68,6 +68,8 @@ def simulated(config: ExperimentConfig, checkpoint: Path) -> Simulated:
     if device == "emulated" or (device == "cuda" and not machine.has_gpu):
         there = "'cpu' or 'cuda'" if machine.has_gpu else "'cpu': the machine has no GPU"
         raise ConfigError(f"engine.device is {device!r}, the simulator of {profile.name} expects {there}")
+    if config.engine.workers is not None:
+        raise ConfigError("engine.workers is given, the simulator expects none: it has one worker")
     if config.engine.vram_gb is not None:
         machine = replace(machine, gpu_memory_gb=min(machine.gpu_memory_gb, config.engine.vram_gb))
     spec, shape = _model(config, checkpoint)

@@ -1,0 +1,131 @@
+"""Shared memory between two workers: what was left arrives once, bit for bit, and anything else is refused."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from hybridlab.batch import HandOff
+from hybridlab.engine.channel import ProtocolError
+from hybridlab.engine.hand_off_messages import pack_hand_off, unpack_hand_off
+from hybridlab.engine.kv_cache import KVCache
+from hybridlab.engine.kv_region import HandOffRefused, KVRegion, create_region, region_bytes, request_digest
+from hybridlab.strategies.checks import TOY_MODEL
+
+BLOCKS, SIZE = 6, 4
+GIVEN = HandOff(7, "a", 10, 3, (5, 0, 2))
+OWN, THERE = [1, 4, 3, 0], [2, 0, 5, 1]
+
+
+@pytest.fixture
+def descriptor() -> Iterator[int]:
+    found = create_region(region_bytes(TOY_MODEL, BLOCKS, SIZE, 4))
+    yield found
+    os.close(found)
+
+
+def cache(seed: int) -> KVCache:
+    found = KVCache(TOY_MODEL, 8, SIZE, torch.float32)
+    found.randomise(seed)
+    return found
+
+
+def region(descriptor: int) -> KVRegion:
+    return KVRegion(descriptor, TOY_MODEL, BLOCKS, SIZE, torch.float32)
+
+
+def rows(storage: torch.Tensor, blocks: list[int]) -> torch.Tensor:
+    return storage.view(-1, SIZE, *storage.shape[1:])[blocks]
+
+
+def test_what_is_left_arrives_in_the_blocks_of_the_other_worker_and_nowhere_else(descriptor):
+    source, target, before = cache(0), cache(1), cache(1)
+    region(descriptor).leave(GIVEN, request_digest("a"), source, OWN)
+    region(descriptor).take(GIVEN, request_digest("a"), target, THERE)
+    others = [block for block in range(8) if block not in THERE[:3]]
+    for layer in range(TOY_MODEL.num_layers):
+        for one, two, three in zip(*(c.entries(layer) for c in (source, target, before)), strict=True):
+            assert torch.equal(rows(one, OWN[:3]), rows(two, THERE[:3]))
+            assert torch.equal(rows(two, others), rows(three, others))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "request_id", "words"),
+    [
+        (replace(GIVEN, ticket=8), "a", "ticket is 7, expected 8"),
+        (replace(GIVEN, step=4), "a", "step is 3, expected 4"),
+        (replace(GIVEN, num_tokens=11), "a", "num_tokens is 10, expected 11"),
+        (replace(GIVEN, blocks=(0, 5, 2)), "a", "index is 1, expected 0"),
+        (replace(GIVEN, blocks=(5, 0, 1)), "a", "magic"),
+        (GIVEN, "b", "request is"),
+    ],
+)
+def test_anything_else_than_what_was_left_is_refused_and_changes_nothing(descriptor, wanted, request_id, words):
+    target, before = cache(1), cache(1)
+    region(descriptor).leave(GIVEN, request_digest("a"), cache(0), OWN)
+    with pytest.raises(HandOffRefused, match=words):
+        region(descriptor).take(wanted, request_digest(request_id), target, THERE)
+    for one, two in zip(target.entries(0), before.entries(0), strict=True):
+        assert torch.equal(one, two)
+    region(descriptor).take(GIVEN, request_digest("a"), target, THERE)
+
+
+def test_it_is_taken_once(descriptor):
+    region(descriptor).leave(GIVEN, request_digest("a"), cache(0), OWN)
+    region(descriptor).take(GIVEN, request_digest("a"), cache(1), THERE)
+    with pytest.raises(HandOffRefused, match="state is 2, expected 1"):
+        region(descriptor).take(GIVEN, request_digest("a"), cache(1), THERE)
+
+
+def test_another_type_or_shape_is_refused(descriptor):
+    region(descriptor).leave(GIVEN, request_digest("a"), cache(0), OWN)
+    other = KVRegion(descriptor, TOY_MODEL, BLOCKS, SIZE, torch.int32)  # of the same size
+    with pytest.raises(HandOffRefused, match="layout is"):
+        other.take(GIVEN, request_digest("a"), cache(1), THERE)
+    with pytest.raises(ValueError, match=r"a region of \d+ bytes, expected \d+"):
+        KVRegion(descriptor, TOY_MODEL, BLOCKS, SIZE, torch.bfloat16)
+
+
+def test_nobody_can_change_its_size_and_it_has_no_name(descriptor):
+    with pytest.raises(PermissionError):
+        os.ftruncate(descriptor, 1)
+    seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    assert seals & fcntl.F_SEAL_SHRINK and seals & fcntl.F_SEAL_GROW
+    assert os.readlink(f"/proc/self/fd/{descriptor}").startswith("/memfd:")
+
+
+def test_a_hand_off_is_read_as_it_was_written():
+    body = pack_hand_off(GIVEN, OWN)
+    found, request, own = unpack_hand_off(memoryview(body), BLOCKS, 8, SIZE)
+    assert (replace(found, id="a"), request, own) == (GIVEN, request_digest("a"), OWN)
+    for cut in (0, 8, len(body) - 1):
+        with pytest.raises(ProtocolError, match="a hand-off of"):
+            unpack_hand_off(memoryview(body[:cut]), BLOCKS, 8, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("hand_off", "own", "words"),
+    [
+        (replace(GIVEN, blocks=(5, 0, 6)), OWN, "KV blocks 0 to 6 of 6"),
+        (replace(GIVEN, blocks=(5, 5, 2)), OWN, "KV blocks 2 to 5 of 6"),
+        (GIVEN, [1, 2, 8], "KV blocks 1 to 8 of 8"),
+        (GIVEN, [-1, 2, 3], "KV blocks -1 to 3 of 8"),
+        (GIVEN, [1, 2], "10 tokens in 3 blocks, from or to 2"),
+        (replace(GIVEN, num_tokens=13), OWN, "13 tokens in 3 blocks"),
+        (HandOff(1, "a", 0, 0, ()), [], "0 tokens in 0 blocks"),
+    ],
+)
+def test_a_hand_off_of_what_is_not_there_is_refused(hand_off, own, words):
+    with pytest.raises(ProtocolError, match=words):
+        unpack_hand_off(memoryview(pack_hand_off(hand_off, own)), BLOCKS, 8, SIZE)
+
+
+def test_regions_grow_with_their_blocks():
+    sizes = [region_bytes(TOY_MODEL, count, SIZE, 4) for count in (0, 1, 2, 1000)]
+    assert all(one < two for one, two in pairwise(sizes))
