@@ -29,6 +29,7 @@ from hybridlab.engine import cuda_device
 from hybridlab.engine.devices import Device
 from hybridlab.engine.host_store import HostStore
 from hybridlab.engine.lanes import Lanes
+from hybridlab.engine.shared_blocks import host_store
 from hybridlab.plans import Op, Program, Span
 
 
@@ -66,10 +67,10 @@ def pageable() -> Iterator[None]:
     made = []
 
     def store(*given: Any, pin: bool, **options: Any) -> HostStore:
-        made.append(HostStore(*given, pin=False, **options))
+        made.append(host_store(*given, pin=False, **options))
         return made[-1]
 
-    with patch.object(cuda_device, "HostStore", store):
+    with patch.object(cuda_device, "host_store", store):
         yield
     _require(made)
 

@@ -16,7 +16,7 @@ import hybridlab as hl
 from hybridlab.bench_decode_devices import CPU, DUAL, PLAIN
 from hybridlab.bench_prefill_devices import LINK, RESIDENT
 from hybridlab.engine import cuda_device
-from hybridlab.engine.host_store import HostStore
+from hybridlab.engine.shared_blocks import host_store
 from hybridlab.lowering import Planner
 from hybridlab.plans import Op, Program, Span, StepPlan
 from hybridlab.spec import HardwareSpec
@@ -91,7 +91,7 @@ def test_what_was_not_put_in_place_is_not_measured(gpu: ModuleType) -> None:
     for part in (gpu.pageable, gpu.synchronised):
         with pytest.raises(RuntimeError, match="there is nothing to measure"), part():
             pass
-    assert cuda_device.HostStore is HostStore
+    assert cuda_device.host_store is host_store
 
 
 def test_parts_are_replaced_in_the_device(gpu: ModuleType) -> None:
