@@ -181,11 +181,16 @@ def _thresholds(draft: Draft) -> dict[str, Any]:
         return {}
     from hybridlab.calibration_files import find_calibration, subject_of
     from hybridlab.checkpoint import open_checkpoint
+    from hybridlab.errors import CheckpointError
 
     names = ("device", "threads", "accelerator_threads", "link_gb_s", "precision")
     how: dict[str, Any] = {name: getattr(engine, name) for name in names}
     how["weight_layout"] = engine.weight_layout or "rows"
-    found = find_calibration(subject_of(open_checkpoint(draft.checkpoint).spec, **how))
+    try:
+        spec = open_checkpoint(draft.checkpoint).spec
+    except CheckpointError:
+        return {}  # told by the engine, which cannot open it either
+    found = find_calibration(subject_of(spec, **how))
     return {} if found is None else asdict(found.crossovers)
 
 
