@@ -108,7 +108,7 @@ class SharedWeights:
         if not self.seal:
             raise WeightsError("shared weights: nobody has filled and sealed them")
         # By a descriptor that cannot write: before Linux 6.7, F_SEAL_WRITE refuses even to read through others.
-        descriptor = os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = self._opened_anew(os.O_RDONLY)
         try:
             memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size, mmap.MAP_SHARED, mmap.PROT_READ)
         except (OSError, ValueError) as error:
@@ -133,12 +133,18 @@ class SharedWeights:
     @contextmanager
     def _alone(self) -> Iterator[int]:
         # Opened anew: processes that inherited one descriptor would share its lock.
-        descriptor = os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        descriptor = self._opened_anew(os.O_RDWR)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield descriptor
         finally:
             os.close(descriptor)
+
+    def _opened_anew(self, flags: int) -> int:
+        try:
+            return os.open(f"/proc/self/fd/{self._descriptor}", flags | os.O_CLOEXEC)
+        except OSError as error:
+            raise WeightsError(f"shared weights: they cannot be opened by /proc ({error.strerror})") from None
 
 
 def huge_pages() -> str:
