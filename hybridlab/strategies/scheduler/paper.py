@@ -31,11 +31,13 @@ class Paper:
             raise StrategyError(f"idle_s: expected a number >= 0, got {self.idle_s!r}")
 
     def schedule(self, queue: QueueView) -> StepPlan | None:
+        # What has begun here stays, whoever began it.
         if queue.worker.startswith("prefill"):
-            return FCFS().schedule(replace(queue, waiting=tuple(filter(self._is_long, queue.waiting))))
+            long = tuple(r for r in queue.waiting if self._is_long(r) or r.allocated_kv_tokens)
+            return FCFS().schedule(replace(queue, waiting=long))
         beside = ChunkedPrefill(self.chunk_tokens)
         if queue.worker.startswith("decode"):
-            short = tuple(request for request in queue.waiting if not self._is_long(request))
+            short = tuple(r for r in queue.waiting if not self._is_long(r) or r.allocated_kv_tokens)
             return beside.schedule(replace(queue, waiting=short))
         step = beside.schedule(queue)
         if len(queue.ranks) > 1 and self._is_idle(queue) and queue.waiting and self._is_long(queue.waiting[0]):

@@ -7,17 +7,19 @@ from hypothesis.stateful import invariant, precondition, rule
 from serving_machine import BLOCK, WORKERS, Serving
 
 from hybridlab.kv_blocks import BlockPool
+from hybridlab.strategies.scheduler.paper import Paper
 from hybridlab.worker_pools import KVPools, WorkerPools
 
 
 class HandingOver(Serving):
-    """Worker "one" computes prompts in a cache of its own, and leaves them for worker "two"; each may be lost alone."""
+    """Worker "prefill" computes prompts in a cache of its own, and leaves them for "decode"; each may be lost alone."""
 
     replays = 1
+    drains = Paper(9, chunk_tokens=3)
 
     def make_pools(self, num_blocks: int) -> KVPools:
         pools = {worker: BlockPool(num_blocks, BLOCK) for worker in WORKERS}
-        return WorkerPools(pools, frozenset({"one"}), BlockPool(num_blocks, BLOCK))
+        return WorkerPools(pools, frozenset({"prefill"}), BlockPool(num_blocks, BLOCK))
 
     @precondition(lambda self: bool(getattr(self, "drawn", None)))
     @rule(worker=st.sampled_from((*WORKERS, "")))
@@ -29,7 +31,7 @@ class HandingOver(Serving):
 
     @precondition(lambda self: hasattr(self, "queue"))
     @invariant()
-    def prompts_alone_are_computed_on_one(self) -> None:
-        batch = self.flying.get("one")
+    def prompts_alone_are_computed_on_prefill(self) -> None:
+        batch = self.flying.get("prefill")
         assert batch is None or all(entry.fetch is None for entry in batch.entries)
-        assert all(entry.leave is None for entry in getattr(self.flying.get("two"), "entries", ()))
+        assert all(entry.leave is None for entry in getattr(self.flying.get("decode"), "entries", ()))

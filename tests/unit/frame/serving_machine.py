@@ -21,14 +21,16 @@ from hybridlab.plans import QueueView, StepPlan
 from hybridlab.prefix_cache import NoPrefixes, PrefixCache
 from hybridlab.request import Request, RequestRecord, Status
 from hybridlab.request_queue import RequestQueue
+from hybridlab.strategies.base import Scheduler
 from hybridlab.strategies.checks import TOY_MODEL
 from hybridlab.strategies.scheduler.chunked_prefill import ChunkedPrefill
 from hybridlab.strategies.scheduler.fcfs import FCFS
+from hybridlab.strategies.scheduler.paper import Paper
 from hybridlab.worker_pools import KVPools, OnePool
 
 BLOCK, EOS = 4, 0
 MODEL = dataclasses.replace(TOY_MODEL, eos_token_ids=(EOS,), vocab=24, max_positions=200)
-WORKERS = ("one", "two")
+WORKERS = ("prefill", "decode")
 
 
 def next_slot(before: int, token: int) -> int:
@@ -71,7 +73,7 @@ class Anything:
         return StepPlan("mixed", tokens, preempt) if tokens else None
 
 
-SCHEDULERS = (FCFS(), FCFS(5), ChunkedPrefill(1), ChunkedPrefill(16))
+SCHEDULERS = (FCFS(), FCFS(5), ChunkedPrefill(1), ChunkedPrefill(16), Paper(9, chunk_tokens=3))
 requests_given = st.lists(
     st.tuples(
         st.integers(1, 40),  # prompt tokens
@@ -90,6 +92,7 @@ class Serving(RuleBasedStateMachine):
     """Two workers share one queue and one KV cache. Time passes when it is told to."""
 
     replays = 0
+    drains: Scheduler = FCFS(4)
 
     def make_pools(self, num_blocks: int) -> KVPools:
         return OnePool(BlockPool(num_blocks, BLOCK))
@@ -112,15 +115,8 @@ class Serving(RuleBasedStateMachine):
             after = f"r{leader % index}" if follow and index else None
             continues = follow == 2 and after is not None
             rid = f"r{index}"
-            self.requests[rid] = Request(
-                rid,
-                texts[prompt % 3][:prompt],
-                output,
-                float(at_s),
-                after=after,
-                continues=continues,
-                timeout_s=limit_s,
-            )
+            text, when = texts[prompt % 3][:prompt], {"after": after, "continues": continues, "timeout_s": limit_s}
+            self.requests[rid] = Request(rid, text, output, float(at_s), **when)
         everything = self.requests.values()
         self.queue = RequestQueue(everything, self.pools, MODEL, budget, prefixes, replays=self.replays)
         self.scheduler, self.budget, self.now_s = scheduler, budget, 0.0
@@ -263,7 +259,7 @@ class Serving(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "queue"))
     @invariant()
     def nobody_overtakes(self) -> None:
-        if isinstance(self.scheduler, Anything):
+        if isinstance(self.scheduler, Anything | Paper):  # short prompts need not wait for long ones
             return
         order = [
             (record.arrival_s, float("inf") if record.first_scheduled_s is None else record.first_scheduled_s, record)
@@ -288,7 +284,7 @@ class Serving(RuleBasedStateMachine):
             self.queue.sweep(self.now_s)
             if not self.queue.live:
                 break
-            if started := [worker for worker in WORKERS if self._start(worker, FCFS(4))]:
+            if started := [worker for worker in WORKERS if self._start(worker, self.drains)]:
                 for worker in started:
                     self.end(worker, False)
             else:
@@ -297,8 +293,8 @@ class Serving(RuleBasedStateMachine):
             self.blocks_partition_the_pool()
             self.the_end_is_final()
         assert not self.queue.live, "does not drain"
-        pools = {*self.memory, *filter(None, [self.pools.transfer])}
-        assert all(pool.free_tokens == pool.num_blocks * BLOCK for pool in pools)
+        for pool in {*self.memory, *filter(None, [self.pools.transfer])}:
+            assert pool.free_tokens == pool.num_blocks * BLOCK
         for rid, record in self.queue.records.items():
             assert record.is_final and self.drawn[rid] == len(record.output) == len(record.token_times_s)
             self._check_answer(record)
