@@ -14,7 +14,7 @@ from serving_machine import Serving
 from hybridlab import live_requests, request_queue
 from hybridlab.arrivals import Arrivals
 from hybridlab.kv_blocks import BlockPool
-from hybridlab.live_requests import Live
+from hybridlab.live_requests import Live, Lives
 from hybridlab.plans import RunningRequest
 from hybridlab.prefix_cache import PrefixCache
 from hybridlab.request import Status
@@ -245,6 +245,65 @@ def _requests_in_flight_are_shown(plant: Any) -> None:
     plant(live_requests, "views", views)
 
 
+def _taken_hand_offs_keep_their_lease(plant: Any) -> None:
+    def arrive(self: Lives, live: Live) -> None:
+        live.left = None
+
+    plant(Lives, "arrive", arrive)
+
+
+def _blocks_stay_where_the_prompt_was_computed(plant: Any) -> None:
+    def leave(self: Lives, live: Live, hand_off: Any) -> None:
+        live.home, live.may_decode, live.left = None, True, hand_off
+
+    plant(Lives, "leave", leave)
+
+
+def _hand_offs_are_taken_twice(plant: Any) -> None:
+    whole = Lives.arrive
+
+    def arrive(self: Lives, live: Live) -> None:
+        left = live.left
+        whole(self, live)
+        live.left = left if live.table else None
+
+    plant(Lives, "arrive", arrive)
+
+
+def _what_is_left_is_taken_as_lost_with_its_worker(plant: Any) -> None:
+    whole = RequestQueue.lose_cache
+
+    def lose_cache(self: RequestQueue, worker: str = "") -> None:
+        for live in self._lives.others.values():
+            live.left = None
+        whole(self, worker)
+
+    plant(RequestQueue, "lose_cache", lose_cache)
+
+
+def _prompts_end_without_room_to_leave(plant: Any) -> None:
+    plant(RequestQueue, "_that_can_leave", lambda self, step: step)
+
+
+def _lost_steps_count_as_computed(plant: Any) -> None:
+    whole = Lives.give_up
+
+    def give_up(self: Lives, live: Live) -> None:
+        if live.replays and live.table:
+            live.record.output.append(0)
+        whole(self, live)
+
+    plant(Lives, "give_up", give_up)
+
+
+HAND_OFFS = (
+    _taken_hand_offs_keep_their_lease,
+    _blocks_stay_where_the_prompt_was_computed,
+    _hand_offs_are_taken_twice,
+    _what_is_left_is_taken_as_lost_with_its_worker,
+    _prompts_end_without_room_to_leave,
+    _lost_steps_count_as_computed,
+)
 BUGS: list[Any] = [f for name, f in sorted(globals().items()) if name.startswith("_") and callable(f)]
 
 
@@ -262,5 +321,5 @@ def test_a_planted_bug_is_found(bug: Callable[[Any], None], monkeypatch: pytest.
         print_blob=False,
     )
     with pytest.raises(Exception) as caught:
-        run_state_machine_as_test(Serving, settings=found)
+        run_state_machine_as_test(HandingOver if bug in HAND_OFFS else Serving, settings=found)
     assert not isinstance(caught.value, pytest.fail.Exception)
