@@ -270,17 +270,6 @@ def _hand_offs_are_taken_twice(plant: Any) -> None:
     plant(Lives, "arrive", arrive)
 
 
-def _what_is_left_is_taken_as_lost_with_its_worker(plant: Any) -> None:
-    whole = RequestQueue.lose_cache
-
-    def lose_cache(self: RequestQueue, worker: str = "") -> None:
-        for live in self._lives.others.values():
-            live.left = None
-        whole(self, worker)
-
-    plant(RequestQueue, "lose_cache", lose_cache)
-
-
 def _prompts_end_without_room_to_leave(plant: Any) -> None:
     plant(RequestQueue, "_that_can_leave", lambda self, step: step)
 
@@ -300,7 +289,6 @@ HAND_OFFS = (
     _taken_hand_offs_keep_their_lease,
     _blocks_stay_where_the_prompt_was_computed,
     _hand_offs_are_taken_twice,
-    _what_is_left_is_taken_as_lost_with_its_worker,
     _prompts_end_without_room_to_leave,
     _lost_steps_count_as_computed,
 )
