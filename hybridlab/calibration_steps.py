@@ -105,7 +105,6 @@ def calibrate(
     `accelerator_threads`, `link_gb_s`, `precision` and `weight_layout`. Raises `ConfigError`, `CheckpointError` or
     `MemoryBudgetError` in one line.
     """
-    whole = open_checkpoint(path)
     options = DeviceOptions(device, threads, accelerator_threads, link_gb_s, vram_gb, weight_layout)
     numbers = {"layers": layers, "max_tokens": max_tokens, "depth": depth, "repeats": repeats}
     check_numbers(numbers, {"seconds": seconds})
@@ -114,6 +113,7 @@ def calibrate(
     for name, least in (("repeats", repeats), ("requests", min(decoding))):
         if least < 2:
             raise ConfigError(f"{name}: expected at least 2, got {least}")
+    whole = open_checkpoint(path)
     if not whole.spec.moe_layers:
         raise ConfigError(f"{whole.folder}: the model has no MoE layer, so that there is no path to choose")
     cut = whole.first_moe_layers(layers)

@@ -168,7 +168,7 @@ def test_commands_name_the_variants() -> None:
         ("prefill --device emulated --tokens 99999999", "the model takes prompts of up to"),
         ("prefill --device emulated --variants one,two", "variants: unknown 'one', expected some of all resident"),
         ("prefill --device emulated --link-gb-s -1", "link_gb_s is -1.0"),
-        ("prefill --device emulated --threads 1", "device 'emulated' has 1 threads to share out"),
+        ("prefill --device emulated --threads 1", "device 'emulated' needs 2 threads, one for each side; there is 1"),
         ("prefill --device tpu", "device is 'tpu', expected one of cuda, emulated"),
         ("prefill --device cuda --link-gb-s 3", "link_gb_s is for device 'emulated'"),
         ("decode --device emulated --batch 0", "batch: expected ints >= 1, got 0"),
