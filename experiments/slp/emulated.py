@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import hybridlab as hl
+from hybridlab.bench_devices import origin
 from hybridlab.bench_steps import loads_alone, prompt_step, take_turns, timed
 from hybridlab.checkpoint.writer import make_checkpoint
 
@@ -78,6 +79,7 @@ def _row(folder: Path, given: argparse.Namespace, cap: float | None, parts: int,
         "step_s_max": max(found["step"]),
         "over_bound": step_s / bound_s,
         "evidence": "emulated",
+        **origin("emulated"),
     }
 
 
