@@ -45,7 +45,10 @@ def gpu_needs(
         "logits": HEAD_ROWS * model.vocab * (4 + 2),
         "context": context_bytes,
     }
-    return Needs("GPU memory", budget_bytes, fixed, _activation_bytes(model), kv_bytes, "activations", kv)
+    per_token = _activation_bytes(model)
+    if any(placed.tier(*key) is Tier.HOST for key in experts):
+        per_token += _exchange_bytes(model)
+    return Needs("GPU memory", budget_bytes, fixed, per_token, kv_bytes, "activations", kv)
 
 
 def _projection_bytes(model: ModelSpec) -> int:
@@ -55,6 +58,11 @@ def _projection_bytes(model: ModelSpec) -> int:
     router = model.num_experts * model.hidden * 4
     tables = model.vocab * model.hidden * 2 * (1 if model.tie_embeddings else 2)
     return tables + sum(attention + (dense if i in model.dense_layers else router) for i in range(model.num_layers))
+
+
+def _exchange_bytes(model: ModelSpec) -> int:
+    """Of one token, where experts of the host take part in steps of any length: what goes down, and what comes up."""
+    return 4 * (2 * model.hidden + 2 * model.top_k)
 
 
 def _activation_bytes(model: ModelSpec) -> int:
