@@ -205,7 +205,7 @@ def _time_decode(
 
 def _decode_steps(engine: Engine, depth: int, batch: int, seed: int) -> Iterator[tuple[list[set[int]], int]]:
     """Endless decode steps; each yields the experts that every MoE layer used and the context it read."""
-    runtime = engine.runtime
+    runtime = engine.lone_runtime
     runtime.wait_mapped()
     runtime.randomise_cache(seed)
     rng = np.random.default_rng(seed)

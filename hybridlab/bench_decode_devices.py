@@ -135,8 +135,8 @@ class _Run:
         from tqdm.auto import tqdm
 
         for engine in self.engines:
-            engine.runtime.wait_mapped()
-            engine.runtime.randomise_cache(self.seed)
+            engine.lone_runtime.wait_mapped()
+            engine.lone_runtime.randomise_cache(self.seed)
         calls = {batch: self._calls(batch) for batch in batches}
         total = sum(len(named) for named in calls.values()) * self.steps
         with tqdm(total=total, desc="decode", disable=not self.progress) as bar:

@@ -107,7 +107,7 @@ def _time_prefill(
 ) -> PrefillBench:
     from tqdm.auto import trange
 
-    runtime, spec = engine.runtime, engine.spec
+    runtime, spec = engine.lone_runtime, engine.spec
     runtime.wait_mapped()
     step, flop = prompt_step(engine, tokens, seed=seed), step_flop(spec, tokens)
     times, ceilings, fractions = [], [], []

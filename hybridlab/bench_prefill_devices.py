@@ -194,7 +194,7 @@ class _Run:
             return
         load_s = perf_counter() - start_s
         with engine:
-            engine.runtime.wait_mapped()
+            engine.lone_runtime.wait_mapped()
             for tokens in lengths:
                 bar.set_postfix_str(f"{names}: {tokens} tokens")
                 self._measure_length(engine, group, tokens, {"load_s": load_s, "peak_flop_s": peak})

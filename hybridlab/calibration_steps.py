@@ -172,13 +172,13 @@ class _Bench:
     def __init__(self, engine: Engine, model_layers: int, repeats: int, seconds: float, progress: bool) -> None:
         self._engine, self._model_layers = engine, model_layers
         self._repeats, self._seconds, self._progress = repeats, seconds, progress
-        engine.runtime.wait_mapped()
+        engine.lone_runtime.wait_mapped()
 
     def points(self, requests: Sequence[int], depth: int, sizes: Sequence[int]) -> Iterator[Point]:
         """Decoding first: it is short."""
         from tqdm.auto import tqdm
 
-        self._engine.runtime.randomise_cache(0)
+        self._engine.lone_runtime.randomise_cache(0)
         start_s = perf_counter()
         with tqdm(total=len(requests) + len(sizes), desc="calibrate", unit="size", disable=not self._progress) as bar:
             for number in requests:

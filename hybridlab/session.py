@@ -29,7 +29,8 @@ from hybridlab.strategies.registry import label, resolve
 from hybridlab.text import Text
 
 Prompt = str | Sequence[int]
-AnyRuntime = Runtime | WorkerProcess | Ranks | Workers
+LoneRuntime = Runtime | WorkerProcess | Ranks
+AnyRuntime = LoneRuntime | Workers
 
 
 class Engine:
@@ -154,6 +155,14 @@ class Engine:
         if self._runtime is None:
             raise HybridlabError(f"the engine of {self.checkpoint.folder} is closed")
         return self._runtime
+
+    @property
+    def lone_runtime(self) -> LoneRuntime:
+        """The same, to be stepped by hand; raises `HybridlabError` if there are workers for prompts and for decodes."""
+        runtime = self.runtime
+        if isinstance(runtime, Workers):
+            raise HybridlabError("an engine with workers for prompts and for decodes has no single one to step by hand")
+        return runtime
 
     def close(self) -> None:
         """End the worker and free the KV cache; idempotent."""

@@ -150,7 +150,7 @@ def test_a_lane_that_fails_fails_the_requests_of_its_step_only(monkeypatch):
             long, short = engine.serve(requests).records
             assert long.status is Status.FAILED and "planted" in long.error
             assert short.status is Status.FINISHED and len(short.output) == 2
-        engine.runtime.wait_mapped()
+        engine.lone_runtime.wait_mapped()
     assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("hybridlab-")]
 
 
