@@ -74,13 +74,14 @@ def wait_until(done) -> None:
 def test_a_worker_process_fills_shared_weights_and_computes_what_a_thread_does(oracle, device):
     num_weights = len(tiles_index(open_checkpoint(oracle.folder)).sizes)
     options = {**TILES, "device": device}
+    before = memories_of(os.getpid())  # of engines that are closed and not collected yet
     with oracle.load(worker="thread", **options) as thread, oracle.load(worker="process", **options) as process:
         assert isinstance(thread.runtime, Runtime) and isinstance(process.runtime, WorkerProcess)
         assert (thread.runtime.num_packed, process.runtime.num_packed) == (num_weights, num_weights)
         assert outputs(oracle, process) == outputs(oracle, thread)
         assert process.runtime.pid is not None
         assert len(memories_of(process.runtime.pid)) == 1
-        assert not memories_of(os.getpid())
+        assert memories_of(os.getpid()) <= before
 
 
 def test_a_worker_that_is_started_again_packs_nothing(oracle):
