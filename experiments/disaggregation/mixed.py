@@ -46,7 +46,8 @@ def main() -> None:
             with hl.load(folder, prefix_cache=False, quiet=True, **sizes, **options) as engine:
                 engine.serve(requests(given, 1, at_s=0.0), scheduler)  # the weights' pages are mapped then
                 for row in rows(engine, scheduler, given):
-                    what = {"system": name, "scheduler": scheduler, **options, **vars(given), "machine": machine()}
+                    chosen = {key: value for key, value in vars(given).items() if key != "out"}
+                    what = {"system": name, "scheduler": scheduler, **options, **chosen, "machine": machine()}
                     write(given.out / "mixed.jsonl", {**what, "evidence": "measured", **row})
 
 
