@@ -8,14 +8,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from hybridlab.batch import Entry, OnRoute, StepBatch
+from hybridlab.batch import Entry, OnRoute, StepBatch, split
 from hybridlab.engine.captured_steps import CapturedSteps
 from hybridlab.engine.cuda_memory import HEAD_ROWS
 from hybridlab.engine.devices import Device, Execute
 from hybridlab.engine.kv_cache import KVStorage
 from hybridlab.engine.local_ids import LocalIds, count_ids
-from hybridlab.engine.running import Running, micro_batch, split
-from hybridlab.engine.sampling import draw_all
+from hybridlab.engine.running import Running, drawn_tokens, micro_batch
 from hybridlab.errors import PlanError, StrategyError
 from hybridlab.model.base import DecodeBatch, Routed
 from hybridlab.plans import Move, Op, Program, RequestId, Span, Tier
@@ -55,14 +54,8 @@ class Executor:
         self, program: Program, batch: StepBatch, clock_start_s: float, on_route: OnRoute | None = None
     ) -> tuple[dict[RequestId, int], tuple[Span, ...]]:
         """Compute a step; returns the drawn tokens and the spans of its ops."""
-        tokens: dict[RequestId, int] = {}
         micros, spans = self._run(program, batch.entries, clock_start_s, on_route, all_rows=False)
-        for micro in micros:
-            drawing = [entry for entry in micro.entries if entry.wants_token]
-            if drawing:
-                assert micro.logits is not None
-                tokens.update(draw_all(micro.logits, drawing))
-        return tokens, spans
+        return drawn_tokens(micros), spans
 
     def logits(self, program: Program, entry: Entry) -> torch.Tensor:
         """Logits of every row of one request's step, float32 [T, V]."""

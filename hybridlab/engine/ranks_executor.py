@@ -16,8 +16,7 @@ from hybridlab.engine.ep_exchange import Exchange
 from hybridlab.engine.executor import Executor
 from hybridlab.engine.ranks_cache import SharedKV
 from hybridlab.engine.ranks_share import Shares, shared_batch
-from hybridlab.engine.running import Running
-from hybridlab.engine.sampling import draw_all
+from hybridlab.engine.running import Running, drawn_tokens
 from hybridlab.errors import PlanError, StrategyError
 from hybridlab.model.base import Routed
 from hybridlab.plans import Move, Op, Program, RequestId, Span, Tier
@@ -44,14 +43,8 @@ class RankExecutor:
         """Compute this rank's part of a step; returns the tokens that it draws and the spans of its ops."""
         if on_route is not None:
             raise StrategyError("on_route sees one rank's routers; routing is recorded and replayed without ranks")
-        tokens: dict[RequestId, int] = {}
         states, spans = self._run(program, batch.entries, clock_start_s, all_rows=False)
-        for micro in (state.micro for state in states):
-            drawing = [entry for entry in micro.entries if entry.wants_token]
-            if drawing:
-                assert micro.logits is not None
-                tokens.update(draw_all(micro.logits, drawing))
-        return tokens, spans
+        return drawn_tokens(state.micro for state in states), spans
 
     def logits(self, program: Program, entry: Entry) -> torch.Tensor:
         """Logits of this rank's rows of one request's step, float32 [rows, V]."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from hybridlab.batch import Entry
-from hybridlab.batch import split as split
 from hybridlab.engine.kv_cache import KVStorage
+from hybridlab.engine.sampling import draw_all
 from hybridlab.model.base import MicroBatch, Routed
-from hybridlab.plans import Tier
+from hybridlab.plans import RequestId, Tier
 
 
 @dataclass
@@ -41,3 +41,14 @@ def micro_batch(entries: Sequence[Entry], cache: KVStorage) -> MicroBatch:
         ids.extend(entry.token_ids)
         positions.extend(range(entry.start, entry.start + count))
     return MicroBatch(torch.tensor(ids), torch.tensor(positions), cache.slots(slots), tuple(contexts))
+
+
+def drawn_tokens(micros: Iterable[Running]) -> dict[RequestId, int]:
+    """The next token of every entry that wants one, from the logits of its microbatch."""
+    tokens: dict[RequestId, int] = {}
+    for micro in micros:
+        drawing = [entry for entry in micro.entries if entry.wants_token]
+        if drawing:
+            assert micro.logits is not None
+            tokens.update(draw_all(micro.logits, drawing))
+    return tokens

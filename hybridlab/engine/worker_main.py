@@ -14,7 +14,7 @@ import struct
 import sys
 import traceback
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,23 @@ class HookFailed(Exception):
 
 
 def main(arguments: Sequence[str]) -> int:
+    channel = channel_of(arguments)
+    return 1 if channel is None else serve(channel, _setup)
+
+
+def channel_of(arguments: Sequence[str]) -> Channel | None:
+    """The channel to the parent, with which this process ends from now on; None if it has ended already."""
     descriptor, parent = map(int, arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=descriptor))
-    if not die_with(parent):
-        return 1
+    return channel if die_with(parent) else None
+
+
+def serve(channel: Channel, setup: Callable[[Channel], tuple | None]) -> int:
+    """Answer until the other end closes `channel`, with what `setup` makes of the first message (None: it could not,
+    and has said so); the exit status."""
     try:
-        if (ready := _setup(channel)) is not None:
+        if (ready := setup(channel)) is not None:
             Loop(channel, *ready).run()
     except ChannelClosed:
         pass  # the parent wants nothing more
@@ -71,16 +81,22 @@ def die_with(parent: int) -> bool:
     return os.getppid() == parent
 
 
-def _setup(channel: Channel) -> tuple[Runtime, ModelSpec, KVRegion | None] | None:
+def first_message(channel: Channel, who: str, keys: set[str], *optional: str) -> dict[str, Any]:
+    """What the parent sends first: all of `keys`, perhaps the `optional` ones; else raises `ProtocolError`."""
     kind, body = channel.receive()
     if kind is not Kind.SETUP:
         raise ProtocolError(f"{kind.name} before SETUP")
     given = unpack_json(body)
-    beside = given.pop("beside", None) if isinstance(given, dict) else None
-    if not isinstance(given, dict) or given.keys() != SETUP_KEYS:
+    if not isinstance(given, dict) or given.keys() - {*optional} != keys:
         raise ProtocolError(f"a setup of {sorted(given)!r:.200}")
     if given["package"] != PACKAGE:
-        raise ProtocolError(f"this worker is hybridlab of {PACKAGE}, its parent that of {given['package']}")
+        raise ProtocolError(f"this {who} is hybridlab of {PACKAGE}, its parent that of {given['package']}")
+    return given
+
+
+def _setup(channel: Channel) -> tuple[Runtime, ModelSpec, KVRegion | None] | None:
+    given = first_message(channel, "worker", SETUP_KEYS, "beside")
+    beside = given.get("beside")
     try:
         if beside is not None and beside["cores"]:
             os.sched_setaffinity(0, beside["cores"])

@@ -1,15 +1,12 @@
 """Triton's kernels against their twins: in Triton's interpreter wherever Triton is, and on the GPU where there is one.
 
-Whether a kernel is interpreted is settled when it is defined, so the interpreter's run is a process of its own:
-this file again, with TRITON_INTERPRET=1. On a GPU, or there, the tests compare; elsewhere they skip.
+`test_triton_interpreter.py` runs this file again with TRITON_INTERPRET=1. On a GPU, or there, the tests compare;
+elsewhere they skip.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +16,6 @@ from hybridlab.model import cuda_attention, cuda_blocks, fp8_twin
 from hybridlab.model.cuda_numerics import CudaBf16
 from hybridlab.model.fp8_twin import FLOAT32_UNIT, HOPPER_UNIT, Scaled, error_bound
 
-ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -30,20 +26,10 @@ CUT = 2.0**-7 if INTERPRETED else 0.0
 ENDS = ([0, 20, 20, 90], [3], [0, 0], [64, 128, 129], [0, 0, 70, 70, 70], [200, 300], [50, 100, 150, 200, 250, 300])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the interpreter's run")
-def test_in_the_interpreter():
-    pytest.importorskip("triton", minversion="3.7", reason="Triton's interpreter since 3.7 knows newer NumPy")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and " 1 skipped" in done.stdout, done.stdout[-1000:]
-
-
 @pytest.fixture
 def kernels() -> Any:
     if not INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("torch finds no CUDA device; test_in_the_interpreter runs this one")
+        pytest.skip("torch finds no CUDA device; test_triton_interpreter.py runs this one")
     from hybridlab.model import triton_grouped
 
     return triton_grouped
