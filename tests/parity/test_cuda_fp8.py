@@ -54,7 +54,7 @@ def prompt_logits(oracle, placement: object, precision: str, where: str) -> np.n
     return np.concatenate(rows)
 
 
-@pytest.mark.parametrize("where", ["cpu", pytest.param(CUDA, marks=NEEDS_GPU)])
+@pytest.mark.parametrize("where", ["cpu", pytest.param(CUDA, marks=[pytest.mark.gpu, NEEDS_GPU])])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_prompts_are_within_twice_the_bf16_tolerance(oracle, placement, where):
     """Activations of 4 significant bits before two of a layer's products: twice the tolerance of 8 bits in all of them.
@@ -70,6 +70,7 @@ def test_prompts_are_within_twice_the_bf16_tolerance(oracle, placement, where):
     assert error > error_bf16  # activations were quantised
 
 
+@pytest.mark.gpu
 @NEEDS_GPU
 def test_load_takes_fp8(oracle):
     with oracle.load(precision="fp8", device="cuda", placement="all_resident") as engine:
