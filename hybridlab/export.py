@@ -15,7 +15,7 @@ from hybridlab.columns import ACRONYMS, UNITS
 from hybridlab.config import ExperimentConfig
 from hybridlab.errors import ConfigError
 from hybridlab.store import results
-from hybridlab.summary_table import TABLE_METRICS, axes_of
+from hybridlab.summary_table import TABLE_METRICS, any_saturated, axes_of, without_bounds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,6 +74,7 @@ def export_results(
 
 def latex(table: pd.DataFrame, columns: Sequence[str] | None = None, caption: str | None = None) -> str:
     r"""A LaTeX table for `\usepackage{booktabs}`, the ids of its runs in comments."""
+    table = without_bounds(table)
     shown = list(columns) if columns else _printed_columns(table)
     if len(shown) > MOST_LATEX_COLUMNS:
         raise ConfigError(f"a LaTeX table of {len(shown)} columns; expected at most {MOST_LATEX_COLUMNS}, see columns=")
@@ -132,7 +133,8 @@ def _printed_columns(table: pd.DataFrame) -> list[str]:
     if len(table.columns) <= MOST_LATEX_COLUMNS:
         return list(table.columns)
     told = axes_of(table) if "num_requests" in table.columns else []
-    return [*told, *(name for name in TABLE_METRICS if name in table.columns)]
+    metrics = [name for name in TABLE_METRICS if name in table.columns]
+    return [*told, *metrics, *(["saturated"] if any_saturated(table) else [])]
 
 
 def _cell(value: Any, exact: bool) -> str:

@@ -7,6 +7,7 @@ these functions give NaN. Percentiles interpolate linearly (numpy's default), as
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,9 @@ DEFINITIONS = {
     "request_goodput_req_s": "finished requests with ttft <= slo_ttft_s and tpot <= slo_tpot_s / duration "
     "(a request without tpot meets any tpot)",
     "offered_req_s": "(requests that arrived - 1) / (last arrival - first arrival)",
+    "saturated": "finished requests/s are below offered requests/s by more than 10% and more than chance "
+    "(1/sqrt(requests)), each between the 10th and 90th percentile of its times: more is offered than completes, and "
+    "latencies grow with the length of the run",
     "prefix_hit_rate": "prompt tokens of finished requests that were found in the KV cache / their prompt tokens",
     "aggregates": "mean, median, p90, p99 over finished requests (itl: over all gaps), linear interpolation",
 }
@@ -162,6 +166,8 @@ def summarise(
     good = (ttft_s <= slo.ttft_s) & ~(tpot_s > slo.tpot_s)
     times = frame["token_times_s"].to_numpy(object)[done]
     gaps = [np.diff(np.asarray(request_times, dtype=np.float64)) for request_times in times]
+    finished_s, was_refused = column("finished_s"), status == str(Status.REJECTED)
+    saturated = is_saturated(arrival_s[~was_refused & ~np.isnan(arrival_s)], finished_s)
     arrival_s = arrival_s[~np.isnan(arrival_s)]  # some never arrive: the turn before them did not end well
     span_s = float(np.ptp(arrival_s)) if len(arrival_s) else 0.0
     inputs, outputs = int(column("prompt_tokens").sum()), int(column("output_tokens").sum())
@@ -173,6 +179,7 @@ def summarise(
         **{str(name): int((status == str(name)).sum()) for name in unfinished},
         "duration_s": float(duration_s),
         "offered_req_s": (len(arrival_s) - 1) / span_s if span_s > 0 else float("nan"),
+        "saturated": saturated,
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
         "cached_prompt_tokens": cached,
@@ -188,6 +195,22 @@ def summarise(
     for name in ("ttft_s", "tpot_s", "e2el_s", "queue_s"):
         result |= _aggregates(name, column(name))
     return result | _aggregates("itl_s", np.concatenate(gaps) if gaps else np.empty(0))
+
+
+def is_saturated(arrival_s: np.ndarray, finished_s: np.ndarray) -> bool:
+    """Whether requests arrive faster than they finish, by DEFINITIONS; false where all arrive at once.
+
+    Times in seconds, those of requests that never finished left out of `finished_s` alone. Between percentiles, so that
+    neither a server that is still empty nor the last requests that it works off count.
+    """
+    if len(arrival_s) < 2:
+        return False
+    arriving_s = float(np.subtract(*np.percentile(arrival_s, (90, 10))))
+    if arriving_s <= 0:
+        return False
+    finishing_s = float(np.subtract(*np.percentile(finished_s, (90, 10)))) if len(finished_s) > 1 else inf
+    completes = len(finished_s) / len(arrival_s) * arriving_s / finishing_s if finishing_s > 0 else inf
+    return bool(completes < 1 - max(0.1, len(arrival_s) ** -0.5))
 
 
 def _aggregates(name: str, values: np.ndarray) -> dict[str, float]:

@@ -16,6 +16,7 @@ from hybridlab.figures.marks import band_handle, evidence_handle, line_of, put_l
 from hybridlab.figures.origin import note_origin
 from hybridlab.figures.style import ONE_COLUMN_IN, axis_label, log_axis, new_axes, style
 from hybridlab.figures.tables import Kinds, Series, Where, require_one_setting, rows_of, series_of
+from hybridlab.metrics import is_saturated
 from hybridlab.sections import did_you_mean
 
 if TYPE_CHECKING:
@@ -147,4 +148,13 @@ def _percentiles(one: Series, metric: str, *, tell: bool) -> str:
     """ "p50 0.43, p90 0.76, p99 1.6 s", which no line break parts; `tell` puts the kind of evidence in front."""
     values = quantiles(np.sort(one.rows[metric].to_numpy(np.float64)), np.array(MARKED) / 100)
     text = ", ".join(f"p{percent} {value:.3g}" for percent, value in zip(MARKED, values, strict=True)) + " s"
-    return (f"{one.kind} " if tell else "") + text.replace(" ", "\N{NO-BREAK SPACE}")
+    text = text.replace(" ", "\N{NO-BREAK SPACE}") + (" (saturated: grows with the run)" if _saturated(one) else "")
+    return (f"{one.kind} " if tell else "") + text
+
+
+def _saturated(one: Series) -> bool:
+    """Whether requests of one of the runs arrived faster than they finished."""
+    if not {"run_id", "request_id", "arrival_s", "finished_s"} <= set(one.rows.columns):
+        return False
+    runs = [rows.drop_duplicates("request_id") for _, rows in one.rows.groupby("run_id")]
+    return any(is_saturated(run["arrival_s"].to_numpy(float), run["finished_s"].to_numpy(float)) for run in runs)

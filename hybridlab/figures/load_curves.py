@@ -14,7 +14,15 @@ from hybridlab.columns import PERCENTILES
 from hybridlab.errors import ConfigError
 from hybridlab.figures.arguments import check_choice, check_numbers, check_pair, check_width, names_of
 from hybridlab.figures.limits import Level, draw_limit, level_of, name_level
-from hybridlab.figures.marks import band_handle, evidence_handle, line_of, put_legend, series_handles
+from hybridlab.figures.marks import (
+    band_handle,
+    evidence_handle,
+    line_of,
+    put_legend,
+    saturated_handle,
+    saturated_mark,
+    series_handles,
+)
 from hybridlab.figures.origin import note_origin
 from hybridlab.figures.repeats import Curve, curve_of, told_apart
 from hybridlab.figures.style import GREY, ONE_COLUMN_IN, axis_label, style
@@ -40,7 +48,8 @@ def load_curves(
 
     Two panels, one above the other, so the one figure that takes a pair of Axes and returns the pair. The grey
     line in the upper panel is what the load asks for (requests/s times tokens per finished request): a curve
-    that leaves it is saturated. `tpot` is "median", "p90" or "p99"; the dashed line below is the SLO's.
+    that leaves it is saturated. Runs that are saturated by their arrivals and ends (metrics.DEFINITIONS) are crossed.
+    `tpot` is "median", "p90" or "p99"; the dashed line below is the SLO's.
 
     One curve per value of `by` (default: the scheduler, and what else differs between runs beside their load);
     repeats are averaged and their range is a band.
@@ -73,6 +82,8 @@ def load_curves(
             marks.append(_draw_offered(upper, curves))
         if any(curve.repeated for curve in curves):
             marks.append(band_handle())
+        if any(curve.saturated.any() for curve in curves):
+            marks.append(saturated_handle())
         right = max(curve.load.max() for curve in curves)
         for panel in (upper, lower):
             panel.set_xlim(0, 1.05 * right)
@@ -102,6 +113,8 @@ def _draw(ax: Axes, curve: Curve, column: str) -> None:
         ax.fill_between(curve.load, low, high, color=look["color"], alpha=0.2, linewidth=0)
         ax.vlines(curve.load, low, high, color=look["color"], alpha=0.2, linewidth=3)
     ax.plot(curve.load, curve.mean(column), **look, zorder=3)
+    if (crossed := curve.saturated).any():
+        ax.add_line(saturated_mark(curve.load[crossed], curve.mean(column)[crossed]))
 
 
 def _draw_offered(ax: Axes, curves: Sequence[Curve]) -> Line2D:

@@ -78,6 +78,16 @@ def evidence_handle(kind: str) -> Line2D:
     return Line2D([], [], **{**line_of(0, kind), "color": GREY}, label=kind)
 
 
+def saturated_mark(x: Any, y: Any, label: str = "_saturated") -> Line2D:
+    """Crosses over points of saturated runs, whose latencies say how long the runs were."""
+    look: dict[str, Any] = {"linestyle": "none", "marker": "x", "markersize": 8, "markeredgewidth": 1.0}
+    return Line2D(x, y, **look, color="black", zorder=5, label=label)
+
+
+def saturated_handle() -> Line2D:
+    return saturated_mark([], [], label="saturated: grows with the run")
+
+
 def band_handle() -> Patch:
     """A legend entry for the band that spans repeats."""
     return Patch(facecolor=GREY, alpha=0.25, linewidth=0, label="range of repeats")

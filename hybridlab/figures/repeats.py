@@ -31,6 +31,11 @@ class Curve:
     def repeated(self) -> bool:
         return any(len(rows) > 1 for rows in self.points)
 
+    @property
+    def saturated(self) -> np.ndarray:
+        """bool [points]: in one of the repeats at least, more was offered than completed."""
+        return np.array([any(row.get("saturated") is True for row in rows) for rows in self.points], bool)
+
     def mean(self, column: str) -> np.ndarray:
         """float64 [points]: means over the repeats."""
         return np.array([np.mean([row[column] for row in rows]) for rows in self.points])

@@ -13,7 +13,16 @@ from matplotlib.lines import Line2D
 from hybridlab.columns import PERCENTILES
 from hybridlab.figures.arguments import check_choice, check_numbers, check_target, names_of
 from hybridlab.figures.limits import DASHED, Level, level_of, name_level
-from hybridlab.figures.marks import band_handle, evidence_handle, evidence_mark, line_of, put_legend, series_handles
+from hybridlab.figures.marks import (
+    band_handle,
+    evidence_handle,
+    evidence_mark,
+    line_of,
+    put_legend,
+    saturated_handle,
+    saturated_mark,
+    series_handles,
+)
 from hybridlab.figures.origin import note_origin
 from hybridlab.figures.pareto import front_of
 from hybridlab.figures.repeats import Curve, curve_of, told_apart
@@ -47,8 +56,9 @@ def ttft_throughput(
     joined in the order of `load`; repeats are averaged and their range is a band. `ttft` is "median" (with a
     whisker to p90), "p90" or "p99". `front` draws the Pareto front over all points (of one kind of evidence).
     Below the SLO's TTFT the background is shaded. Points that miss the SLO are pale and small; a ring says that it
-    is TPOT that they miss, at the percentile of `ttft`: throughput without TPOT means little. Runs in which no
-    request finished are left out.
+    is TPOT that they miss, at the percentile of `ttft`: throughput without TPOT means little. Saturated runs
+    (metrics.DEFINITIONS) are crossed: their TTFT grows with the length of the run, so none is on the front. Runs in
+    which no request finished are left out.
 
     `slo` replaces the one in the table, `where` picks rows by column, `evidence` asks for kinds to be compared.
     Raises ConfigError naming a missing column, an unknown value, or kinds mixed unasked.
@@ -77,6 +87,8 @@ def ttft_throughput(
             handles.append(Line2D([], [], **grey | _faded(grey), label="misses SLO"))
         if any(ringed for _, ringed in missed):
             handles.append(_ring([], [], label=f"{ttft} TPOT misses"))
+        if any(curve.saturated.any() for curve in curves):
+            handles.append(saturated_handle())
         ax.set_xlim(0, 1.06 * max(curve.mean("output_tokens_per_s").max() for curve in curves))
         ax.set_xlabel(axis_label("output_tokens_per_s"))
         ax.set_ylabel("TTFT (s), median and p90" if ttft == "median" else axis_label(y))
@@ -109,6 +121,8 @@ def _draw(ax: Axes, curve: Curve, ttft: str, level: SLO | None) -> tuple[bool, b
             ax.plot(x[part], y[part], **{**look, **faded, "linestyle": "none"}, zorder=4)
     if tpot.any():
         ax.add_line(_ring(x[tpot], y[tpot]))
+    if (crossed := curve.saturated).any():
+        ax.add_line(saturated_mark(x[crossed], y[crossed]))
     return bool(missed.any()), bool(tpot.any())
 
 
@@ -126,7 +140,7 @@ def _draw_front(ax: Axes, curves: Sequence[Curve], column: str) -> bool:
     for kind in dict.fromkeys(curve.series.kind for curve in curves):
         of_kind = [curve for curve in curves if curve.series.kind == kind]
         x = np.concatenate([curve.mean("output_tokens_per_s") for curve in of_kind])
-        y = np.concatenate([curve.mean(column) for curve in of_kind])
+        y = np.concatenate([np.where(curve.saturated, np.nan, curve.mean(column)) for curve in of_kind])
         kept = np.flatnonzero(front_of(x, y))
         kept = kept[np.argsort(x[kept])]
         line = evidence_mark(kind).linestyle

@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hybridlab import backends, experiment, provenance
 from hybridlab.errors import ConfigError, StrategyError
+from hybridlab.export import latex
 from hybridlab.metrics import SLO
 from hybridlab.plans import QueueView, StepPlan
 from hybridlab.store import results
@@ -102,6 +104,18 @@ def test_table_is_short_and_rows_carry_the_axes(bench: list[str], config: dict[s
     assert set(axes) <= set(result.spans.columns)
     partly = replace(result, summary=result.summary.assign(completed=0, evidence="simulated"))
     assert list(partly.table.columns)[-2:] == ["completed", "evidence"]
+
+
+def test_a_saturated_run_has_no_p99_in_tables(bench: list[str], config: dict[str, Any]) -> None:
+    result = run({**config, "sweep": SWEEP})
+    assert result.summary["saturated"].tolist() == [False] * 4
+    told = replace(result, summary=result.summary.assign(saturated=[True, False, False, False]))
+    assert np.isinf(told.table["p99_ttft_s"]).tolist() == [True, False, False, False]
+    assert told.table["saturated"].tolist() == [True, False, False, False]
+    assert np.isfinite(told.summary["p99_ttft_s"]).all()  # what was seen stays there
+    printed = latex(told.summary)
+    assert "saturated" in printed and " inf " in printed
+    assert "saturated" not in latex(result.summary)
 
 
 def test_engines_are_per_engine_setting(bench: list[str], config: dict[str, Any]) -> None:

@@ -120,6 +120,37 @@ def test_offered_rate() -> None:
     assert math.isnan(summarise(records[:1], 9.0)["offered_req_s"])
 
 
+def served(arrivals, latencies) -> list[RequestRecord]:
+    times = zip(map(float, arrivals), latencies, strict=True)
+    return [record(f"r{i}", [at + took], arrival_s=at) for i, (at, took) in enumerate(times)]
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "latencies", "saturated"),
+    [
+        (range(100), [3.0] * 100, False),
+        (range(100), [300.0] * 100, False),  # longer than all arrivals take: slow, but as many end as come
+        (range(100), [0.5 * i for i in range(100)], True),  # two of three complete in the time in which they arrive
+        (range(100), [0.05 * i for i in range(100)], False),  # 5% more than completes: could be chance
+        ([0.0] * 100, range(100), False),  # nothing is offered over time
+        ([0.0, 1.0, 2.0], [0.0, 0.5, 1.0], False),  # three say nothing
+        ([7.0], [1.0], False),
+    ],
+)
+def test_more_offered_than_completed_is_saturation(arrivals, latencies, saturated) -> None:
+    assert summarise(served(arrivals, latencies), 200.0)["saturated"] is saturated
+
+
+def test_requests_that_run_into_their_deadline_do_not_hide_saturation() -> None:
+    records = served(range(100), [3.0] * 100)
+    for record in records[::2]:
+        record.status = Status.CANCELLED
+    assert summarise(records, 200.0)["saturated"] is True
+    for record in records[::2]:
+        record.status = Status.REJECTED  # never let in: no load
+    assert summarise(records, 200.0)["saturated"] is False
+
+
 def test_frame_and_records_summarise_alike() -> None:
     records = [record("a", [1.0, 2.0]), record("b", [], status=Status.REJECTED, scheduled_s=None)]
     frame = requests_frame(records)
@@ -131,7 +162,7 @@ def test_frame_and_records_summarise_alike() -> None:
 
 
 def test_every_unit_is_in_a_name() -> None:
-    counts = {"num_requests", "completed", "failed", "rejected", "cancelled", "slo", "prefix_hit_rate"}
+    counts = {"num_requests", "completed", "failed", "rejected", "cancelled", "slo", "prefix_hit_rate", "saturated"}
     for key in summarise([record("a", [1.0, 2.0])], 1.0):
         assert key in counts or key.endswith(("_s", "_tokens")), key
     assert {"ttft_s", "tpot_s", "itl_s", "e2el_s"} <= set(DEFINITIONS)

@@ -230,3 +230,13 @@ def test_single_requests_and_given_axes(tables: Any) -> None:
     for figure, ax in zip((ttft_prompt_length, latency_cdf), axes, strict=True):
         assert figure(many(tables, 1), ax) is ax
         assert ax.get_legend() is not None
+
+
+def test_the_percentiles_of_a_saturated_run_are_told_as_such(tables: Any, legend_texts: Any) -> None:
+    given = tables(repeats=1, schedulers=("fcfs",), loads=(1,))
+    requests = pd.concat([given.requests] * 10, ignore_index=True)
+    requests["request_id"], requests["arrival_s"] = [f"r{i}" for i in range(60)], [float(i) for i in range(60)]
+    for slower, told in ((1.0, False), (2.0, True)):
+        finished = requests.assign(finished_s=slower * requests["arrival_s"] + 1.0)
+        (text, *_) = legend_texts(latency_cdf(finished))
+        assert ("saturated" in text) is told and "p99" in text

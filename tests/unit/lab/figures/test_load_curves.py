@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 from hybridlab.errors import ConfigError
@@ -35,6 +36,18 @@ def test_saturation_is_seen_against_what_is_offered(summary: Any) -> None:
     assert not [line for line in upper.get_lines() if line.get_label() == "_offered"]
     upper, _ = load_curves(summary(), load="workload.rate_scale")
     assert not [line for line in upper.get_lines() if line.get_label() == "_offered"]
+
+
+def test_saturated_runs_are_crossed(summary: Any, legend_texts: Any) -> None:
+    table = summary()
+    saturated = [load == 4 and name == "fcfs" for load, name in table[["offered_req_s", "scheduler"]].to_numpy()]
+    upper, lower = load_curves(table.assign(saturated=saturated))
+    for ax, y in ((upper, 200.5), (lower, 0.12)):
+        (crosses,) = [line for line in ax.get_lines() if line.get_label() == "_saturated"]
+        assert np.asarray(crosses.get_xdata()).tolist() == [4] and np.asarray(crosses.get_ydata()) == pytest.approx([y])
+    assert "saturated: grows with the run" in legend_texts(lower)
+    upper, lower = load_curves(table.assign(saturated=False))
+    assert not any("saturated" in text for text in legend_texts(lower))
 
 
 def test_bands_span_the_repeats(summary: Any) -> None:

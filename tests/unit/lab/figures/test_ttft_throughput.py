@@ -105,6 +105,16 @@ def test_front_holds_what_nothing_beats(pairs: list[tuple[int, int | None]]) -> 
     assert pareto_front(frame).tolist() == expected
 
 
+def test_a_saturated_run_is_crossed_and_not_on_the_front(summary: Any, legend_texts: Any) -> None:
+    table = summary(repeats=1, schedulers=("fcfs",))
+    assert len(front(ttft_throughput(table))) == 3
+    ax = ttft_throughput(table.assign(saturated=table["offered_req_s"] == 4))
+    assert len(front(ax)) == 2
+    (crosses,) = [line for line in ax.get_lines() if line.get_label() == "_saturated"]
+    assert list(crosses.get_xdata()) == [200.0]
+    assert "saturated: grows with the run" in legend_texts(ax)
+
+
 def test_front_of_other_columns(summary: Any) -> None:
     frame = summary(repeats=1)
     assert frame[pareto_front(frame, "output_tokens_per_s", "p99_ttft_s")]["scheduler"].unique().tolist() == ["chunked"]
