@@ -60,9 +60,12 @@ class Planner:
 
     def shape(self, worker: str, step: StepPlan) -> Shape:
         """The shape of `step`; a step of n requests has at most n microbatches."""
-        if not set(step.ranks) <= set(self.ranks):
-            raise StrategyError(f"the step asks for ranks {step.ranks}, this machine has {self.ranks}")
-        ranks = self.ranks if self.placed.rank_of else step.ranks  # experts on several ranks need all of them
+        ranks = self.ranks if step.ranks is None else step.ranks
+        if ranks not in (self.ranks, self.ranks[:1]):
+            raise StrategyError(
+                f"the step asks for ranks {ranks}, this machine has {self.ranks}: all of them run it, or the first alone"
+            )
+        placed = self.placed if ranks == self.ranks else self.placed.on_first_rank
         wanted = self.overlap.num_microbatches(step)
         if not isinstance(wanted, int) or wanted < 1:
             raise StrategyError(
@@ -70,13 +73,13 @@ class Planner:
             )
         name = f"placement {type(self.placement).__name__}: expert_path()"
         try:
-            path = self.placement.expert_path(step.num_tokens, self.placed, self.hardware)
+            path = self.placement.expert_path(step.num_tokens, placed, self.hardware)
         except Exception as error:  # a strategy of the user's may raise anything
             raise StrategyError(f"{name} raised {type(error).__name__}: {error}") from error
         if not isinstance(path, ExpertPath):
             raise StrategyError(f"{name} returned {path!r}, expected an ExpertPath")
         lane = LaneKind.CPU if self.hardware.device == "cpu" else LaneKind.GPU
-        return Shape(step.role, worker, lane, path, min(wanted, len(step.tokens)), ranks, self.placed)
+        return Shape(step.role, worker, lane, path, min(wanted, len(step.tokens)), ranks, placed)
 
     def program(self, shape: Shape) -> Program:
         """The validated program of `shape`; raises `PlanError` or `StrategyError` when it cannot run."""

@@ -8,7 +8,7 @@ op starts when its lane is free and its `needs` are done. Times are seconds on t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from types import MappingProxyType
@@ -99,7 +99,8 @@ class QueueView:
     A request that needs more than `allocated_kv_tokens` takes whole blocks of `kv_block_tokens` from the
     `free_kv_tokens`. `shared_kv_tokens` of a request's context lie in blocks that requests ahead of it hold too:
     they take nothing from the free ones, and preempting it does not free them. `token_budget` bounds the tokens of
-    one step. `last_decode_s` is when a decode last ended (None if never). `ranks` are those of this worker.
+    one step. `last_decode_s` is when a decode last ended (None if never). `ranks` are those of this worker: a step runs on
+    all of them, or on the first one alone.
 
     Workers with KV caches of their own see the requests that have nothing in a cache, and those in their own. Where
     prompts are computed for other workers (`worker` begins with "prefill") nothing runs; those who decode also see the
@@ -122,13 +123,14 @@ class StepPlan:
     """One step of a worker: how many tokens of which requests to compute next.
 
     `tokens` maps request ids to token counts: 1 for a running request, 1..remaining_prompt for a waiting one.
-    `preempt` names requests whose KV cache is given up first (they are recomputed later).
+    `preempt` names requests whose KV cache is given up first (they are recomputed later). `ranks` are those that compute
+    it: all of the worker's (None), or the first one alone, `queue.ranks[:1]`. Any step of a request may run on either.
     """
 
     role: Role
     tokens: Mapping[RequestId, int]
     preempt: tuple[RequestId, ...] = ()
-    ranks: tuple[int, ...] = (0,)
+    ranks: tuple[int, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -161,6 +163,12 @@ class PlacementPlan:
 
     def tier(self, layer: int, expert: int) -> Tier:
         return self.tier_of.get((layer, expert), self.default_tier)
+
+    @cached_property
+    def on_first_rank(self) -> PlacementPlan:
+        """For a step of the first rank alone: its CPU computes the experts of the others."""
+        theirs = dict.fromkeys((key for key, rank in self.rank_of.items() if rank), Tier.HOST)
+        return replace(self, tier_of={**self.tier_of, **theirs}, rank_of={})
 
     @cached_property
     def key(self) -> tuple:

@@ -81,9 +81,8 @@ def check_step(view: QueueView, step: StepPlan) -> list[str]:
     # Most steps only decode: those who wait need not be looked at, and may be many.
     others = bool(step.preempt) or any(rid not in running for rid in step.tokens)
     waiting = {r.id: r for r in view.waiting} if others else {}
-    ranks_ok = isinstance(step.ranks, tuple) and step.ranks and all(isinstance(r, int) and r >= 0 for r in step.ranks)
-    if not ranks_ok or len(set(step.ranks)) != len(step.ranks):
-        problems.append(f"ranks is {step.ranks!r}, expected a non-empty tuple of distinct ranks")
+    if step.ranks is not None and step.ranks not in (view.ranks, view.ranks[:1]):
+        problems.append(f"ranks is {step.ranks!r}, expected None or {view.ranks} (all), or {view.ranks[:1]} (one alone)")
     if not isinstance(step.preempt, tuple):
         return [*problems, f"preempt is {step.preempt!r:.60}, expected a tuple of request ids"]
     if len(set(step.preempt)) != len(step.preempt):

@@ -33,6 +33,8 @@ class Kind(IntEnum):
     LEAVE = 10
     TAKE = 11
     """Of workers that share a region (`engine.kv_region`): a request's KV cache goes there, or comes from there."""
+    CATCH_UP = 12
+    """Of ranks alone: KV blocks that the first one gives the others."""
 
     READY = 32
     DONE = 33

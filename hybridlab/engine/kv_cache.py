@@ -26,6 +26,10 @@ class KVStorage(KVStore, Protocol):
 
     def slots(self, new: Sequence[torch.Tensor]) -> torch.Tensor: ...
 
+    def stored(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """All that is cached of a layer, between steps: to be copied from and to, by block."""
+        ...
+
     def randomise(self, seed: int) -> None: ...
 
     def close(self) -> None: ...
@@ -55,6 +59,10 @@ class KVCache:
 
     def entries(self, layer: int) -> tuple[torch.Tensor, ...]:
         """This layer's storage, one tensor [slots, *shape] per entry; index it with `Context.cached`."""
+        return self._layers[layer]
+
+    def stored(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """The same tensors: all of it is here."""
         return self._layers[layer]
 
     def randomise(self, seed: int) -> None:

@@ -1,9 +1,9 @@
 """Shared memory through which the KV cache of a request goes from one worker to another: a memfd, of which each has a
 descriptor. Nothing of it is in /dev/shm, and it is gone with the last process that has it.
 
-It has a header per block, then the blocks: for each layer and KV entry, the rows of its tokens. Which blocks are whose
-is the parent's business (`hybridlab.worker_pools`); the headers say what a worker has left there, and are checked
-before any of it is used.
+It has a header per block, then for each layer and KV entry the rows of all blocks, so that neighbouring blocks are one
+copy of a layer, from or to a GPU as well. Which blocks are whose is the parent's business (`hybridlab.worker_pools`);
+the headers say what a worker has left there, and are checked before any of it is used.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 
 from hybridlab.batch import HandOff
 from hybridlab.engine.kv_cache import KVStorage
+from hybridlab.engine.pinned import Pins
 from hybridlab.spec import ModelSpec
 
 HEADER = np.dtype(
@@ -64,42 +67,55 @@ def request_digest(request_id: str) -> bytes:
 class KVRegion:
     """The region as a worker has it, for a cache of `dtype` in blocks of `block_tokens`.
 
-    Raises `ValueError` if the memory of `descriptor` has another size.
+    With `pin` it is registered with CUDA, which then copies from and to it by itself; stderr says so if the driver
+    refuses. Raises `ValueError` if the memory of `descriptor` has another size.
     """
 
     def __init__(
-        self, descriptor: int, model: ModelSpec, num_blocks: int, block_tokens: int, dtype: torch.dtype
+        self,
+        descriptor: int,
+        model: ModelSpec,
+        num_blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        *,
+        pin: bool = False,
     ) -> None:
         expected = region_bytes(model, num_blocks, block_tokens, dtype.itemsize)
         if os.fstat(descriptor).st_size != expected:
             raise ValueError(f"a region of {os.fstat(descriptor).st_size} bytes, expected {expected}")
         self.num_blocks, self.block_tokens = num_blocks, block_tokens
-        self._num_layers = model.num_layers
-        self._widths = [block_tokens * prod(entry.shape) * dtype.itemsize for entry in model.kv_entries]
         shapes = [tuple(entry.shape) for entry in model.kv_entries]
         layout = repr((model.num_layers, shapes, str(dtype), block_tokens)).encode()
         self._layout = np.frombuffer(blake2b(layout, digest_size=16).digest(), "<u8")
-        self._memory = mmap.mmap(descriptor, expected)
-        self._headers = np.frombuffer(self._memory, HEADER, num_blocks)
-        content = np.frombuffer(self._memory, np.uint8, offset=_headers_bytes(num_blocks))
-        self._blocks_NB = torch.from_numpy(content).view(num_blocks, -1)
+        memory = mmap.mmap(descriptor, expected)
+        self._headers = np.frombuffer(memory, HEADER, num_blocks)
+        content = torch.from_numpy(np.frombuffer(memory, np.uint8, offset=_headers_bytes(num_blocks)))
+        sizes = [num_blocks * block_tokens * prod(shape) for shape in shapes] * model.num_layers
+        parts = [part.view(num_blocks, -1) for part in content.view(dtype).split(sizes)]
+        self._layers_NB = [parts[at : at + len(shapes)] for at in range(0, len(parts), len(shapes))]
+        self._pins = Pins()
+        if pin:
+            self._pin(content)
 
     def leave(self, hand_off: HandOff, request: bytes, cache: KVStorage, blocks: Sequence[int]) -> None:
         """Copy what the first of `blocks` of `cache` hold into those of `hand_off`; `request` is a `request_digest`."""
-        there, own = torch.tensor(hand_off.blocks), torch.tensor(blocks[: len(hand_off.blocks)])
-        self._headers["state"][there.numpy()] = EMPTY
-        for columns, storage_NB in self._columns(cache):
+        there, own = list(hand_off.blocks), torch.tensor(blocks[: len(hand_off.blocks)])
+        self._headers["state"][there] = EMPTY
+        for region_NB, storage_NB in self._pairs(cache):
             rows = storage_NB.index_select(0, own.to(storage_NB.device))
-            self._blocks_NB[:, columns].index_copy_(0, there, rows.cpu())
-        self._headers[there.numpy()] = self._expected(hand_off, request)
+            for place, first, end in _runs(there):
+                region_NB[first:end].copy_(rows[place : place + end - first], non_blocking=True)
+        _wait(cache)
+        self._headers[there] = self._expected(hand_off, request)
 
     def take(self, hand_off: HandOff, request: bytes, cache: KVStorage, blocks: Sequence[int]) -> None:
         """Copy the blocks of `hand_off` into the first of `blocks` of `cache`, once.
 
         Raises `HandOffRefused` if another request, length, step, layout or type lies there, or what was taken before.
         """
-        there, own = torch.tensor(hand_off.blocks), torch.tensor(blocks[: len(hand_off.blocks)])
-        found, expected = self._headers[there.numpy()], self._expected(hand_off, request)
+        there, own = list(hand_off.blocks), torch.tensor(blocks[: len(hand_off.blocks)])
+        found, expected = self._headers[there], self._expected(hand_off, request)
         for field in HEADER.names or ():
             if not np.array_equal(found[field], expected[field]):
                 said = [str(header[field][0].tolist()) for header in (found, expected)]
@@ -107,10 +123,17 @@ class KVRegion:
                     f"KV hand-off {hand_off.ticket} of {hand_off.num_tokens} tokens: {field} is {said[0]}, expected "
                     f"{said[1]}"
                 )
-        for columns, storage_NB in self._columns(cache):
-            rows = self._blocks_NB[:, columns].index_select(0, there)
-            storage_NB.index_copy_(0, own.to(storage_NB.device), rows.to(storage_NB.device))
-        self._headers["state"][there.numpy()] = TAKEN
+        for region_NB, storage_NB in self._pairs(cache):
+            rows = torch.empty_like(region_NB[: len(there)], device=storage_NB.device)
+            for place, first, end in _runs(there):
+                rows[place : place + end - first].copy_(region_NB[first:end], non_blocking=True)
+            storage_NB.index_copy_(0, own.to(storage_NB.device), rows)
+        _wait(cache)
+        self._headers["state"][there] = TAKEN
+
+    def close(self) -> None:
+        """Give what is pinned back to the driver; idempotent."""
+        self._pins.close()
 
     def _expected(self, hand_off: HandOff, request: bytes) -> np.ndarray:
         headers = np.zeros(len(hand_off.blocks), HEADER)
@@ -120,13 +143,31 @@ class KVRegion:
         headers["layout"], headers["request"] = self._layout, np.frombuffer(request, "<u8")
         return headers
 
-    def _columns(self, cache: KVStorage):
-        """(columns of a block, uint8 [blocks of the cache, their bytes]) of every layer and entry."""
-        start = 0
-        for layer in range(self._num_layers):
-            for width, storage in zip(self._widths, cache.entries(layer), strict=True):
-                yield slice(start, start + width), storage.view(cache.num_blocks, -1).view(torch.uint8)
-                start += width
+    def _pairs(self, cache: KVStorage) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """([blocks of the region, numbers of one], [blocks of the cache, the same]) of every layer and entry."""
+        for layer, parts in enumerate(self._layers_NB):
+            for region_NB, storage in zip(parts, cache.stored(layer), strict=True):
+                yield region_NB, storage.view(cache.num_blocks, -1)
+
+    def _pin(self, content: torch.Tensor) -> None:
+        try:
+            self._pins.pin(content)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            print(f"hybridlab: KV goes through memory that is not pinned ({reason}), more slowly", file=sys.stderr)
+
+
+def _runs(blocks: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Neighbouring blocks as (place of the first one in `blocks`, first, end)."""
+    cuts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(blocks)) if b != a + 1), len(blocks)]
+    return [(start, blocks[start], blocks[start] + end - start) for start, end in pairwise(cuts)]
+
+
+def _wait(cache: KVStorage) -> None:
+    """Until the copies of this thread are done, where they are a device's."""
+    device = cache.stored(0)[0].device
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _headers_bytes(num_blocks: int) -> int:

@@ -102,6 +102,12 @@ class OffloadedKV:
             self._bring(layer + 1)
         return buffer.entries
 
+    def stored(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """This layer in host memory, with all that was written to it."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        return self._host[layer]
+
     def randomise(self, seed: int) -> None:
         """Fill with standard normal values."""
         generator = torch.Generator().manual_seed(seed)

@@ -26,7 +26,8 @@ class RankExecutor:
     """As `engine.executor.Executor`, of the ops of one rank; all ranks are given the same steps.
 
     Two groups of ranks are used: `cache` exchanges keys and values on the lane that computes; the one of `exchanges`
-    that the program's placement names runs on the NET lane. A rank without tokens takes part in both.
+    that the program's placement names runs on the NET lane. A rank without tokens takes part in both. Steps of the
+    first rank alone are given to it alone.
     """
 
     def __init__(
@@ -43,11 +44,17 @@ class RankExecutor:
         """Compute this rank's part of a step; returns the tokens that it draws and the spans of its ops."""
         if on_route is not None:
             raise StrategyError("on_route sees one rank's routers; routing is recorded and replayed without ranks")
+        if len(program.shape.ranks) == 1:
+            self._cache.shares = None
+            return self._executor.run(program, batch, clock_start_s)
         states, spans = self._run(program, batch.entries, clock_start_s, all_rows=False)
         return drawn_tokens(state.micro for state in states), spans
 
     def logits(self, program: Program, entry: Entry) -> torch.Tensor:
         """Logits of this rank's rows of one request's step, float32 [rows, V]."""
+        if len(program.shape.ranks) == 1:
+            self._cache.shares = None
+            return self._executor.logits(program, entry)
         (state,), _ = self._run(program, (entry,), 0.0, all_rows=True)
         logits = state.micro.logits
         return torch.empty(0, self._device.model.spec.vocab) if logits is None else logits.cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch._C._distributed_c10d import Store
@@ -74,6 +75,10 @@ class RankRuntime:
     def randomise_cache(self, seed: int) -> None:
         """Fill the KV cache with random values, the same on every rank."""
         self._cache.randomise(seed)
+
+    def catch_up(self, blocks: Sequence[int]) -> None:
+        """Have the content of KV `blocks` from the first rank; all ranks call this."""
+        self._cache.catch_up(blocks)
 
     def traffic(self) -> dict[str, Traffic]:
         """Bytes since the start: keys and values for "attention", and what goes to and from "experts"."""

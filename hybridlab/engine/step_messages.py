@@ -126,6 +126,20 @@ def unpack_result(
     return drawn, Spans(program.ops, ops, times)
 
 
+def pack_blocks(blocks: Sequence[int]) -> bytes:
+    return np.array(blocks, "<i4").tobytes()
+
+
+def unpack_blocks(body: memoryview, num_blocks: int) -> list[int]:
+    """Raises `ProtocolError` for KV blocks that there are not."""
+    if len(body) % 4 or not len(body):
+        raise ProtocolError(f"KV blocks in {len(body)} bytes")
+    blocks = np.frombuffer(body, "<i4").tolist()
+    if not 0 <= min(blocks) <= max(blocks) < num_blocks:
+        raise ProtocolError(f"KV blocks {min(blocks)} to {max(blocks)} of {num_blocks}")
+    return blocks
+
+
 @dataclass(frozen=True, eq=False)
 class Spans(Sequence[Span]):
     """Spans that are made when they are looked at: a run keeps those of its last steps alone."""

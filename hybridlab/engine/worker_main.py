@@ -30,7 +30,7 @@ from hybridlab.engine.program_messages import placement, unpack_moves, unpack_pr
 from hybridlab.engine.ranks_runtime import RankRuntime
 from hybridlab.engine.runtime import Runtime
 from hybridlab.engine.shared_weights import SharedWeights
-from hybridlab.engine.step_messages import Step, pack_choice, pack_result, unpack_step
+from hybridlab.engine.step_messages import Step, pack_choice, pack_result, unpack_blocks, unpack_step
 from hybridlab.errors import WorkerLost
 from hybridlab.plans import Program
 from hybridlab.spec import HardwareSpec, ModelSpec
@@ -181,6 +181,8 @@ class Loop:
                 hand_off, request, blocks = unpack_hand_off(body, *sizes)
                 move = region.leave if kind is Kind.LEAVE else region.take
                 move(hand_off, request, runtime.cache, blocks)
+            case Kind.CATCH_UP if isinstance(self._runtime, RankRuntime):
+                self._runtime.catch_up(unpack_blocks(body, self._runtime.num_kv_blocks))
             case Kind.TRAFFIC if isinstance(self._runtime, RankRuntime):
                 return pack_json({name: dataclasses.astuple(t) for name, t in self._runtime.traffic().items()})
             case _:

@@ -161,64 +161,6 @@ class Workers:
         os.close(self._descriptor)
 
 
-def is_prefill(name: str) -> bool:
-    """Whether the worker of that name computes prompts for others."""
-    return name.startswith(PREFILL)
-
-
-def check_workers(
-    workers: Any, threads: int, device: str, *, unused: Mapping[str, Any], in_files: bool
-) -> WorkerOptions | None:
-    """Name -> threads and kv_tokens of each worker, threads shared out evenly unless given; None without `workers`.
-
-    Raises `ConfigError` naming what cannot be; `unused` are options that do not go with workers, None unless set.
-    """
-    if workers is None:
-        return None
-    wanted = "{'prefill': {'threads': 1}, 'decode': {'threads': 1}}"
-    if not isinstance(workers, Mapping) or not all(isinstance(own, Mapping) for own in workers.values()):
-        raise ConfigError(f"workers is {workers!r:.80}, expected for example {wanted}")
-    names = list(workers)
-    kinds = [kind for name in names for kind in (PREFILL, DECODE) if isinstance(name, str) and name.startswith(kind)]
-    if len(kinds) != len(names) or set(kinds) != {PREFILL, DECODE} or len(names) > MOST_WORKERS:
-        raise ConfigError(
-            f"workers has {names!r:.80}, expected 2 to {MOST_WORKERS} names that begin with 'prefill' or 'decode', at "
-            f"least one of each, for example {wanted}"
-        )
-    for option, value in unused.items():
-        if value is not None:
-            raise ConfigError(f"{option} is {value!r}, which does not go with workers")
-    if device == "cuda":
-        raise ConfigError("workers are given, expected device 'cpu' or 'emulated': they do not share a GPU yet")
-    if not in_files:
-        raise ConfigError("workers need the folder of a checkpoint to open, not an opened one")
-    checked: WorkerOptions = {}
-    for name, own in workers.items():
-        if strange := sorted(map(str, own.keys() - _KEYS)):
-            raise ConfigError(f"workers.{name} has {strange[0]!r}, expected {' and '.join(sorted(_KEYS))}")
-        check_numbers({f"workers.{name}.{key}": value for key, value in own.items()}, {})
-        most = 4 * (os.cpu_count() or 1)
-        least = 2 if device == "emulated" else 1
-        own_threads = own.get("threads") or max(least, threads // len(workers))
-        if not least <= own_threads <= most:
-            raise ConfigError(
-                f"workers.{name}.threads is {own_threads}, expected {least} to {most} on device {device!r}"
-            )
-        checked[name] = {"threads": own_threads, "kv_tokens": own.get("kv_tokens")}
-    return checked
-
-
-def share_cores(threads: Mapping[str, int], cores: Sequence[int] | None = None) -> dict[str, list[int]]:
-    """The cores of each worker, each of one alone; [] for all if there are fewer than threads: they take turns then."""
-    left = sorted(os.sched_getaffinity(0)) if cores is None else list(cores)
-    if sum(threads.values()) > len(left):
-        return {name: [] for name in threads}
-    found = {}
-    for name, count in threads.items():
-        found[name], left = left[:count], left[count:]
-    return found
-
-
 def _together(plans: Mapping[str, MemoryPlan], weights: int, region: int, budget: int) -> MemoryPlan:
     """One plan of all workers: the weights once, the rest of each, and the region."""
     parts = {"weights (mapped)": weights}

@@ -63,7 +63,7 @@ def plant(plan: Plan) -> None:
     from hybridlab.engine.kv_region import KVRegion
 
     send, run, execute_for = Channel.send, executor.Executor.run, executor.Executor.execute_for
-    columns = KVRegion._columns
+    pairs = KVRegion._pairs
     moving = ["", ""]
 
     def faulty_send(self, kind, *parts):
@@ -105,16 +105,16 @@ def plant(plan: Plan) -> None:
 
         setattr(KVRegion, name, move)
 
-    def faulty_columns(self, cache):
-        for count, column in enumerate(columns(self, cache)):
+    def faulty_pairs(self, cache):
+        for count, pair in enumerate(pairs(self, cache)):
             if count and moving[0]:
                 plan.pass_by(moving[0])
-            yield column
+            yield pair
 
     Channel.send = faulty_send  # type: ignore[method-assign]
     executor.Executor.run = faulty_run  # type: ignore[method-assign]
     executor.Executor.execute_for = faulty_execute_for  # type: ignore[method-assign]
-    KVRegion._columns = faulty_columns  # type: ignore[method-assign]
+    KVRegion._pairs = faulty_pairs  # type: ignore[method-assign]
     faulty_move("leave", "prefill", "half left", "left")
     faulty_move("take", "decode", "half taken", "taken")
 

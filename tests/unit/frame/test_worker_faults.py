@@ -145,7 +145,7 @@ def test_a_lost_worker_costs_the_request_that_it_computed(faults, device, fault,
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 def test_a_failed_assertion_on_a_gpu_costs_one_request_and_the_process(faults):
-    faults.at("assert:95")
+    faults.at("assert:20")  # among the prompts: decode steps are soon replayed, without an op in Python
     with load("cuda", precision="bf16", worker="auto") as engine:
         records = engine.serve(requests(), OneByOne()).records
         failed = [record for record in records if record.status is Status.FAILED]

@@ -111,7 +111,7 @@ def test_a_saturated_run_is_crossed_and_not_on_the_front(summary: Any, legend_te
     ax = ttft_throughput(table.assign(saturated=table["offered_req_s"] == 4))
     assert len(front(ax)) == 2
     (crosses,) = [line for line in ax.get_lines() if line.get_label() == "_saturated"]
-    assert list(crosses.get_xdata()) == [200.0]
+    assert np.asarray(crosses.get_xdata()).tolist() == [200.0]
     assert "saturated: grows with the run" in legend_texts(ax)
 
 
