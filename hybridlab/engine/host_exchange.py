@@ -6,7 +6,7 @@ Legend: T tokens of a microbatch, H hidden, K experts of a token.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from hybridlab.engine.stream_words import PlainWords, StreamWords, Words
 from hybridlab.engine.worker_thread import WorkerThread
 from hybridlab.kernels_host_lane import HostLane, HostOp
 from hybridlab.model.base import Routed
+from hybridlab.model.cuda_blocks import triton_module
 from hybridlab.plans import LaneKind, Op, Program
 from hybridlab.spec import ModelSpec
 
@@ -34,8 +35,9 @@ class HostStep:
 
     def __init__(
         self, ops: Sequence[Op], tokens: Sequence[int], layers: Mapping[int, kernels.MoeLayer], spec: ModelSpec,
-        device: torch.device,
+        device: torch.device, bring: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> None:  # fmt: skip
+        self._bring = bring
         self._buffers = {part: _Buffers.of(tokens[part], spec, device) for part in {op.microbatch for op in ops}}
         self.tokens = sum(buffers.tokens for buffers in self._buffers.values())
         self._words = _pinned((2 * len(ops), WORD_BYTES // 4), torch.int32, device)
@@ -66,7 +68,7 @@ class HostStep:
     def receive(self, op: Op, words: Words) -> torch.Tensor:
         buffers = self._buffers[op.microbatch]
         words.wait(self._words[2 * self._numbers[op.id] + 1, :1])
-        return buffers.out.copy_(buffers.host_out, non_blocking=True)
+        return self._bring(buffers.out, buffers.host_out)
 
     def times_of(self, op: Op) -> tuple[float, float]:
         """When the host computed `op` the last time, in seconds on `time.perf_counter`."""
@@ -101,7 +103,12 @@ class HostExchange:
             pairs = [([w.weight for w in group], [w.scale for w in group]) for group in (gate, up, down)]
             (g, gs), (u, us), (d, ds) = pairs
             self._layers[layer] = kernels.moe_layer(g, u, d, gs, us, ds)
-        return HostStep(ops, tokens, self._layers, self._spec, self._device)
+        return HostStep(ops, tokens, self._layers, self._spec, self._device, self._way_up(program))
+
+    def _way_up(self, program: Program) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """How results come up: past the loads of experts, which would hold up a copy for milliseconds."""
+        pinned = triton_module("triton_pinned") if self._device.type == "cuda" and program.streamed else None
+        return _copy if pinned is None else pinned.read_pinned
 
     @property
     def _kept_tokens(self) -> int:
@@ -200,6 +207,10 @@ class _Buffers:
         x_size = self.tokens * self.hidden
         ids, weights = self.host_in[x_size:].view(2, self.tokens, -1)
         return self.host_in[:x_size].view(torch.float32).view(self.tokens, -1), ids, weights.view(torch.float32)
+
+
+def _copy(out: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    return out.copy_(source, non_blocking=True)
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
