@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hybridlab.engine.memory import GIB, Needs
+from hybridlab.engine.own_experts import own_experts
 from hybridlab.engine.ring import block_bytes, slot_experts, slots_bytes
 from hybridlab.plans import PlacementPlan, Tier
 from hybridlab.spec import ModelSpec
@@ -25,8 +26,11 @@ def gpu_needs(
     context_bytes: int = CONTEXT_BYTES,
     precision: str = "bf16",
 ) -> Needs:
-    """Projections, resident experts, ring, workspace, KV cache and activations, as `engine.cuda_device` takes them."""
-    experts = [(layer, e) for layer in model.moe_layers for e in range(model.num_experts)]
+    """Projections, resident experts, ring, workspace, KV cache and activations, as `engine.cuda_device` takes them.
+
+    Of rank 0 of `placed`, if experts are on other ranks too.
+    """
+    experts = [(layer, e) for layer, own in own_experts(placed, model).items() for e in own]
     resident = [key for key in experts if placed.tier(*key) is Tier.RESIDENT]
     of_a_layer = [sum(1 for key in resident if key[0] == layer) for layer in model.moe_layers]
     widened = max([slot_experts(placed, model), *of_a_layer]) * 3 * model.moe_intermediate * model.hidden * 2
@@ -48,6 +52,8 @@ def gpu_needs(
     per_token = _activation_bytes(model)
     if any(placed.tier(*key) is Tier.HOST for key in experts):
         per_token += _exchange_bytes(model)
+    if any(placed.rank_of.values()):
+        per_token += _net_bytes(model)
     return Needs("GPU memory", budget_bytes, fixed, per_token, kv_bytes, "activations", kv)
 
 
@@ -63,6 +69,11 @@ def _projection_bytes(model: ModelSpec) -> int:
 def _exchange_bytes(model: ModelSpec) -> int:
     """Of one token, where experts of the host take part in steps of any length: what goes down, and what comes up."""
     return 4 * (2 * model.hidden + 2 * model.top_k)
+
+
+def _net_bytes(model: ModelSpec) -> int:
+    """Of one token of all ranks: hidden states as sent, as they came and together; partial sums likewise."""
+    return 6 * 4 * model.hidden
 
 
 def _activation_bytes(model: ModelSpec) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hybridlab.engine.memory import GIB, Needs
+from hybridlab.engine.own_experts import own_experts
 from hybridlab.engine.ring import block_bytes
 from hybridlab.model.weight_layout import ARENA_BYTES
 from hybridlab.plans import PlacementPlan, Tier
@@ -47,11 +48,12 @@ def host_needs_beside_gpu(
     budget_bytes: int,
     kv_token_bytes: int,
 ) -> Needs:
-    """Beside a CUDA device: the pinned copy of all experts, and what the host's cores need to compute some of them.
+    """Beside a CUDA device: the pinned copy of all experts (of rank 0's, if other ranks have some), and what the host's
+    cores need to compute some of them.
 
     Once copied, the mapped checkpoint is page cache. `kv_token_bytes` is 0 unless the KV cache is offloaded.
     """
-    experts = [(layer, e) for layer in model.moe_layers for e in range(model.num_experts)]
+    experts = [(layer, e) for layer, own in own_experts(placed, model).items() for e in own]
     computes = any(placed.tier(*key) is not Tier.RESIDENT for key in experts)
     fixed = {
         "experts (pinned)": len(experts) * block_bytes(model),
