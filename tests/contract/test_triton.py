@@ -194,3 +194,15 @@ def test_norm_rope_equals_the_twin_up_to_bf16(kernels, tokens, heads, dim):
     got = norm_rope(x, weight, 1e-6, angle.cos(), angle.sin()).float()
     expected = CudaBf16("cpu").norm_rope(x.cpu(), weight.cpu(), 1e-6, angle.cos().cpu(), angle.sin().cpu()).float()
     torch.testing.assert_close(got.cpu(), expected, rtol=2.0**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (3, 1024), (5, 2049)])
+def test_pinned_memory_is_read_as_it_is_now(block_kernels, shape):
+    from hybridlab.model.triton_pinned import read_pinned
+
+    source = torch.zeros(shape)
+    source = source if INTERPRETED else source.pin_memory()
+    out = torch.full(shape, torch.nan, device=DEVICE)
+    for seed in range(3):  # a line that was read before may not be read from a cache
+        source.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+        assert torch.equal(read_pinned(out, source).cpu(), source)
