@@ -63,7 +63,7 @@ class Planner:
         ranks = self.ranks if step.ranks is None else step.ranks
         if ranks not in (self.ranks, self.ranks[:1]):
             raise StrategyError(
-                f"the step asks for ranks {ranks}, this machine has {self.ranks}: all of them run it, or the first alone"
+                f"the step asks for ranks {ranks}, this machine has {self.ranks}: all run it, or the first one alone"
             )
         placed = self.placed if ranks == self.ranks else self.placed.on_first_rank
         wanted = self.overlap.num_microbatches(step)

@@ -99,8 +99,8 @@ class QueueView:
     A request that needs more than `allocated_kv_tokens` takes whole blocks of `kv_block_tokens` from the
     `free_kv_tokens`. `shared_kv_tokens` of a request's context lie in blocks that requests ahead of it hold too:
     they take nothing from the free ones, and preempting it does not free them. `token_budget` bounds the tokens of
-    one step. `last_decode_s` is when a decode last ended (None if never). `ranks` are those of this worker: a step runs on
-    all of them, or on the first one alone.
+    one step. `last_decode_s` is when a decode last ended (None if never). `ranks` are those of this worker: a step runs
+    on all of them, or on the first one alone.
 
     Workers with KV caches of their own see the requests that have nothing in a cache, and those in their own. Where
     prompts are computed for other workers (`worker` begins with "prefill") nothing runs; those who decode also see the
@@ -123,8 +123,8 @@ class StepPlan:
     """One step of a worker: how many tokens of which requests to compute next.
 
     `tokens` maps request ids to token counts: 1 for a running request, 1..remaining_prompt for a waiting one.
-    `preempt` names requests whose KV cache is given up first (they are recomputed later). `ranks` are those that compute
-    it: all of the worker's (None), or the first one alone, `queue.ranks[:1]`. Any step of a request may run on either.
+    `preempt` names requests whose KV cache is given up first (they are recomputed later). `ranks` are those that
+    compute it: all of the worker's (None), or the first alone, `queue.ranks[:1]`, whoever computed a request before.
     """
 
     role: Role

@@ -225,7 +225,8 @@ class Engine:
             else:
                 pool = self._pool(runtime)
                 known = (prefixes or self._prefixes)(pool)
-                self._queue = RequestQueue(requests, pool, self.spec, budget, known, ranks=self.planner.ranks)
+                replays, ranks = int(isinstance(runtime, Ranks)), self.planner.ranks
+                self._queue = RequestQueue(requests, pool, self.spec, budget, known, replays=replays, ranks=ranks)
             yield runtime, self._queue
         finally:
             self._queue = None

@@ -17,7 +17,8 @@ from hybridlab.engine.collectives import LOOPBACK, Traffic
 from hybridlab.engine.load_plan import plan_load
 from hybridlab.engine.memory import GIB, MemoryPlan
 from hybridlab.engine.program_messages import plain_placement
-from hybridlab.engine.ranks_group import RankGroup, Spawned, Starter
+from hybridlab.engine.ranks_group import Spawned, Starter
+from hybridlab.engine.ranks_lasting import LastingRanks
 from hybridlab.engine.ranks_runtime import own_placement
 from hybridlab.engine.ring import slots_bytes
 from hybridlab.engine.worker import EngineBackend, StepFailed
@@ -36,7 +37,7 @@ TIMEOUT_S = 300.0
 class Ranks:
     """What `engine.runtime.Runtime` is, on `num_ranks` ranks; `threads` and `accelerator_threads` are of each.
 
-    They are processes of this one, unless `starter` has others.
+    They are processes of this one, unless `starter` has others. When one is lost all are started again, if they can be.
 
     Every expert of `placed` has its rank. A rank that does not answer another within `timeout_s` is taken for lost.
     Sockets between ranks listen on the network interface `interface` alone. Raises what `Runtime` raises, and
@@ -104,56 +105,56 @@ class Ranks:
             "placement": plain_placement(placed),
         }
         setups = [{**setup, "options": {**options, "rank": rank}} for rank in range(num_ranks)]
-        self._group = group = RankGroup(starter or Spawned(COMMAND), setups, spec)
+        self._ranks = ranks = LastingRanks(starter or Spawned(COMMAND), setups, spec)
         try:
-            group.thread.call(group.start).result()
+            ranks.thread.call(ranks.start).result()
         except StepFailed as error:
-            group.close()
+            ranks.close()
             raise HybridlabError(f"a rank could not load {checkpoint.folder}: {error}") from error
         except BaseException:  # an interrupt too
-            group.close()
+            ranks.close()
             raise
         # An engine that nobody holds any more takes its ranks along.
-        self._finalizer = weakref.finalize(self, group.discard)
+        self._finalizer = weakref.finalize(self, ranks.discard)
         self._finalizer.atexit = False
 
     @property
     def pids(self) -> list[int]:
         """Of the ranks' processes, in their order."""
-        return self._group.pids
+        return self._ranks.pids
 
     def traffic(self) -> list[dict[str, Traffic]]:
         """What each rank has sent to and received from others: keys and values ("attention"), tokens ("experts")."""
-        return self._group.thread.call(self._group.traffic).result()
+        return self._ranks.ask(lambda group: group.traffic()).result()
 
     def wait_mapped(self) -> None:
         """Wait until the weights' pages are mapped: benchmarks start from there."""
-        self._group.tell(Kind.MAPPED).result()
+        self._ranks.ask(lambda group: group.tell(Kind.MAPPED)).result()
 
     def backend(self, on_route: OnRoute | None = None) -> EngineBackend:
         """A backend whose clock starts now."""
-        return EngineBackend(self._group, self._group.thread, on_route)
+        return EngineBackend(self._ranks, self._ranks.thread, on_route)
 
     def wake(self) -> None:
         """Let an idle loop look at its queue again."""
-        self._group.thread.woken.set()
+        self._ranks.thread.woken.set()
 
     def step(self, program: Program, batch: StepBatch, on_route: OnRoute | None = None) -> dict[RequestId, int]:
         """Run one step and wait for it, outside any queue; returns the drawn tokens."""
-        return self._group.thread.call(lambda: self._group.run(program, batch, 0.0, on_route)[0]).result()
+        return self._ranks.ask(lambda group: group.run(program, batch, 0.0, on_route)[0]).result()
 
     def randomise_cache(self, seed: int) -> None:
         """Fill the KV cache with random values, so that a benchmark at depth need not prefill."""
-        self._group.tell(Kind.RANDOMISE, SEED.pack(seed)).result()
+        self._ranks.ask(lambda group: group.tell(Kind.RANDOMISE, SEED.pack(seed))).result()
 
     def logits(self, program: Program, entry: Entry) -> torch.Tensor:
         """Logits of every token of `entry`, float32 [T, V]."""
-        return self._group.thread.call(lambda: self._group.logits(program, entry)).result()
+        return self._ranks.ask(lambda group: group.logits(program, entry)).result()
 
     def close(self) -> None:
         """End the ranks, after the step that they may be in; idempotent."""
         self._finalizer.detach()
-        self._group.close()
+        self._ranks.close()
 
 
 def check_ranks(

@@ -1,4 +1,4 @@
-"""The parent's side of ranks: one process each, all given the same steps; when one is lost, all are ended."""
+"""The parent's side of ranks: one process each, given steps together; when one is lost, all are ended."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -21,14 +21,15 @@ from hybridlab.engine.channel import Channel, ChannelClosed, Kind, ProtocolError
 from hybridlab.engine.child import Child
 from hybridlab.engine.collectives import BLAME_S, Traffic
 from hybridlab.engine.program_messages import pack_program
+from hybridlab.engine.ranks_blocks import LoneBlocks
 from hybridlab.engine.ranks_share import drawn_by, rows_of
 from hybridlab.engine.remote_worker import read_array, read_error
-from hybridlab.engine.step_messages import pack_step, unpack_result
+from hybridlab.engine.step_messages import pack_blocks, pack_step, unpack_result
 from hybridlab.engine.worker import StepOutput
 from hybridlab.engine.worker_main import MOST_PROGRAMS
 from hybridlab.engine.worker_thread import WorkerThread, closed
 from hybridlab.errors import StrategyError, WorkerLost
-from hybridlab.plans import Move, Program
+from hybridlab.plans import Program
 from hybridlab.spec import ModelSpec
 
 T = TypeVar("T")
@@ -61,6 +62,10 @@ class Starter(Protocol):
 
     def start(self, rank: int) -> Member: ...
 
+    def again(self) -> Starter | None:
+        """Others in the place of ranks that were ended; None if there are none."""
+        ...
+
     def close(self) -> None:
         """All have started, or never will."""
         ...
@@ -77,26 +82,31 @@ class Spawned:
     def start(self, rank: int) -> Child:
         return Child(self._command, keep=(self.store,))
 
+    def again(self) -> Spawned:
+        return Spawned(self._command)
+
     def close(self) -> None:
         os.close(self.store)
 
 
 class RankGroup:
-    """`engine.worker.Worker` over all ranks; `setups` are plain data for each of them.
+    """Steps and other messages to all ranks, from one thread; `setups` are plain data for each of them.
 
-    Once a rank is lost the group is `gone` for good: what the others hold is of no use without it.
+    Once a rank is lost the group is `gone` for good: what the others hold is of no use without it. `on_loss` is told,
+    from any thread, if that happens to a group that was `ready`.
     """
 
-    def __init__(self, starter: Starter, setups: Sequence[Mapping[str, Any]], model: ModelSpec) -> None:
-        self._starter, self._setups, self._model = starter, setups, model
-        self.losses = 0
+    def __init__(
+        self, starter: Starter, setups: Sequence[Mapping[str, Any]], model: ModelSpec, on_loss: Callable[[], None]
+    ) -> None:
+        self.starter, self._setups, self._model = starter, setups, model
+        self._on_loss = on_loss
         self.ready = False
         self.gone: WorkerLost | None = None
-        self.thread = WorkerThread("hybridlab-ranks")
-        """Where steps are run from; it hands messages to a thread for each rank."""
+        self._blocks = LoneBlocks(setups[0]["options"]["kv_block_tokens"])
         self._threads = [WorkerThread(f"hybridlab-rank-{rank}") for rank in range(len(setups))]
         self._children: list[Member] = []
-        self._lock = threading.Lock()  # for `gone`, `ready`, `losses`, `_closing`, `_busy`
+        self._lock = threading.Lock()  # for `gone`, `ready`, `_closing`, `_busy`
         self._closing = self._busy = False
         self._numbers: dict[Program, int] = {}
         self._next_number = 0
@@ -112,19 +122,21 @@ class RankGroup:
         Raises `WorkerLost` naming a rank that ended before that, else what one of them raised.
         """
         try:
-            started = [thread.call(partial(self._starter.start, rank)) for rank, thread in enumerate(self._threads)]
+            started = [thread.call(partial(self.starter.start, rank)) for rank, thread in enumerate(self._threads)]
             wait(started)
             with self._lock:
                 self._children = [future.result() for future in started if future.exception() is None]
                 self._busy = True
+                if self._closing:
+                    raise closed()
             for future in started:
                 future.result()
             for rank, child in enumerate(self._children):
                 child.on_end(lambda child, rank=rank: self._note_end(rank, child))
-            bodies = [pack_json({**setup, "store": self._starter.store}) for setup in self._setups]
+            bodies = [pack_json({**setup, "store": self.starter.store}) for setup in self._setups]
             self._all(Kind.SETUP, bodies, lambda rank, answer: None, answer=Kind.READY)
         finally:
-            self._starter.close()
+            self.starter.close()
             self._busy = False
         with self._lock:
             self.ready = self.gone is None
@@ -134,8 +146,7 @@ class RankGroup:
     def run(self, program: Program, batch: StepBatch, clock_start_s: float, on_route: OnRoute | None) -> StepOutput:
         if on_route is not None:
             raise StrategyError("on_route is for an engine without ranks: each rank routes some of a step's tokens")
-        entries, count = batch.entries, len(self._setups)
-        self._check_there()
+        entries, count = batch.entries, self._prepare(program, batch.entries)
         body = pack_step(self._number(program), entries, clock_start_s, False)
         drawers = [drawn_by(entries, program.shape.num_microbatches, rank, count) for rank in range(count)]
 
@@ -144,46 +155,35 @@ class RankGroup:
             return unpack_result(answer, own, program)
 
         found = self._all(Kind.STEP, [body] * count, read)
+        self._finish(entries, count)
         tokens = {request: token for drawn, _ in found for request, token in drawn.items()}
         return tokens, sorted((span for _, spans in found for span in spans), key=lambda span: span.start_s)
 
     def logits(self, program: Program, entry: Entry) -> torch.Tensor:
         """Logits of every token of `entry`, float32 [T, V]."""
-        self._check_there()
-        count, width = len(self._setups), self._model.vocab
+        count, width = self._prepare(program, [entry]), self._model.vocab
         rows = [rows_of(entry, rank, count) for rank in range(count)]
         body = pack_step(self._number(program), [entry], 0.0, False)
         found = self._all(
             Kind.LOGITS, [body] * count, lambda rank, answer: read_array(answer, "<f4", (len(rows[rank]), width))
         )
+        self._finish([entry], count)
         logits = np.empty((len(entry.token_ids), width), np.float32)
         for own, part in zip(rows, found, strict=True):
             logits[own] = part
         return torch.from_numpy(logits)
 
-    def take_routes(self) -> np.ndarray:
-        raise StrategyError("experts do not move between ranks or tiers: take a placement that does not update")
-
-    def move(self, moves: Sequence[Move]) -> None:
-        raise StrategyError("experts do not move between ranks or tiers: take a placement that does not update")
-
     def traffic(self) -> list[dict[str, Traffic]]:
         """Of each rank, by group ("attention", "experts")."""
-        self._check_there()
 
         def read(rank: int, answer: memoryview) -> dict[str, Traffic]:
             return {name: Traffic(*counts) for name, counts in unpack_json(answer).items()}
 
         return self._all(Kind.TRAFFIC, [b""] * len(self._setups), read)
 
-    def tell(self, kind: Kind, body: bytes = b"") -> Future[list[None]]:
-        """Send all ranks a message whose answer is empty, from any thread."""
-
-        def call() -> list[None]:
-            self._check_there()
-            return self._all(kind, [body] * len(self._setups), lambda rank, answer: None)
-
-        return self.thread.call(call)
+    def tell(self, kind: Kind, body: bytes = b"") -> None:
+        """Send all ranks a message whose answer is empty."""
+        self._all(kind, [body] * len(self._setups), lambda rank, answer: None)
 
     def kill(self) -> None:
         """End all ranks; from any thread."""
@@ -193,29 +193,30 @@ class RankGroup:
             child.kill()
 
     def close(self) -> None:
-        """End all ranks, after the step that they may be in; idempotent. Not on `thread`."""
+        """Let all ranks end, and wait for it; idempotent. On no thread of a rank."""
         with self._lock:
-            self._closing, self.ready, loading = True, False, not self.ready
-        if loading:
-            self.kill()
-        self.thread.close()
-        with self._lock:
+            self._closing, self.ready = True, False
             children, self._children = self._children, []
         ends = [thread.call(child.close) for thread, child in zip(self._threads, children, strict=False)]
         wait(ends)
         for thread in self._threads:
             thread.close()
 
-    def discard(self) -> None:
-        """As `close`, at once and without waiting for it."""
-        self.kill()
-        threading.Thread(target=self.close, name="hybridlab-ranks-close", daemon=True).start()
-
-    def _check_there(self) -> None:
-        if self._closing:
-            raise closed()
+    def _prepare(self, program: Program, entries: Sequence[Entry]) -> int:
+        """How many ranks, the first ones, compute `entries`; they have what that builds on."""
+        count = len(program.shape.ranks)
         if self.gone is not None:
             raise self.gone
+        if count < len(self._setups):  # whatever becomes of the step
+            self._blocks.written(entries, alone=True)
+        elif lacking := self._blocks.lacking(entries):
+            self.tell(Kind.CATCH_UP, pack_blocks(lacking))
+            self._blocks.given(lacking)
+        return count
+
+    def _finish(self, entries: Sequence[Entry], count: int) -> None:
+        if count == len(self._setups):
+            self._blocks.written(entries, alone=False)
 
     def _number(self, program: Program) -> int:
         """What the ranks know `program` as; it is sent if it has not been."""
@@ -236,13 +237,15 @@ class RankGroup:
     def _all(
         self, kind: Kind, bodies: Sequence[bytes], read: Callable[[int, memoryview], T], *, answer: Kind = Kind.DONE
     ) -> list[T]:
-        """Send each rank its message; what they answer, by rank. Raises what one raised, if all have answered."""
+        """Send the first ranks a message each; their answers, by rank. Raises what one raised, if all have answered."""
         with self._lock:
+            if self.gone is not None:
+                raise self.gone
             self._busy = True
         try:
             calls = [
                 thread.call(lambda rank=rank: self._exchange(rank, kind, bodies[rank], read, answer))
-                for rank, thread in enumerate(self._threads)
+                for rank, thread in enumerate(self._threads[: len(bodies)])
             ]
             wait(calls, return_when="FIRST_EXCEPTION")
             _, late = wait(calls, GRACE_S)
@@ -289,14 +292,14 @@ class RankGroup:
         with self._lock:
             if self.gone is None:
                 self.gone = WorkerLost(f"{why}; all {len(self._setups)} ranks were stopped")
-                self.ready = False
-                self.losses += 1
                 if not self._closing:
                     logging.getLogger(__name__).error("%s", self.gone)
+                if self.ready:  # told before anybody gets to know of it otherwise
+                    self._on_loss()
+                self.ready = False
             gone, children = self.gone, self._children
         for child in children:
             child.kill()
-        self.thread.woken.set()
         return gone
 
 

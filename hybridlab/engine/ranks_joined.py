@@ -69,6 +69,9 @@ class Joined:
                 self._members = self._gather()
         return self._members[rank]
 
+    def again(self) -> None:
+        """Processes that have ended are torchrun's to start again, all of them."""
+
     def close(self) -> None:
         """Nothing is held beyond the connections."""
 

@@ -40,8 +40,10 @@ class Worker(Protocol):
     """
 
     losses: int
-    ready: bool
     gone: WorkerLost | None
+
+    @property
+    def ready(self) -> bool: ...
 
     def run(self, program: Program, batch: StepBatch, clock_start_s: float, on_route: OnRoute | None) -> StepOutput:
         """Compute a step. Raises `WorkerLost` if the worker was lost over it, `HybridlabError` for what was wrong in

@@ -170,7 +170,7 @@ def test_the_paper_sends_prompts_where_it_says():
     assert scheduler.schedule(view("main", **ranks)) == alone
     assert scheduler.schedule(view("main", last_decode_s=99.0, **ranks)) == alone
     assert scheduler.schedule(view("main", last_decode_s=101.0, **ranks)) == StepPlan(
-        "prefill", {"long": 512}, (), (0, 1)
+        "prefill", {"long": 512}, (), (0,)
     )
     with pytest.raises(StrategyError, match="idle_s: expected a number >= 0, got 'long'"):
         Paper(idle_s="long")  # type: ignore[arg-type]

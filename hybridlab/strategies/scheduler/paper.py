@@ -39,10 +39,12 @@ class Paper:
         if queue.worker.startswith("decode"):
             short = tuple(r for r in queue.waiting if not self._is_long(r) or r.allocated_kv_tokens)
             return beside.schedule(replace(queue, waiting=short))
-        step = beside.schedule(queue)
         if len(queue.ranks) > 1 and self._is_idle(queue) and queue.waiting and self._is_long(queue.waiting[0]):
-            step = FCFS().schedule(replace(queue, waiting=queue.waiting[:1])) or step
-        return step and replace(step, ranks=queue.ranks)
+            step = FCFS().schedule(replace(queue, waiting=queue.waiting[:1]))
+            if step is not None:
+                return replace(step, ranks=queue.ranks)
+        step = beside.schedule(queue)
+        return step and replace(step, ranks=queue.ranks[:1])
 
     def _is_long(self, request: WaitingRequest) -> bool:
         return request.computed_tokens + request.remaining_prompt >= self.short_tokens

@@ -190,8 +190,9 @@ def test_a_step_that_breaks_the_contract_names_the_scheduler():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"ranks": ()}, "ranks is \\(\\), expected a non-empty tuple"),
-        ({"ranks": [0]}, "ranks is \\[0\\]"),
+        ({"ranks": ()}, r"ranks is \(\), expected \(0,\) or None \(all\)"),
+        ({"ranks": [0]}, r"ranks is \[0\]"),
+        ({"ranks": (0, 1)}, r"ranks is \(0, 1\)"),
         ({"preempt": None}, "preempt is None"),
     ],
 )

@@ -1,0 +1,127 @@
+"""Steps that run on all ranks, or on the first one alone: tokens are the oracles' whichever way each step goes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+import hybridlab as hl
+from hybridlab.engine.ranks import Ranks
+from hybridlab.errors import StrategyError
+from hybridlab.plans import QueueView, StepPlan
+from hybridlab.strategies.scheduler.chunked_prefill import ChunkedPrefill
+
+STREAMED = {"name": "streamed", "stream_from_tokens": 4, "ring_slots": 3, "parts_per_layer": 2}
+DEVICES: dict[str, dict[str, Any]] = {
+    "cpu": {"device": "cpu"},
+    "emulated": {"device": "emulated", "placement": STREAMED, "overlap": "prefetch"},
+}
+
+
+class InTurn:
+    """Chunked prefill whose steps run where `turns` says, one after another."""
+
+    def __init__(self, turns: str, chunk_tokens: int = 5) -> None:
+        self._inner, self._turns, self.steps = ChunkedPrefill(chunk_tokens), turns, list[StepPlan]()
+
+    def schedule(self, queue: QueueView) -> StepPlan | None:
+        step = self._inner.schedule(queue)
+        if step is None:
+            return None
+        alone = self._turns[len(self.steps) % len(self._turns)] == "1"
+        self.steps.append(step := replace(step, ranks=queue.ranks[:1] if alone else queue.ranks))
+        return step
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_each_step_may_run_on_all_ranks_or_on_the_first_alone(oracle, device):
+    with oracle.load(precision="exact", ranks=3 if device == "cpu" else 2, **DEVICES[device]) as engine:
+        for turns in ("1", "1a", "aa1", "1111a"):
+            scheduler = InTurn(turns)
+            served = engine.serve(oracle.requests(), scheduler, keep_span_steps=1000)
+            assert [record.output for record in served.records] == oracle.greedy, turns
+            alone = [step for step in scheduler.steps if step.ranks == (0,)]
+            assert alone and (turns == "1") == (len(alone) == len(scheduler.steps))
+            ranks = {span.op.rank for span in served.spans}
+            assert ranks == ({0} if turns == "1" else set(engine.planner.ranks))
+            kinds = {span.op.kind for span in served.spans}
+            assert ("reduce" in kinds) == (turns != "1")
+        oracle.check_logits(engine)
+
+
+def test_experts_of_other_ranks_are_computed_by_the_host_of_the_one_that_is_alone(oracle):
+    with oracle.load(precision="exact", ranks=2, device="emulated", placement="all_resident") as engine:
+        served = engine.serve(oracle.requests(), InTurn("1"), keep_span_steps=1000)
+        assert [record.output for record in served.records] == oracle.greedy
+        found = {(span.op.layer, e): span.op.tier for span in served.spans for e in span.op.experts}
+        assert {key: tier == "host" for key, tier in found.items()} == {
+            key: rank == 1 for key, rank in engine.planner.placed.rank_of.items()
+        }
+
+
+def test_a_prefix_that_one_rank_computed_is_used_by_all(oracle):
+    """The second request finds the first one's blocks, which the other ranks get to know then, and not before."""
+    prompt = oracle.prompts[-1]["prompt"]
+    spec, block = oracle.spec, 8
+    blocks = (len(prompt) - 1) // block
+    assert blocks
+    with oracle.load(precision="exact", ranks=2, device="cpu", kv_block_tokens=block) as engine:
+        assert isinstance(engine.runtime, Ranks)
+        first, later = (hl.Request(name, prompt, 1, arrival_s=at_s) for name, at_s in (("first", 0.0), ("later", 0.01)))
+        before = engine.runtime.traffic()[0]["attention"].sent_bytes
+        scheduler = InTurn("1a", chunk_tokens=512)
+        served = engine.serve([first, later], scheduler)
+        assert [record.output for record in served.records] == [oracle.greedy[-1][:1]] * 2
+        assert served.records[1].cached_tokens == blocks * block
+        sent = engine.runtime.traffic()[0]["attention"].sent_bytes - before
+    own = [len(prompt) - blocks * block]  # of the later one's last tokens, the first rank computed some
+    per_token = spec.kv_elements_per_token * 4
+    assert blocks * block * per_token <= sent <= (blocks * block + own[0]) * per_token
+
+
+@dataclass(frozen=True)
+class On:
+    ranks: Any
+
+    def schedule(self, queue: QueueView) -> StepPlan | None:
+        step = ChunkedPrefill().schedule(queue)
+        return step and replace(step, ranks=self.ranks)
+
+
+def test_other_sets_of_ranks_are_refused_by_name(oracle):
+    with oracle.load(precision="exact", ranks=3, device="cpu", threads=1) as engine:
+        for ranks in ((1,), (0, 2), (1, 0), (0, 1), (0, 1, 2, 3), (), [0], 0):
+            with pytest.raises(StrategyError, match=re.escape(f"ranks is {ranks!r}, expected ")):
+                hl.check_scheduler(On(ranks))
+            words = f"scheduler On: ranks is {ranks!r}, expected (0, 1, 2) or None (all), or (0,)"
+            with pytest.raises(StrategyError, match=re.escape(words)):
+                engine.serve(oracle.requests(), On(ranks))
+        assert engine.serve(oracle.requests(), On(None)).records[0].output == oracle.greedy[0]
+
+
+def test_the_paper_computes_a_long_prompt_on_all_ranks_and_decodes_on_one(oracle):
+    longest = max(len(request["prompt"]) for request in oracle.prompts)
+    scheduler = {"name": "paper", "short_tokens": longest, "idle_s": 1000.0, "chunk_tokens": 4}
+    index = [len(request["prompt"]) for request in oracle.prompts].index(longest)
+    with oracle.load(precision="exact", ranks=2, device="cpu") as engine:
+        first = replace(oracle.requests()[index], arrival_s=0.0)
+        others = [replace(r, arrival_s=0.3) for i, r in enumerate(oracle.requests()) if i != index]
+        served = engine.serve([first, *others], scheduler, keep_span_steps=1000)
+    outputs = {record.request.id: record.output for record in served.records}
+    assert [outputs[request.id] for request in oracle.requests()] == oracle.greedy
+    where = [{span.op.rank for span in step} for step in by_step(served.spans)]
+    assert where[0] == {0, 1} and all(ranks == {0} for ranks in where[1:])
+
+
+def by_step(spans):
+    """The spans of each step, cut where ranks embed anew."""
+    steps, last = [], None
+    for span in spans:
+        if span.op.kind == "embed" and last != "embed":
+            steps.append([])
+        last = span.op.kind
+        steps[-1].append(span)
+    return steps
