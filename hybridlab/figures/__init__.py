@@ -8,6 +8,7 @@ from hybridlab.figures.crossover import crossover, save_calibration
 from hybridlab.figures.decode_tradeoff import decode_table, decode_tradeoff, read_decode
 from hybridlab.figures.draw import draw_figures
 from hybridlab.figures.fp8_codes import fp8_codes, fp8_table
+from hybridlab.figures.interference import claim_table, interference, interference_table, read_interference
 from hybridlab.figures.kernel_bench import read_kernel_bench, save_kernel_bench
 from hybridlab.figures.latency_cdf import latency_cdf
 from hybridlab.figures.load_curves import load_curves
@@ -21,22 +22,27 @@ from hybridlab.figures.tables import Tables
 from hybridlab.figures.timeline import timeline
 from hybridlab.figures.ttft_prompt_length import ttft_prompt_length
 from hybridlab.figures.ttft_throughput import ttft_throughput
+from hybridlab.figures.worker_timeline import worker_timeline
 
 __all__ = [
     "ONE_COLUMN_IN",
     "TWO_COLUMNS_IN",
     "Tables",
+    "claim_table",
     "crossover",
     "decode_table",
     "decode_tradeoff",
     "draw_figures",
     "fp8_codes",
     "fp8_table",
+    "interference",
+    "interference_table",
     "latency_cdf",
     "load_curves",
     "pareto_front",
     "read_calibration",
     "read_decode",
+    "read_interference",
     "read_kernel_bench",
     "read_slp",
     "roofline",
@@ -51,4 +57,5 @@ __all__ = [
     "ttft_prompt_length",
     "ttft_throughput",
     "weights_rate",
+    "worker_timeline",
 ]
