@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,6 +153,7 @@ def load(
         "precision": precision,
         "threads": num_threads,
         "accelerator_threads": accelerator_threads or 0,
+    placed = replace(placed, movable=bool(getattr(placement, "update_every_steps", 0)))
         "token_budget": token_budget,
         "kv_tokens": kv_tokens,
         "kv_block_tokens": kv_block_tokens,

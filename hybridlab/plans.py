@@ -144,6 +144,7 @@ class PlacementPlan:
     `tier_of` maps (layer, expert) to a tier; `default_tier` holds for those it does not name. `rank_of` maps
     (layer, expert) to a rank (0 if absent). Streamed experts of a layer are cut into `parts_per_layer` groups;
     `ring_slots` slots each hold one group. `exchange`, one of `EXCHANGES`, is how tokens reach experts of other ranks.
+    `movable`: tiers may change between steps; `hl.load` sets it where the placement has `update_every_steps`.
     """
 
     default_tier: Tier = Tier.HOST
@@ -152,6 +153,7 @@ class PlacementPlan:
     ring_slots: int = 0
     parts_per_layer: int = 1
     exchange: str = "small_ep"
+    movable: bool = False
 
     def __post_init__(self) -> None:
         if self.exchange not in EXCHANGES:
@@ -180,6 +182,7 @@ class PlacementPlan:
             self.ring_slots,
             self.parts_per_layer,
             self.exchange,
+            self.movable,
         )
 
     @cached_property

@@ -13,11 +13,13 @@ from hybridlab.engine.cuda_memory import CONTEXT_BYTES
 from hybridlab.engine.cuda_ring import CudaRing, ResidentExperts
 from hybridlab.engine.devices import Capture, Device, TierExperts, no_link, nothing_to_bring
 from hybridlab.engine.host_exchange import HostExchange
+from hybridlab.engine.host_needs import kept_experts
 from hybridlab.engine.lane_threads import LaneThreads
 from hybridlab.engine.lanes import Lanes
 from hybridlab.engine.ring import slot_experts
 from hybridlab.engine.shared_blocks import host_store
 from hybridlab.engine.shared_weights import SharedWeights
+from hybridlab.engine.staging import Staging
 from hybridlab.model import build_model
 from hybridlab.model.cuda_blocks import triton_module
 from hybridlab.model.cuda_numerics import CudaBf16
@@ -40,11 +42,13 @@ def cuda_device(
     vram_bytes: int | None = None,
     shared: SharedWeights | None = None,
     quiet: bool = True,
+    poison: bool = False,
 ) -> Device:
-    """Experts are pinned in host memory once (`HostStore`); the link and the CPU's kernels read the same bytes.
+    """Experts that `kept_experts` names are pinned in host memory once (`HostStore`): the link and the CPU's kernels
+    read the same bytes. The others are copied to the device and kept nowhere else.
 
     With `shared` they are those that other processes pin as well, if CUDA takes memory that cannot be written.
-
+    With `poison`, ring slots are filled with NaN before each load.
     With `precision` "fp8" experts on the device quantise their activations too.
     The process may take no more than `vram_bytes` of the device, its context included (None: all of it).
     """
@@ -58,7 +62,8 @@ def cuda_device(
     layers = {layer: experts_of(model.expert_weights(layer)) for layer in spec.moe_layers}
     block = ExpertBlock.of(next(iter(layers.values()))[0])
     pin = device.type == "cuda"
-    store = host_store(checkpoint, layers, block, shared, pin=pin, threads=threads, progress=not quiet)
+    kept = kept_experts(placed, spec)
+    store = host_store(checkpoint, layers, block, shared, kept, pin=pin, threads=threads, progress=not quiet)
     resident: dict[int, list[int]] = defaultdict(list)
     for layer in spec.moe_layers:
         for expert in range(spec.num_experts):
@@ -73,10 +78,13 @@ def cuda_device(
     load, move = no_link, nothing_to_bring
     if largest:
         make_group = expert_format(precision, block, largest, device)
-        on_device = ResidentExperts(resident, store, make_group, spec.num_experts, device)
+        passing = max((len(own) for layer, own in resident.items() if not store.has(layer, own)), default=0)
+        with Staging(layers, block, passing, pin=pin, threads=threads) as staging:
+            bring = staging.copy if passing else store.copy
+            on_device = ResidentExperts(resident, bring, store, make_group, spec.num_experts, device)
         experts[Tier.RESIDENT], move = on_device, on_device.move
         if size:
-            ring = CudaRing(placed.ring_slots, size, store, make_group, spec.num_experts, device)
+            ring = CudaRing(placed.ring_slots, size, store, make_group, spec.num_experts, device, poison=poison)
             experts[Tier.STREAMED], load = ring.experts, ring.load
 
     def close() -> None:

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from hybridlab.engine.host_store import HostStore
 from hybridlab.engine.local_ids import LocalIds, table_of
+from hybridlab.engine.ring import NAN_CODE
 from hybridlab.errors import PlanError
 from hybridlab.model.base import Routed
 from hybridlab.model.cuda_experts import ExpertGroup, MakeGroup
 from hybridlab.plans import Move, Op, Tier
 
+Bring = Callable[[int, Sequence[int], torch.Tensor], None]
+"""(a layer, experts of it, uint8 [experts, block bytes] on the device): enqueue their copies, as `HostStore.copy`."""
+
 
 class CudaRing:
-    """`load` fills a slot from the host store, `experts` computes on it. As `ring.Ring`, on a device."""
+    """`load` fills a slot from the host store, `experts` computes on it. As `ring.Ring`, on a device.
+
+    With `poison`, a slot is filled with NaN on the stream of its load, before that, so that a late reader is seen.
+    """
 
     def __init__(
         self, num_slots: int, experts_per_slot: int, store: HostStore, make_group: MakeGroup, num_experts: int,
-        device: torch.device,
+        device: torch.device, *, poison: bool = False,
     ) -> None:  # fmt: skip
-        self._store = store
+        self._store, self._poison = store, poison
         size = store.block.num_bytes
         self._slots = [torch.empty(experts_per_slot, size, dtype=torch.uint8, device=device) for _ in range(num_slots)]
         self._experts = [make_group(slot) for slot in self._slots]
@@ -32,11 +38,11 @@ class CudaRing:
     def load(self, op: Op) -> None:
         """Enqueue the copies of a "load" op on the current stream; neighbouring experts travel as one."""
         assert op.slot is not None
-        slot, blocks = self._slots[op.slot.slot], self._store.blocks(op.layer)
-        place = 0
-        for first, end in _runs(op.experts):
-            slot[place : place + end - first].copy_(blocks[first:end], non_blocking=True)
-            place += end - first
+        slot = self._slots[op.slot.slot]
+        self._holds[op.slot.slot] = None
+        if self._poison:
+            slot.fill_(NAN_CODE)
+        self._store.copy(op.layer, op.experts, slot)
         self._holds[op.slot.slot] = (op.layer, op.part, op.slot.generation, op.experts)
 
     def experts(self, op: Op, routed: Routed) -> torch.Tensor:
@@ -46,17 +52,23 @@ class CudaRing:
         ids = self._local(routed.expert_ids, op.experts)
         return self._experts[op.slot.slot](routed.x_TH, ids, routed.weights, len(op.experts))
 
+    def close(self) -> None:
+        """Give the slots' memory up; idempotent."""
+        for held in (self._slots, self._experts, self._holds):
+            held.clear()
+
 
 class ResidentExperts:
     """Experts that live on the device, in a pool per layer: as many places as there are experts of it in `resident`.
 
     Those there are lie in the first places, in any order; `move` takes one in or gives one up. Pools and the tables of
-    places stay where they are, so that what was captured of a step reads what there is now.
+    places stay where they are, so that what was captured of a step reads what there is now. `bring` fetches the first
+    ones, `store` those that move.
     """
 
     def __init__(
-        self, resident: Mapping[int, Sequence[int]], store: HostStore, make_group: MakeGroup, num_experts: int,
-        device: torch.device,
+        self, resident: Mapping[int, Sequence[int]], bring: Bring, store: HostStore, make_group: MakeGroup,
+        num_experts: int, device: torch.device,
     ) -> None:  # fmt: skip
         self._store, self._num_experts = store, num_experts
         self._pools: dict[int, torch.Tensor] = {}
@@ -67,10 +79,7 @@ class ResidentExperts:
         self._experts: dict[int, ExpertGroup] = {}
         for layer, experts in resident.items():
             pool = torch.empty(len(experts), store.block.num_bytes, dtype=torch.uint8, device=device)
-            place = 0
-            for first, end in _runs(experts):
-                pool[place : place + end - first].copy_(store.blocks(layer)[first:end])
-                place += end - first
+            bring(layer, experts, pool)
             self._pools[layer], self._places[layer] = pool, list(experts)
             self._tables[layer] = table_of(experts, num_experts).to(device)
             self._experts[layer] = make_group(pool)
@@ -91,7 +100,7 @@ class ResidentExperts:
             if move.tier is Tier.RESIDENT and move.expert not in places:
                 if pool is None or len(places) == len(pool):
                     raise PlanError(f"expert {move.expert} of layer {move.layer} finds no room on the device")
-                pool[len(places)].copy_(self._store.blocks(move.layer)[move.expert], non_blocking=True)
+                self._store.copy(move.layer, (move.expert,), pool[len(places) :])
                 places.append(move.expert)
             elif move.tier is not Tier.RESIDENT and move.expert in places:
                 assert pool is not None
@@ -103,8 +112,7 @@ class ResidentExperts:
         for layer in self._tables.keys() & {move.layer for move in moves}:
             self._tables[layer].copy_(table_of(self._places[layer], self._num_experts))
 
-
-def _runs(experts: Sequence[int]) -> list[tuple[int, int]]:
-    """Ascending ids as (first, end) of neighbours."""
-    cuts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(experts)) if b != a + 1), len(experts)]
-    return [(experts[a], experts[b - 1] + 1) for a, b in pairwise(cuts)]
+    def close(self) -> None:
+        """Give the pools' memory up; idempotent."""
+        for held in (self._pools, self._places, self._tables, self._experts):
+            held.clear()

@@ -99,8 +99,12 @@ class HostExchange:
         """New buffers for a program with so many tokens per microbatch."""
         ops = [op for op in program.ops if op.lane.kind is LaneKind.CPU]
         for layer in {op.layer for op in ops} - self._layers.keys():
-            gate, up, down = zip(*self._store.experts(layer), strict=True)
-            pairs = [([w.weight for w in group], [w.scale for w in group]) for group in (gate, up, down)]
+            here = self._store.experts(layer)
+            experts = [here.get(expert, (None, None, None)) for expert in range(self._spec.num_experts)]
+            pairs = [
+                ([w and w.weight for w in group], [w and w.scale for w in group])
+                for group in zip(*experts, strict=True)
+            ]
             (g, gs), (u, us), (d, ds) = pairs
             self._layers[layer] = kernels.moe_layer(g, u, d, gs, us, ds)
         return HostStep(ops, tokens, self._layers, self._spec, self._device, self._way_up(program))

@@ -11,6 +11,8 @@ from hybridlab.spec import ModelSpec
 
 RESERVE_BYTES = GIB // 2
 """Interpreter, torch, and what else the process needs."""
+PINNED, OFFLOADED = "experts (pinned)", "KV cache (offloaded)"
+"""Purposes whose memory is pinned."""
 LOGITS_OF = 64
 """Requests whose logits are held at once."""
 
@@ -47,22 +49,34 @@ def host_needs_beside_gpu(
     *,
     budget_bytes: int,
     kv_token_bytes: int,
+    shared: bool = False,
 ) -> Needs:
-    """Beside a CUDA device: the pinned copy of all experts (of rank 0's, if other ranks have some), and what the host's
-    cores need to compute some of them.
+    """Beside a CUDA device: a pinned copy of `kept_experts`, and what the host's cores need to compute some of them.
 
-    Once copied, the mapped checkpoint is page cache. `kv_token_bytes` is 0 unless the KV cache is offloaded.
+    Of rank 0, if other ranks have some. Experts that are not kept pass through a staging buffer, a layer at a time; in
+    `shared` memory they lie beside the others. Once copied, the mapped checkpoint is page cache. `kv_token_bytes` is 0
+    unless the KV cache is offloaded.
     """
-    experts = [(layer, e) for layer, own in own_experts(placed, model).items() for e in own]
-    computes = any(placed.tier(*key) is not Tier.RESIDENT for key in experts)
+    kept = kept_experts(placed, model)
+    passing = [len(own) - len(kept[layer]) for layer, own in own_experts(placed, model).items()]
     fixed = {
-        "experts (pinned)": len(experts) * block_bytes(model),
-        "staging": 2 * model.vocab * model.hidden,
+        PINNED: sum(map(len, kept.values())) * block_bytes(model),
+        "experts (shared, not pinned)": shared * sum(passing) * block_bytes(model),
+        "staging": max(2 * model.vocab * model.hidden, (not shared) * max(passing) * block_bytes(model)),
         "workspace": LOGITS_OF * 4 * model.vocab,
         "reserve": RESERVE_BYTES,
     }
-    token_bytes = _expert_bytes(model) if computes else 0
-    return Needs("host memory", budget_bytes, fixed, token_bytes, kv_token_bytes, "workspace", "KV cache (offloaded)")
+    token_bytes = _expert_bytes(model) if any(kept.values()) else 0
+    return Needs("host memory", budget_bytes, fixed, token_bytes, kv_token_bytes, "workspace", OFFLOADED)
+
+
+def kept_experts(placed: PlacementPlan, model: ModelSpec) -> dict[int, list[int]]:
+    """Layer -> experts (of rank 0) that host memory keeps for a CUDA device: those that are streamed, computed by the
+    host, or may come to be. Not those that live on the GPU for good."""
+    return {
+        layer: [e for e in own if placed.movable or placed.tier(layer, e) is not Tier.RESIDENT]
+        for layer, own in own_experts(placed, model).items()
+    }
 
 
 def _token_bytes(model: ModelSpec) -> int:

@@ -87,6 +87,7 @@ def plain_placement(placed: PlacementPlan) -> dict[str, Any]:
         "ring_slots": placed.ring_slots,
         "parts_per_layer": placed.parts_per_layer,
         "exchange": placed.exchange,
+        "movable": placed.movable,
     }
 
 
@@ -99,6 +100,7 @@ def placement(plain: dict[str, Any]) -> PlacementPlan:
         ring_slots=plain["ring_slots"],
         parts_per_layer=plain["parts_per_layer"],
         exchange=plain["exchange"],
+        movable=bool(plain["movable"]),
     )
 
 

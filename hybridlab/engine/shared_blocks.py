@@ -1,4 +1,7 @@
-"""The experts of a checkpoint as blocks in shared weights: what a CUDA device copies from, pinned in each process."""
+"""The experts of a checkpoint as blocks in shared weights: what a CUDA device copies from, pinned in each process.
+
+All experts are there; a process pins those that its placement keeps in host memory.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ import numpy as np
 import torch
 
 from hybridlab.checkpoint import Checkpoint
-from hybridlab.engine.host_store import HostStore
+from hybridlab.checkpoint.residency import populate_ranges
+from hybridlab.engine.host_store import HostStore, Kept
 from hybridlab.engine.pinned import Pins
 from hybridlab.engine.shared_weights import SharedWeights
-from hybridlab.engine.weight_index import WeightIndex, files_of
+from hybridlab.engine.weight_index import HUGE_PAGE, WeightIndex, files_of
 from hybridlab.errors import WeightsError
 from hybridlab.model import build_model
 from hybridlab.model.expert_block import Expert, ExpertBlock, experts_of
@@ -47,19 +51,21 @@ def host_store(
     layers: Layers,
     block: ExpertBlock,
     shared: SharedWeights | None,
+    kept: Kept,
     *,
     pin: bool,
     threads: int,
     progress: bool = False,
 ) -> HostStore:
-    """A store over `shared`; a private copy where there is none, or where CUDA does not pin what is read-only."""
+    """A store of all experts over `shared`, of which the `kept` ones are pinned; a private copy of these where there is
+    none, or where CUDA does not pin what is read-only."""
     if shared is not None:
         try:
-            return _shared_store(checkpoint, layers, block, shared, pin=pin, threads=threads, progress=progress)
+            return _shared_store(checkpoint, layers, block, shared, kept, pin=pin, threads=threads, progress=progress)
         except (WeightsError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             print(f"hybridlab: shared experts are not used ({reason}); this worker copies its own", file=sys.stderr)
-    return HostStore.filled(layers, block, pin=pin, threads=threads, progress=progress)
+    return HostStore.filled(layers, block, kept, pin=pin, threads=threads, progress=progress)
 
 
 def _shared_store(
@@ -67,18 +73,42 @@ def _shared_store(
     layers: Layers,
     block: ExpertBlock,
     shared: SharedWeights,
+    kept: Kept,
     *,
     pin: bool,
     threads: int,
     progress: bool,
 ) -> HostStore:
-    mapped = shared.open(blocks_index(checkpoint, layers), _writer(layers), threads=threads, progress=progress)
-    pins = Pins()
-    if pin:
-        mapped.populate()
-        pins.pin(_tensor(mapped.whole), read_only=True)  # as one, for layers do not begin at pages
+    index = blocks_index(checkpoint, layers)
+    mapped = shared.open(index, _writer(layers), threads=threads, progress=progress)
     rooms = {layer: _tensor(mapped.weights[_name(layer)]).view(len(layers[layer]), block.num_bytes) for layer in layers}
-    return HostStore(block, rooms, pins)
+    rows = {layer: {expert: expert for expert in range(len(experts))} for layer, experts in layers.items()}
+    store = HostStore(block, rooms, rows, pins := Pins())
+    try:
+        for first, end in pinned_ranges(index, block.num_bytes, kept) if pin else ():
+            part = mapped.whole[first:end]
+            populate_ranges([(part.ctypes.data, part.ctypes.data + part.nbytes)])
+            pins.pin(_tensor(part), read_only=True)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def pinned_ranges(index: WeightIndex, block_bytes: int, kept: Kept) -> list[tuple[int, int]]:
+    """(first, end) of the memory of `index` in which the `kept` experts lie, in whole huge pages, which are no one's
+    twice: what is pinned already cannot be pinned again, and a copy must lie within one range."""
+    found: list[tuple[int, int]] = []
+    for layer, experts in kept.items():
+        start = index.places[_name(layer)][0]
+        for expert in experts:
+            first = (start + expert * block_bytes) // HUGE_PAGE * HUGE_PAGE
+            end = -(-(start + (expert + 1) * block_bytes) // HUGE_PAGE) * HUGE_PAGE
+            if found and first <= found[-1][1]:
+                found[-1] = found[-1][0], max(end, found[-1][1])
+            else:
+                found.append((first, end))
+    return found
 
 
 def _writer(layers: Layers):
@@ -87,8 +117,7 @@ def _writer(layers: Layers):
 
     def write(name: str, room: np.ndarray) -> None:
         for target, expert in zip(room.reshape(-1, block.num_bytes), by_name[name], strict=True):
-            for offset, source in block.pieces(expert):
-                target[offset : offset + len(source)] = source
+            block.write(target, expert)
 
     return write
 

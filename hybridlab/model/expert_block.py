@@ -56,6 +56,11 @@ class ExpertBlock:
             result.append((offset, array.reshape(-1).view(np.uint8)))
         return result
 
+    def write(self, target: np.ndarray, expert: Expert) -> None:
+        """`expert` into `target` (uint8, `num_bytes` long)."""
+        for offset, source in self.pieces(expert):
+            target[offset : offset + len(source)] = source
+
     @staticmethod
     def _view(block: np.ndarray, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return block[offset : offset + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)

@@ -59,6 +59,7 @@ class Serving:
         placement = resolve("placement", {"name": name.partition(",")[0], **fields})
         hardware = replace(detect(), device="cuda", gpu_memory_bytes=2**33)
         placed = placement.place(spec, hardware, RoutingStats())
+        placed = replace(placed, movable=name.startswith("lru_cache"))
         self.planner = Planner(spec, hardware, placement, resolve("overlap", overlap), placed)
         self.device = cuda_device(checkpoint, placed, 2, where=where)
         self.requests = oracle.prompts

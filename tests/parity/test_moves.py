@@ -147,7 +147,7 @@ class Bound:
     def __init__(self, oracle: Any, where: str, placement: Any) -> None:
         checkpoint = open_checkpoint(oracle.folder)
         hardware = replace(detect(), device="cuda", gpu_memory_bytes=2**33)
-        placed = placement.place(checkpoint.spec, hardware, None)
+        placed = replace(placement.place(checkpoint.spec, hardware, None), movable=True)
         self.device = cuda_device(checkpoint, placed, 2, where=where)
         cache = KVCache(checkpoint.spec, 16, 16, torch.bfloat16, self.device.torch_device)
         self.executor = Executor(self.device, cache)
@@ -192,7 +192,7 @@ def test_an_expert_on_the_device_is_the_hosts_to_the_byte(oracle, bound):
             places = on_device._places[layer]
             assert set(places) == experts
             for place, expert in enumerate(places):
-                assert torch.equal(on_device._pools[layer][place].cpu(), on_device._store.blocks(layer)[expert])
+                assert torch.equal(on_device._pools[layer][place].cpu(), on_device._store.bytes_of(layer, expert))
                 assert on_device._tables[layer][expert] == place
 
 

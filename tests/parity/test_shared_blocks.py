@@ -83,7 +83,8 @@ def test_two_devices_on_shared_experts_compute_what_one_with_its_own_does(oracle
 def test_shared_blocks_are_the_bytes_of_a_private_copy_and_filled_once(checkpoint, shared, monkeypatch):
     layers = experts_by_layer(checkpoint)
     block = ExpertBlock.of(next(iter(layers.values()))[0])
-    private = HostStore.filled(layers, block, pin=False, threads=2)
+    kept = {layer: range(len(experts)) for layer, experts in layers.items()}
+    private = HostStore.filled(layers, block, kept, pin=False, threads=2)
     fill_blocks(checkpoint, shared, threads=2)
     assert shared.resident_bytes == blocks_index(checkpoint, layers).num_bytes
 
@@ -91,12 +92,14 @@ def test_shared_blocks_are_the_bytes_of_a_private_copy_and_filled_once(checkpoin
         raise AssertionError("filled twice")
 
     monkeypatch.setattr(ExpertBlock, "pieces", refuse)
-    store = host_store(checkpoint, layers, block, shared, pin=False, threads=2)
-    for layer in layers:
+    store = host_store(checkpoint, layers, block, shared, kept, pin=False, threads=2)
+    for layer, experts in kept.items():
         covered = np.zeros(block.num_bytes, bool)  # what lies between the arrays of a block is nobody's
         for offset, shape, dtype in (*block.weights, *block.scales):
             covered[offset : offset + int(np.prod(shape)) * dtype.itemsize] = True
-        assert np.array_equal(store.blocks(layer).numpy()[:, covered], private.blocks(layer).numpy()[:, covered])
+        for expert in experts:
+            mine, theirs = (one.bytes_of(layer, expert).numpy() for one in (store, private))
+            assert np.array_equal(mine[covered], theirs[covered])
     store.close()
 
 
@@ -111,8 +114,9 @@ def test_a_driver_that_does_not_pin_what_is_read_only_gets_a_private_copy(checkp
     monkeypatch.setattr(Pins, "pin", pin)
     layers = experts_by_layer(checkpoint)
     block = ExpertBlock.of(next(iter(layers.values()))[0])
-    host_store(checkpoint, layers, block, shared, pin=True, threads=2)
-    assert sum(pinned) == sum(map(len, layers.values())) * block.num_bytes
+    kept = {layer: [1, 2] for layer in layers}
+    host_store(checkpoint, layers, block, shared, kept, pin=True, threads=2)
+    assert sum(pinned) == 2 * len(layers) * block.num_bytes
     told = capsys.readouterr().err
     assert "shared experts are not used (cudaHostRegister: error 801); this worker copies its own" in told
 
@@ -137,11 +141,15 @@ def test_held_blocks_are_found_by_their_layout(oracle, checkpoint):
 def test_cuda_pins_read_only_memory_or_says_that_it_does_not(checkpoint, shared, capsys):
     layers = experts_by_layer(checkpoint)
     block = ExpertBlock.of(next(iter(layers.values()))[0])
-    store = host_store(checkpoint, layers, block, shared, pin=True, threads=2)
+    kept = {layer: [1, 2] for layer in layers}
+    store = host_store(checkpoint, layers, block, shared, kept, pin=True, threads=2)
     try:
-        first = next(iter(layers))
-        assert store.blocks(first).is_pinned()
-        assert torch.equal(store.blocks(first).to("cuda").cpu(), store.blocks(first))
+        for layer in layers:
+            there = torch.empty(2, block.num_bytes, dtype=torch.uint8, device="cuda")
+            store.copy(layer, (1, 2), there)
+            for row, expert in enumerate((1, 2)):
+                assert store.bytes_of(layer, expert).is_pinned()
+                assert torch.equal(there[row].cpu(), store.bytes_of(layer, expert))
         told = capsys.readouterr().err
         assert told == "" or "shared experts are not used" in told
     finally:
