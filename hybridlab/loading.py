@@ -24,19 +24,19 @@ from hybridlab.engine.options import (
 )
 from hybridlab.engine.ranks import Ranks, check_ranks, spread, threads_of_rank
 from hybridlab.engine.runtime import Runtime
+from hybridlab.engine.worker_options import check_workers, share_gpus
 from hybridlab.engine.worker_process import WorkerProcess
-from hybridlab.engine.workers import Workers, check_workers
+from hybridlab.engine.workers import Workers
 from hybridlab.errors import ConfigError
 from hybridlab.hardware import detect
 from hybridlab.hardware.gpu import detect_gpus
-from hybridlab.hardware.host_memory import detect_host_memory
 from hybridlab.lowering import Planner
 from hybridlab.model.weight_layout import WeightLayout
 from hybridlab.prefix_cache import NoPrefixes, PrefixCache
 from hybridlab.routing import RoutingStats
 from hybridlab.session import AnyRuntime, Engine
 from hybridlab.strategies.registry import resolve
-from hybridlab.weights_sharing import sharing
+from hybridlab.weights_sharing import free_beside, sharing
 
 
 def load(
@@ -61,7 +61,7 @@ def load(
     ranks: int | Literal["torchrun"] = 1,
     exchange: str = "small_ep",
     interface: str = LOOPBACK,
-    workers: Mapping[str, Mapping[str, int]] | None = None,
+    workers: Mapping[str, Mapping[str, Any]] | None = None,
     quiet: bool = False,
 ) -> Engine:
     """Open a Hugging Face checkpoint folder and make it ready; the memory plan is printed before allocation.
@@ -89,7 +89,8 @@ def load(
     With `workers`, as {"prefill": {"threads": 1}, "decode": {"threads": 1}}, processes with a KV cache each (of
     their own `kv_tokens` or this one's) compute side by side, on cores of their own where there are enough. Those whose
     names begin with "prefill" compute prompts for the others; the scheduler "paper" says which. The requests of a step
-    that is lost with a worker are computed once more. Nothing is found in a prefix cache then.
+    that is lost with a worker are computed once more. Nothing is found in a prefix cache then. With device "cuda" they
+    share one copy of the experts in host memory; each has its own `vram_gb` (an even share) of its own `gpu` (0).
     Raises `CheckpointError`, `ConfigError`, `StrategyError` or `MemoryBudgetError`, each in one line.
     """
     starter = None
@@ -135,6 +136,7 @@ def load(
         },
         in_files=in_files,
     )
+    shares = share_gpus(split, detect_gpus(), vram_gb) if split is not None and device == "cuda" else {}
     in_process = check_worker(worker, device, in_files=in_files)
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     if precision == "fp8":
@@ -147,13 +149,15 @@ def load(
         hardware = calibrated(hardware, checkpoint.spec, **how)
         if (resolved := getattr(overlap, "calibrated", None)) is not None:
             overlap = resolved(hardware)
+    if shares:  # one placement for all
+        hardware = replace(hardware, gpu_memory_bytes=min(shares.values()))
     placed = placement.place(checkpoint.spec, hardware, routing or RoutingStats())
     check_placed(placed, type(placement).__name__, device)
+    placed = replace(placed, movable=bool(getattr(placement, "update_every_steps", 0)))
     options: dict[str, Any] = {
         "precision": precision,
         "threads": num_threads,
         "accelerator_threads": accelerator_threads or 0,
-    placed = replace(placed, movable=bool(getattr(placement, "update_every_steps", 0)))
         "token_budget": token_budget,
         "kv_tokens": kv_tokens,
         "kv_block_tokens": kv_block_tokens,
@@ -167,17 +171,20 @@ def load(
         )
     elif split is not None:
         each = {name: {**own, "kv_tokens": own["kv_tokens"] or kv_tokens} for name, own in split.items()}
+        for name, gpu_bytes in shares.items():
+            each[name]["gpu_bytes"] = gpu_bytes
         num_threads = sum(own["threads"] for own in each.values())
         shape = {"token_budget": token_budget, "kv_block_tokens": kv_block_tokens, "accelerator_threads": given_sides}
-        how = {"precision": precision, "memory_gb": memory_gb, "quiet": quiet}
-        runtime = Workers(checkpoint, hardware, placed, workers=each, **shape, **how)
+        how = {"precision": precision, "memory_gb": memory_gb, "quiet": quiet, "workers": each}
+        layout = "blocks" if device == "cuda" else weight_layout
+        with sharing(checkpoint, layout, create=device == "cuda", quiet=quiet) as shared:
+            free_bytes = free_beside(shared) if device == "cuda" else None
+            runtime = Workers(checkpoint, hardware, placed, shared=shared, free_bytes=free_bytes, **shape, **how)
     else:
         start = WorkerProcess if in_process else Runtime
         layout = "blocks" if device == "cuda" else weight_layout
         with sharing(checkpoint, layout, create=in_process and device != "cuda", quiet=quiet) as shared:
-            free_bytes = detect_host_memory().available_bytes if device == "cuda" else None
-            if free_bytes is not None and shared is not None:
-                free_bytes += shared.resident_bytes
+            free_bytes = free_beside(shared) if device == "cuda" else None
             options |= {"weight_layout": weight_layout, "free_bytes": free_bytes}
             runtime = start(checkpoint, hardware, placed, shared=shared, **options)
     planner = Planner(checkpoint.spec, hardware, placement, overlap, placed, tuple(range(ranks)))

@@ -41,6 +41,11 @@ def sharing(checkpoint: Checkpoint, layout: str, *, create: bool, quiet: bool) -
             shared.close()
 
 
+def free_beside(shared: SharedWeights | None) -> int:
+    """Bytes of the host's memory that are free for weights and all else: what `shared` takes already is counted."""
+    return detect_host_memory().available_bytes + (0 if shared is None else shared.resident_bytes)
+
+
 def hold(
     folder: Path | str, *, idle_s: float, layout: str = shared_tiles.LAYOUT, threads: int, progress: bool = True
 ) -> Held:

@@ -36,7 +36,8 @@ class SharedKV:
     def write_nothing(self, layer: int) -> None:
         """`write` of a rank without tokens."""
         assert self.shares is not None
-        self.write(layer, self.shares.slots[:0], *(torch.empty(0, *shape) for shape in self._shapes))
+        none = self.shares.slots[:0]
+        self.write(layer, none, *(torch.empty(0, *shape, device=none.device) for shape in self._shapes))
 
     def catch_up(self, blocks: Sequence[int]) -> None:
         """Have what the first rank has in `blocks`; between steps, and all ranks call this alike."""
@@ -45,7 +46,9 @@ class SharedKV:
         slots, sizes = self._inner.slots([places]), [len(places), *[0] * (self._peers.size - 1)]
         with torch.inference_mode():
             for layer in range(self._num_layers):
-                rows = self._rows([storage[slots if first else slots[:0]] for storage in self._inner.entries(layer)])
+                stored = self._inner.stored(layer)  # maybe in the host's memory
+                wanted = (slots if first else slots[:0]).to(stored[0].device)
+                rows = self._rows([storage[wanted] for storage in stored]).to(slots.device)
                 found = self._peers.exchange([rows] * self._peers.size, sizes)[0]
                 if not first:
                     self._store(layer, slots, found)

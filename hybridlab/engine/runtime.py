@@ -33,7 +33,7 @@ class Runtime:
     """Owns what a run needs on this machine. Close it to end the worker thread and free the KV cache.
 
     With `shared`, which stays the caller's, weights in "tiles" (on "cuda": experts) are the one copy of several
-    processes.
+    processes. `gpu` is the index of a CUDA device.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Runtime:
         free_bytes: int | None,
         quiet: bool,
         shared: SharedWeights | None = None,
+        gpu: int = 0,
     ) -> None:
         self._shared = None if shared is None else shared.duplicate()
         packed = None if hardware.device == "cuda" else self._shared
@@ -60,7 +61,7 @@ class Runtime:
         self._source = source = tiles or weight_source(weight_layout, threads)
         numerics = make_numerics(host_precision(precision), threads, source)
         if hardware.device == "cuda":  # others may be at work on it
-            free = free_memory_bytes()
+            free = free_memory_bytes(gpu)
             hardware = replace(hardware, gpu_memory_bytes=min(hardware.gpu_memory_bytes, free))
         self.memory: MemoryPlan = plan_load(
             checkpoint.spec,
@@ -89,9 +90,9 @@ class Runtime:
         elif hardware.device == "cuda":
             from hybridlab.engine.cuda_device import cuda_device
 
-            vram = hardware.gpu_memory_bytes
+            where = {"where": f"cuda:{gpu}", "vram_bytes": hardware.gpu_memory_bytes}
             self._device = cuda_device(
-                checkpoint, placed, threads, precision=precision, vram_bytes=vram, shared=self._shared, quiet=quiet
+                checkpoint, placed, threads, precision=precision, shared=self._shared, quiet=quiet, **where
             )
         else:
             accelerator = make_numerics(precision, accelerator_threads, source)

@@ -102,13 +102,15 @@ def _setup(channel: Channel) -> tuple[Runtime, ModelSpec, KVRegion | None] | Non
             os.sched_setaffinity(0, beside["cores"])
         checkpoint = open_checkpoint(given["checkpoint"])
         hardware, placed = HardwareSpec(**given["hardware"]), placement(given["placement"])
+        if hardware.device == "cuda" and torch.cuda.is_available():
+            torch.cuda.set_device(given["options"].get("gpu", 0))  # Triton's kernels run on the current one
         shared = None if given["shared"] is None else SharedWeights(given["shared"])
         runtime = Runtime(checkpoint, hardware, placed, shared=shared, **given["options"])
         region = None
         if beside is not None:
-            dtype = runtime.cache.entries(0)[0].dtype
+            stored = runtime.cache.stored(0)[0]
             shape = beside["num_blocks"], runtime.kv_block_tokens
-            region = KVRegion(beside["descriptor"], checkpoint.spec, *shape, dtype)
+            region = KVRegion(beside["descriptor"], checkpoint.spec, *shape, stored.dtype, pin=stored.is_cuda)
     except Exception as error:
         send_error(channel, Kind.FAILED, error)
         return None

@@ -7,40 +7,43 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from hybridlab.batch import Entry, OnRoute
 from hybridlab.checkpoint import Checkpoint
+from hybridlab.engine.host_needs import host_needs_beside_gpu
 from hybridlab.engine.kv_region import create_region, region_bytes
 from hybridlab.engine.load_plan import plan_load
 from hybridlab.engine.memory import GIB, MemoryPlan
-from hybridlab.engine.options import check_accelerator_threads, check_numbers
+from hybridlab.engine.options import check_accelerator_threads, host_precision
 from hybridlab.engine.program_messages import plain_placement
 from hybridlab.engine.remote_worker import RemoteWorker
+from hybridlab.engine.shared_weights import SharedWeights
 from hybridlab.engine.worker import StepFailed
 from hybridlab.engine.worker_main import PACKAGE
+from hybridlab.engine.worker_options import is_prefill, share_cores
 from hybridlab.engine.workers_backend import WorkersBackend
-from hybridlab.errors import ConfigError, HybridlabError
+from hybridlab.errors import HybridlabError
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.model.numerics import make_numerics
 from hybridlab.plans import PlacementPlan, Program
 from hybridlab.spec import HardwareSpec
 from hybridlab.worker_pools import WorkerPools
 
-PREFILL, DECODE = "prefill", "decode"
-MOST_WORKERS = 8
-_KEYS = {"threads", "kv_tokens"}
-WorkerOptions = dict[str, dict[str, Any]]
+_SHARED = ("weights", "experts")
+"""What of a worker's memory plan all workers have together: its parts begin with these."""
 
 
 class Workers:
     """What `engine.runtime.Runtime` is, with a process for each of `workers` (name: threads and kv_tokens).
 
-    The pages of the weights are shared: all map the same files. Raises what `Runtime` raises, and `WorkerLost` if a
-    process ends before it is ready.
+    The pages of the weights are shared: all map the same files. On device "cuda", `workers` also say `gpu` and
+    `gpu_bytes` of each, and the experts are those of `shared`, which stays the caller's; without it each has its own.
+    `free_bytes` is what of the host's memory nobody uses. Raises what `Runtime` raises, and `WorkerLost` if a process
+    ends before it is ready.
     """
 
     def __init__(
@@ -56,18 +59,30 @@ class Workers:
         kv_block_tokens: int,
         memory_gb: float | None,
         quiet: bool,
+        shared: SharedWeights | None = None,
+        free_bytes: int | None = None,
     ) -> None:
-        spec, weights = checkpoint.spec, checkpoint.num_bytes
+        spec, weights, copies = checkpoint.spec, checkpoint.num_bytes, 1
         budget = hardware.host_memory_bytes if memory_gb is None else int(memory_gb * GIB)
+        if hardware.device == "cuda":
+            needs = host_needs_beside_gpu(spec, placed, budget_bytes=0, kv_token_bytes=0)
+            weights = needs.fixed["experts (pinned)"]
+            copies = len(workers) if shared is None else 1
+            if memory_gb is None and free_bytes is not None:
+                budget = min(budget, free_bytes)
         # A share for each worker beside the weights, and one for what is between them.
-        share = (budget - weights) // (len(workers) + 1)
+        share = (budget - copies * weights) // (len(workers) + 1)
         plans: dict[str, MemoryPlan] = {}
+        its_hardware: dict[str, HardwareSpec] = {}
         for name, own in workers.items():
-            numerics = make_numerics(precision, own["threads"])
+            its_hardware[name] = dataclasses.replace(
+                hardware, gpu_memory_bytes=own.get("gpu_bytes", hardware.gpu_memory_bytes)
+            )
+            numerics = make_numerics(host_precision(precision), own["threads"])
             plans[name] = plan_load(
                 spec,
                 placed,
-                hardware,
+                its_hardware[name],
                 numerics,
                 weight_bytes=weights,
                 threads=own["threads"],
@@ -78,13 +93,14 @@ class Workers:
                 precision=precision,
             )
             if not quiet:
-                print(f"hybridlab: worker {name}: {plans[name]}", file=sys.stderr)
+                for plan in filter(None, (plans[name], plans[name].gpu)):
+                    print(f"hybridlab: worker {name}: {plan}", file=sys.stderr)
         self._blocks = {name: plan.kv_tokens // kv_block_tokens for name, plan in plans.items()}
         self.kv_block_tokens, self.num_kv_blocks = kv_block_tokens, min(self._blocks.values())
         self._prefill = frozenset(name for name in workers if is_prefill(name))
-        item_bytes = make_numerics(precision, 1).kv_dtype.itemsize
+        item_bytes = make_numerics(host_precision(precision), 1).kv_dtype.itemsize
         size = region_bytes(spec, self.num_kv_blocks, kv_block_tokens, item_bytes)
-        self.memory = _together(plans, weights, size, budget)
+        self.memory = _together(plans, copies * weights, size, budget)
         self._woken = threading.Event()
         self._remotes: dict[str, RemoteWorker] = {}
         self._descriptor = descriptor = create_region(size)
@@ -96,10 +112,11 @@ class Workers:
                 sides = accelerator_threads
                 if hardware.device == "emulated":
                     sides = check_accelerator_threads(accelerator_threads, own["threads"])
+                mine = None if shared is None else shared.duplicate()
                 setup = {
                     "package": PACKAGE,
                     "checkpoint": str(checkpoint.folder.resolve()),
-                    "hardware": dataclasses.asdict(hardware),
+                    "hardware": dataclasses.asdict(its_hardware[name]),
                     "placement": plain_placement(placed),
                     "options": {
                         "precision": precision,
@@ -112,11 +129,12 @@ class Workers:
                         "memory_gb": max(1, weights + share) / GIB,
                         "free_bytes": None,
                         "quiet": True,
+                        "gpu": own.get("gpu", 0),
                     },
-                    "shared": None,
+                    "shared": None if mine is None else mine.fileno(),
                     "beside": {"descriptor": descriptor, "num_blocks": self.num_kv_blocks, "cores": cores[name]},
                 }
-                remote = self._remotes[name] = RemoteWorker(setup, spec, keep=(descriptor,))
+                remote = self._remotes[name] = RemoteWorker(setup, spec, mine, keep=(descriptor,))
                 remote.thread.woken = self._woken
             starting = [remote.thread.call(remote.start) for remote in self._remotes.values()]
             for future in starting:
@@ -163,12 +181,17 @@ class Workers:
 
 def _together(plans: Mapping[str, MemoryPlan], weights: int, region: int, budget: int) -> MemoryPlan:
     """One plan of all workers: the weights once, the rest of each, and the region."""
-    parts = {"weights (mapped)": weights}
+    parts = {part: weights for plan in plans.values() for part in plan.parts if part.startswith(_SHARED)}
     for name, plan in plans.items():
-        parts |= {f"{name}: {part}": size for part, size in plan.parts.items() if part != "weights (mapped)"}
+        parts |= {f"{name}: {part}": size for part, size in plan.parts.items() if not part.startswith(_SHARED)}
     parts["between workers"] = region
-    kv_tokens = min(plan.kv_tokens for plan in plans.values())
-    return MemoryPlan(parts, budget, kv_tokens, min(plan.token_budget for plan in plans.values()))
+    sizes = min(plan.kv_tokens for plan in plans.values()), min(plan.token_budget for plan in plans.values())
+    on_gpus = {name: plan.gpu for name, plan in plans.items() if plan.gpu is not None}
+    on_them = {f"{name}: {part}": size for name, gpu in on_gpus.items() for part, size in gpu.parts.items()}
+    room = sum(gpu.budget_bytes for gpu in on_gpus.values())
+    gpu = MemoryPlan(on_them, room, *sizes, "GPU memory") if on_gpus else None
+    offloaded = any(plan.kv_offloaded for plan in plans.values())
+    return MemoryPlan(parts, budget, *sizes, gpu=gpu, kv_offloaded=offloaded)
 
 
 def _discard(remotes: Mapping[str, RemoteWorker], descriptor: int) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 import hybridlab as hl
-from hybridlab.engine.workers import Workers, check_workers, share_cores
+from hybridlab.engine.worker_options import GPU_RESERVE_BYTES, check_workers, share_cores, share_gpus
+from hybridlab.engine.workers import Workers
 from hybridlab.errors import ConfigError, StrategyError
+from hybridlab.hardware.gpu import Gpu
 from hybridlab.plans import QueueView, RunningRequest, StepPlan, WaitingRequest
 from hybridlab.request import Status
 from hybridlab.strategies.scheduler.paper import Paper
@@ -137,7 +139,8 @@ def test_each_worker_has_cores_of_its_own_if_there_are_enough(oracle):
         ({"workers": 2}, "workers is 2, expected for example {'prefill': {'threads': 1}"),
         ({"workers": {"prefill": {}}}, r"workers has \['prefill'\], expected 2 to 8 names"),
         ({"workers": {**BOTH, "other": {}}}, "names that begin with 'prefill' or 'decode'"),
-        ({"workers": {**BOTH, "decode": {"cores": 1}}}, "workers.decode has 'cores', expected kv_tokens and threads"),
+        ({"workers": {**BOTH, "decode": {"cores": 1}}}, "workers.decode has 'cores', expected threads and kv_tokens$"),
+        ({"workers": {**BOTH, "decode": {"gpu": 1}}}, "has 'gpu', expected threads and kv_tokens on device 'cpu'"),
         ({"workers": {**BOTH, "decode": {"threads": 0}}}, "workers.decode.threads is 0"),
         ({"workers": BOTH, "worker": "thread"}, "worker is 'thread', which does not go with workers"),
         ({"workers": BOTH, "ranks": 2}, "ranks is 2, which does not go with workers"),
@@ -149,9 +152,42 @@ def test_what_workers_cannot_be_is_one_error(oracle, options, words):
         oracle.load(**options)
 
 
-def test_workers_on_a_gpu_are_refused():
-    with pytest.raises(ConfigError, match="they do not share a GPU yet"):
-        check_workers(BOTH, 2, "cuda", unused={}, in_files=True)
+GPUS = tuple(Gpu(index, "made up", 80 * 10**9, (9, 0)) for index in range(2))
+
+
+def shares(vram_gb: float | None = None, **workers: dict[str, Any]) -> dict[str, int]:
+    checked = check_workers(workers, 8, "cuda", unused={}, in_files=True)
+    assert checked is not None
+    return share_gpus(checked, GPUS, vram_gb)
+
+
+def test_workers_share_the_memory_of_a_gpu():
+    room = 80 * 10**9 - GPU_RESERVE_BYTES
+    assert shares(prefill={}, decode={}) == {"prefill": room // 2, "decode": room // 2}
+    assert shares(prefill={"vram_gb": 50}, decode={}) == {"prefill": 50 * 10**9, "decode": room - 50 * 10**9}
+    assert shares(40.0, prefill={}, decode={}) == {"prefill": 20 * 10**9, "decode": 20 * 10**9}
+    assert shares(40.0, prefill={"gpu": 1}, decode={}) == {"prefill": 40 * 10**9, "decode": 40 * 10**9}
+    three = shares(60, prefill={"gpu": 1}, decode={"gpu": 0}, **{"decode.1": {"gpu": 1, "vram_gb": 10.5}})
+    assert three == {"prefill": 49_500_000_000, "decode": 60 * 10**9, "decode.1": 10_500_000_000}
+
+
+@pytest.mark.parametrize(
+    ("workers", "words"),
+    [
+        ({"prefill": {"gpu": 2}, "decode": {}}, "workers.prefill.gpu is 2, expected an index from 0 to 1"),
+        ({"prefill": {"gpu": True}, "decode": {}}, "workers.prefill.gpu is True, expected an index"),
+        ({"prefill": {"vram_gb": -1}, "decode": {}}, "workers.prefill.vram_gb is -1, expected a finite number > 0"),
+        ({"prefill": {"cores": 1}, "decode": {}}, "has 'cores', expected threads, kv_tokens, gpu and vram_gb"),
+        (
+            {"prefill": {"vram_gb": 30}, "decode": {"vram_gb": 10.5}},
+            "prefill, decode share GPU 0 with 40.0 GB for them, and their vram_gb add up to 40.5 GB; expected no more$",
+        ),
+        ({"prefill": {"vram_gb": 39.5}, "decode": {}}, "add up to 39.5 GB; expected no more, and some GB for those"),
+    ],
+)
+def test_what_workers_cannot_have_of_a_gpu_is_one_error(workers, words):
+    with pytest.raises(ConfigError, match=words):
+        shares(40.0, **workers)
 
 
 def view(worker: str, **options: Any) -> QueueView:

@@ -16,8 +16,12 @@ from hybridlab.engine.channel import ProtocolError
 from hybridlab.engine.hand_off_messages import pack_hand_off, unpack_hand_off
 from hybridlab.engine.kv_cache import KVCache
 from hybridlab.engine.kv_region import HandOffRefused, KVRegion, create_region, region_bytes, request_digest
+from hybridlab.engine.offloaded_kv import OffloadedKV
+from hybridlab.engine.pinned import Pins
 from hybridlab.strategies.checks import TOY_MODEL
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+WHERE = ("cpu", pytest.param("cuda", marks=[NO_GPU, pytest.mark.gpu]))
 BLOCKS, SIZE = 6, 4
 GIVEN = HandOff(7, "a", 10, 3, (5, 0, 2))
 OWN, THERE = [1, 4, 3, 0], [2, 0, 5, 1]
@@ -53,6 +57,39 @@ def test_what_is_left_arrives_in_the_blocks_of_the_other_worker_and_nowhere_else
         for one, two, three in zip(*(c.entries(layer) for c in (source, target, before)), strict=True):
             assert torch.equal(rows(one, OWN[:3]), rows(two, THERE[:3]))
             assert torch.equal(rows(two, others), rows(three, others))
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("storage", [KVCache, OffloadedKV])
+def test_it_goes_from_a_devices_cache_to_another_and_from_the_hosts(descriptor, storage, where, capsys):
+    caches = [storage(TOY_MODEL, 8, SIZE, torch.float32, where) for _ in range(2)]
+    for seed, one in enumerate(caches):
+        one.randomise(seed)
+    before = [storage.clone() for storage in caches[1].stored(0)]
+    pin = where == "cuda"
+    for move, one, own in (("leave", caches[0], OWN), ("take", caches[1], THERE)):
+        mine = KVRegion(descriptor, TOY_MODEL, BLOCKS, SIZE, torch.float32, pin=pin)
+        getattr(mine, move)(GIVEN, request_digest("a"), one, own)
+        mine.close()
+    others = [block for block in range(8) if block not in THERE[:3]]
+    for layer in range(TOY_MODEL.num_layers):
+        for one, two in zip(*(c.stored(layer) for c in caches), strict=True):
+            assert torch.equal(rows(one, OWN[:3]), rows(two, THERE[:3]))
+    for one, two in zip(before, caches[1].stored(0), strict=True):
+        assert torch.equal(rows(one, others), rows(two, others))
+    for one in caches:
+        one.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_region_that_the_driver_does_not_pin_is_used_as_it_is(descriptor, monkeypatch, capsys):
+    def refuse(self, room, *, read_only=False):
+        raise RuntimeError("cudaHostRegister: error 1")
+
+    monkeypatch.setattr(Pins, "pin", refuse)
+    mine = KVRegion(descriptor, TOY_MODEL, BLOCKS, SIZE, torch.float32, pin=True)
+    assert "KV goes through memory that is not pinned (cudaHostRegister: error 1)" in capsys.readouterr().err
+    mine.leave(GIVEN, request_digest("a"), cache(0), OWN)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,141 @@
+"""Workers on device "cuda": one copy of the experts, KV from one GPU cache to another, the tokens of one process.
+
+On the GPU where there is one (`-m gpu`: both workers share it), and the same processes on torch's CPU tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+import torch
+
+import hybridlab as hl
+from hybridlab.engine import remote_worker
+from hybridlab.engine.shared_weights import NAME
+from hybridlab.engine.workers import Workers
+from hybridlab.hardware.gpu import Gpu
+from hybridlab.request import Status
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+WHERE = ("cpu", pytest.param("cuda", marks=[NO_GPU, pytest.mark.gpu]))
+STREAMED = {"name": "streamed", "stream_from_tokens": 6, "ring_slots": 3, "parts_per_layer": 2}
+OPTIONS: dict[str, Any] = {"device": "cuda", "placement": STREAMED, "overlap": "prefetch", "vram_gb": 8.0}
+BOTH: dict[str, dict[str, Any]] = {"prefill": {"threads": 2}, "decode": {"threads": 2}}
+PAPER = {"name": "paper", "short_tokens": 7, "chunk_tokens": 4}
+
+
+@pytest.fixture(scope="module", params=WHERE)
+def where(request) -> Iterator[str]:
+    """With "cpu", children take it for a GPU, and this process believes that there is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "cpu":
+            script = Path(__file__).with_name("cuda_on_cpu_worker.py")
+            patch.setattr(remote_worker, "COMMAND", (sys.executable, "-P", str(script)))
+            gpus = (Gpu(0, "made up", 2**34, (9, 0)),)
+            for module in ("engine.options", "loading", "hardware.detect"):
+                patch.setattr(import_module(f"hybridlab.{module}"), "detect_gpus", lambda: gpus)
+        yield request.param
+
+
+@pytest.fixture(scope="module")
+def alone(where, oracle) -> list[list[int]]:
+    """What one process draws, one request after another."""
+    with oracle.load(**OPTIONS) as engine:
+        return one_by_one(oracle, engine)
+
+
+@pytest.fixture(scope="module")
+def engine(where, oracle) -> Iterator[hl.Engine]:
+    with oracle.load(**OPTIONS, workers=BOTH) as engine:
+        yield engine
+
+
+def one_by_one(oracle, engine: hl.Engine) -> list[list[int]]:
+    """Every step is a whole prompt or one token, so whoever computes it multiplies the same matrices."""
+    found = []
+    for request in oracle.requests():
+        (record,) = engine.serve([request], "fcfs").records
+        assert (record.status, record.error) == (Status.FINISHED, "")
+        found.append(record.output)
+    return found
+
+
+def runtime_of(engine: hl.Engine) -> Workers:
+    assert isinstance(engine.runtime, Workers)
+    return engine.runtime
+
+
+def wait_until_all_are_there(workers: Workers) -> None:
+    until_s = monotonic() + 120
+    while None in workers.pids.values():
+        assert monotonic() < until_s, "a worker is not back after 120 s"
+        sleep(0.05)
+
+
+def test_tokens_are_those_of_one_process(oracle, engine, alone):
+    assert one_by_one(oracle, engine) == alone
+
+
+@pytest.mark.parametrize("scheduler", ["fcfs", PAPER], ids=["fcfs", "paper"])
+def test_both_workers_compute_and_every_request_ends(oracle, engine, scheduler):
+    served = engine.serve(oracle.requests(), scheduler, keep_span_steps=10**6)
+    assert {(record.status, len(record.output)) for record in served.records} == {(Status.FINISHED, 24)}
+    assert {span.op.lane.worker for span in served.spans} == {"prefill", "decode"}
+    assert any(span.op.kind == "load" for span in served.spans if span.op.lane.worker == "prefill")
+
+
+def test_there_is_one_copy_of_the_experts(oracle, engine):
+    maps = {name: shared_kb(pid) for name, pid in runtime_of(engine).pids.items() if pid is not None}
+    assert len(maps) == 2 and all(found["Rss"] > 0 and found["Private"] == 0 for found in maps.values()), maps
+    size = next(found["Size"] for found in maps.values())
+    assert sum(found["Pss"] for found in maps.values()) <= 1.05 * size
+    parts = engine.memory.parts
+    assert sum("experts" in name for name in parts) == 1 and parts["between workers"] > 0
+    gpu = engine.memory.gpu
+    assert gpu is not None and {name.partition(":")[0] for name in gpu.parts} == {"prefill", "decode"}
+    assert gpu.total_bytes <= gpu.budget_bytes <= OPTIONS["vram_gb"] * 1e9
+
+
+def shared_kb(pid: int) -> dict[str, int]:
+    """/proc/PID/smaps of the shared weights, kB."""
+    found: dict[str, int] = {"Size": 0, "Rss": 0, "Pss": 0, "Private": 0}
+    inside = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = f"/memfd:{NAME}" in line
+        elif inside and (field := re.match(r"(\w+): +(\d+) kB", line)) and field[1] in found:
+            found[field[1]] += int(field[2])
+        elif inside and (field := re.match(r"Private_(?:Clean|Dirty): +(\d+) kB", line)):
+            found["Private"] += int(field[1])
+    return found
+
+
+@pytest.mark.parametrize("worker", ["prefill", "decode"])
+def test_a_killed_worker_costs_no_token(oracle, engine, alone, worker):
+    workers, told = runtime_of(engine), []
+    wait_until_all_are_there(workers)
+    pid = workers.pids[worker]
+    assert pid is not None
+
+    def kill(record, token):
+        told.append(token)
+        if len(told) == (1 if worker == "prefill" else 9):
+            os.kill(pid, signal.SIGKILL)
+
+    records = engine.serve(oracle.requests(), PAPER, on_event=kill).records
+    assert [(record.status, record.error, len(record.output)) for record in records] == [
+        (Status.FINISHED, "", 24) for _ in records
+    ]
+    assert sum(len(record.output) for record in records) == len(told)
+    wait_until_all_are_there(workers)
+    assert workers.pids[worker] != pid
+    assert one_by_one(oracle, engine) == alone
