@@ -22,6 +22,7 @@ SHAPE = ModelShape.of(MODEL)
 SLOW = replace(
     load_profile("rtx5090_2x_epyc9355").machine,
     host_peak_gb_s=2.0, cpu_tflops=0.05, gpu_read_gb_s=4.0, gpu_tflops=0.2, link_gb_s=0.5, net_gb_s=0.5,
+    gpu_flop_efficiency=0.6, gpu_attention_efficiency=0.6, gpu_op_us=10.0, cpu_expert_us=0.0,
 )  # fmt: skip
 
 
