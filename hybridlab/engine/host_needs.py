@@ -13,6 +13,7 @@ RESERVE_BYTES = GIB // 2
 """Interpreter, torch, and what else the process needs."""
 PINNED, OFFLOADED = "experts (pinned)", "KV cache (offloaded)"
 """Purposes whose memory is pinned."""
+SHARED = "experts (shared, not pinned)"
 LOGITS_OF = 64
 """Requests whose logits are held at once."""
 
@@ -61,7 +62,7 @@ def host_needs_beside_gpu(
     passing = [len(own) - len(kept[layer]) for layer, own in own_experts(placed, model).items()]
     fixed = {
         PINNED: sum(map(len, kept.values())) * block_bytes(model),
-        "experts (shared, not pinned)": shared * sum(passing) * block_bytes(model),
+        SHARED: shared * sum(passing) * block_bytes(model),
         "staging": max(2 * model.vocab * model.hidden, (not shared) * max(passing) * block_bytes(model)),
         "workspace": LOGITS_OF * 4 * model.vocab,
         "reserve": RESERVE_BYTES,

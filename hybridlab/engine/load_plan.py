@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hybridlab.engine.cuda_memory import gpu_needs
-from hybridlab.engine.host_needs import host_needs, host_needs_beside_gpu
+from hybridlab.engine.host_needs import OFFLOADED, PINNED, host_needs, host_needs_beside_gpu
 from hybridlab.engine.memory import GIB, MemoryPlan, Needs
 from hybridlab.engine.ring import slots_bytes
+from hybridlab.errors import MemoryBudgetError
 from hybridlab.model.numerics import WIDE_CACHE_BYTES, Exact, Numerics
 from hybridlab.plans import PlacementPlan
 from hybridlab.spec import HardwareSpec, ModelSpec
@@ -38,13 +39,15 @@ def plan_load(
     kv_block_tokens: int,
     memory_gb: float | None = None,
     free_bytes: int | None = None,
+    pinnable_bytes: int | None = None,
+    shared: bool = False,
     weight_layout: str = "rows",
     precision: str = "bf16",
 ) -> MemoryPlan:
     """The plan of the host's memory, with that of the GPU's where there is one; `numerics` are the host's.
 
-    `memory_gb` (GiB) replaces what the machine has, `free_bytes` is what of it nobody uses now, where it will be
-    pinned. A `kv_tokens` of None takes `DEFAULT_KV_TOKENS` or what there is room for, but at least one step's tokens;
+    `memory_gb` (GiB) replaces what the machine has, `free_bytes` is what of it (and of its cgroup's) nobody uses now,
+    where it will be pinned; no more than `pinnable_bytes` are. `shared`: experts lie in memory of several processes. A `kv_tokens` of None takes `DEFAULT_KV_TOKENS` or what there is room for, but at least one step's tokens;
     it is rounded up to blocks. Raises `MemoryBudgetError` with needed, there and what to lower.
     """
     budget_bytes = hardware.host_memory_bytes if memory_gb is None else int(memory_gb * GIB)
@@ -60,6 +63,7 @@ def plan_load(
                 placed,
                 budget_bytes=budget_bytes,
                 kv_token_bytes=kv_token_bytes if offloaded else 0,
+                shared=shared,
             )
             vram = hardware.gpu_memory_bytes
             gpu = gpu_needs(model, placed, budget_bytes=vram, kv_offloaded=offloaded, precision=precision)
@@ -104,6 +108,9 @@ def plan_load(
     more = "raise memory_gb" if memory_gb is not None else "free memory" if free_bytes is not None else None
     for plan, each in zip(plans, there, strict=True):
         plan.require_room(_advice(plan, each, more))
+    if hardware.device == "cuda":
+        _require_pinnable(plans[-1], free_bytes, "free (of the machine's memory, or its cgroup's)", "free memory")
+        _require_pinnable(plans[-1], pinnable_bytes, "allowed by the memlock limit", "raise that (ulimit -l)")
     return replace(plans[-1], gpu=plans[0] if len(plans) > 1 else None, kv_offloaded=offloaded)
 
 
@@ -142,6 +149,19 @@ def _blocks(tokens: int, block: int) -> int:
 
 def _fits(needs: Sequence[Needs], token_budget: int, kv_tokens: int) -> bool:
     return all(sum(n.parts(token_budget, kv_tokens).values()) <= n.budget_bytes for n in needs)
+
+
+def _require_pinnable(plan: MemoryPlan, there: int | None, limit: str, more: str) -> None:
+    """Pages that are pinned cannot be swapped out or shared: what `memory_gb` says makes no more of them."""
+    parts = {name: plan.parts[name] for name in (PINNED, OFFLOADED) if name in plan.parts}
+    needed = sum(parts.values())
+    if there is not None and needed > there:
+        items = ", ".join(f"{name} {plan.shown(size)}" for name, size in parts.items())
+        lower = f", or lower kv_tokens ({plan.kv_tokens})" if OFFLOADED in parts else ""
+        raise MemoryBudgetError(
+            f"{plan.shown(needed)} of pinned memory needed ({items}), {plan.shown(there)} {limit}; take a placement with "
+            f"more experts on the GPU for good{lower}, or {more}"
+        )
 
 
 def _advice(plan: MemoryPlan, needs: Needs, more: str | None) -> str:

@@ -23,6 +23,7 @@ from hybridlab.engine.shared_weights import SharedWeights
 from hybridlab.engine.worker import EngineBackend, LocalWorker
 from hybridlab.engine.worker_thread import WorkerThread
 from hybridlab.hardware.gpu import free_memory_bytes
+from hybridlab.hardware.pinning import pinnable_bytes
 from hybridlab.model.numerics import make_numerics
 from hybridlab.model.weight_layout import WeightLayout, weight_source
 from hybridlab.plans import PlacementPlan, Program, RequestId
@@ -75,6 +76,8 @@ class Runtime:
             kv_block_tokens=kv_block_tokens,
             memory_gb=memory_gb,
             free_bytes=free_bytes,
+            pinnable_bytes=pinnable_bytes() if hardware.device == "cuda" else None,
+            shared=hardware.device == "cuda" and self._shared is not None,
             weight_layout=weight_layout,
             precision=precision,
         )

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROBE_BYTES = 64 << 20
+_LITTLE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
 class Pinning:
-    """`memlock_bytes` None: no limit, or none that the system tells. `registered` None: not tried, without a GPU.
-
-    CUDA's driver seldom heeds the memlock limit; where it does, `registered` says that it refused.
-    """
+    """`memlock_bytes` None: no limit, or none that the system tells. `registered` None: not tried, without a GPU."""
 
     memlock_bytes: int | None
     huge_pages: str
@@ -30,6 +28,8 @@ class Pinning:
             False: f"CUDA refuses to pin {PROBE_BYTES >> 20} MiB",
         }[self.registered]
         limit = "no memlock limit" if self.memlock_bytes is None else f"memlock limit {_size(self.memlock_bytes)}"
+        if self.registered and self.memlock_bytes is not None and self.memlock_bytes < PROBE_BYTES:
+            limit += " (CUDA does not heed it)"
         pages = {"": "huge pages unknown", "never": "no transparent huge pages"}
         return f"{tried}; {limit}; {pages.get(self.huge_pages, f'transparent huge pages: {self.huge_pages}')}"
 
@@ -37,6 +37,32 @@ class Pinning:
 def detect_pinning(*, gpu: bool, root: Path = Path("/")) -> Pinning:
     """Ask the system and, with a `gpu`, CUDA; `root` is the file system root, tests pass a folder."""
     return Pinning(_memlock_bytes(), _huge_pages(root), _registers(PROBE_BYTES) if gpu else None)
+
+
+def pinnable_bytes() -> int | None:
+    """What CUDA pins for this process at most; None: as much as there is, or there is no GPU.
+
+    `cudaHostRegister` needs pages that are there, and no more: NVIDIA's kernel module pins them without counting them
+    against the memlock limit. Whether it is so here is found out by pinning a little while nothing is allowed; where
+    it counts (or pins nothing at all), the limit is what can be had.
+    """
+    import torch
+
+    limit = _memlock_bytes()
+    if limit is None or not torch.cuda.is_available() or _registers_unallowed():
+        return None
+    return limit if _registers(_LITTLE_BYTES) else 0
+
+
+def _registers_unallowed() -> bool:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, hard))
+    try:
+        return _registers(_LITTLE_BYTES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
 
 
 def _memlock_bytes() -> int | None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import hybridlab as hl
-from hybridlab.checkpoint import preset_spec
-from hybridlab.engine import cuda_memory, runtime
+from hybridlab.checkpoint import open_checkpoint, preset_spec
+from hybridlab.engine import cuda_device, cuda_memory, runtime
 from hybridlab.engine.load_plan import CPU_STEP, DEFAULT_KV_TOKENS, LEAST_STEP, plan_load
 from hybridlab.engine.memory import GIB, MemoryPlan
 from hybridlab.engine.ring import block_bytes
@@ -120,6 +120,17 @@ def test_kv_stays_on_the_gpu_unless_steps_would_be_short():
         ({"kv_tokens": 10**7}, r"host memory needed, 128.00 GiB in the budget .*lower kv_tokens \(10000000\)"),
         ({"device": "cpu", "placement": "all_host", "host_bytes": 8 * GIB}, r"take a smaller checkpoint"),
         ({"device": "emulated", "placement": "all_resident", "vram_gb": 24}, r"of GPU memory needed, 22.35 GiB"),
+        ({"device": "emulated", "host_bytes": 24 * GIB}, r"24.00 GiB in the budget .*take a smaller checkpoint"),
+        (
+            {"pinnable_bytes": 4 * GIB},
+            r"27.\d\d GiB of pinned memory needed \(experts \(pinned\) 27.\d\d GiB\), 4.00 GiB allowed by the memlock "
+            r"limit; take a placement with more experts on the GPU for good, or raise that \(ulimit -l\)",
+        ),
+        ({"placement": "all_resident", "pinnable_bytes": 4 * GIB, "kv_tokens": 500_000}, r"lower kv_tokens \(500000\)"),
+        (
+            {"memory_gb": 100, "free_bytes": 20 * GIB},
+            r"27.\d\d GiB of pinned memory needed .* 20.00 GiB free \(of the machine's memory, or its cgroup's\)",
+        ),
     ],
     ids=str,
 )
@@ -135,6 +146,41 @@ def test_the_pinned_experts_are_counted_once():
     assert not any("mapped" in name for name in plan.parts)
     resident = planned(placement="all_resident")
     assert resident.parts["workspace"] < plan.parts["workspace"]  # the host computes no experts
+
+
+def test_what_lives_on_the_gpu_is_not_pinned():
+    plan = planned(placement="all_resident", pinnable_bytes=0, host_bytes=8 * GIB)
+    assert "experts (pinned)" not in plan.parts and "experts (shared, not pinned)" not in plan.parts
+    assert plan.parts["staging"] == max(2 * BIG.vocab * BIG.hidden, 128 * block_bytes(BIG))
+    shared = planned(placement="all_resident", pinnable_bytes=0, shared=True)
+    assert shared.parts["experts (shared, not pinned)"] == 48 * 128 * block_bytes(BIG)
+    some = planned(placement={"name": "hot_resident", "gpu_gb": 10, "ring_slots": 2})
+    resident = some.gpu.parts["resident experts"]  # type: ignore[union-attr]
+    assert some.parts["experts (pinned)"] + resident == 48 * 128 * block_bytes(BIG)
+
+
+def test_nothing_is_made_on_a_gpu_before_the_refusal(monkeypatch):
+    """Too little GPU memory, pinnable memory, host memory: each is told before the device is built."""
+    monkeypatch.setattr(cuda_device, "cuda_device", None)  # not callable
+    for name in ("KVCache", "OffloadedKV", "WorkerThread"):
+        monkeypatch.setattr(runtime, name, None)
+    checkpoint = open_checkpoint(ORACLE)
+    hardware = replace(MACHINE, host_memory_bytes=8 * GIB)
+    placed = resolve("placement", "streamed").place(checkpoint.spec, hardware, RoutingStats())
+    own: dict[str, Any] = {
+        "precision": "bf16", "weight_layout": "rows", "threads": 2, "accelerator_threads": 0, "token_budget": 64,
+        "kv_tokens": 64, "kv_block_tokens": 16, "memory_gb": None, "free_bytes": None, "quiet": True,
+    }  # fmt: skip
+    for gpu_free, pinnable, change, words in (
+        (2**20, None, {}, "of GPU memory needed, 1.00 MiB in the budget"),
+        (2**33, 4096, {}, "of pinned memory needed .* 0.00 GiB allowed by the memlock limit"),
+        (2**33, None, {"free_bytes": 2**20}, "of host memory needed, 1.00 MiB in the budget"),
+        (2**33, None, {"memory_gb": 1e-3}, "of host memory needed, 1.02 MiB in the budget"),
+    ):
+        monkeypatch.setattr(runtime, "free_memory_bytes", lambda *index, free=gpu_free: free)
+        monkeypatch.setattr(runtime, "pinnable_bytes", lambda there=pinnable: there)
+        with pytest.raises(MemoryBudgetError, match=words):
+            runtime.Runtime(checkpoint, hardware, placed, **{**own, **change})
 
 
 def test_both_sides_of_an_emulated_machine_keep_wide_weights():
@@ -160,6 +206,8 @@ def test_nothing_is_made_before_the_refusal(monkeypatch):
     impossible: tuple[dict[str, Any], ...] = (
         {"kv_tokens": 10**12},
         {"device": "emulated", "threads": 2, "vram_gb": 1e-5},
+        {"device": "emulated", "threads": 2, "memory_gb": 1e-3},
+        {"memory_gb": 1e-3},
     )
     for options in impossible:
         with pytest.raises(MemoryBudgetError):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridlab.hardware import doctor
-from hybridlab.hardware.pinning import Pinning, detect_pinning
+from hybridlab.hardware import doctor, pinning
+from hybridlab.hardware.pinning import Pinning, detect_pinning, pinnable_bytes
 
 
 def test_the_limit_is_the_processs_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,8 +35,41 @@ def test_each_finding_is_said() -> None:
     assert words == "not tried: no GPU; memlock limit 8 MiB; no transparent huge pages"
     assert str(Pinning(None, "madvise", True)).startswith("CUDA pins 64 MiB in place; no memlock limit; ")
     assert str(Pinning(2 << 30, "", False)) == ("CUDA refuses to pin 64 MiB; memlock limit 2.0 GiB; huge pages unknown")
+    assert "memlock limit 8 MiB (CUDA does not heed it)" in str(Pinning(8 << 20, "", True))
     report = doctor(probe=False, gpu=False)
     assert f"pinned memory  {report.pinning}" in str(report) and report.as_dict()["pinning"]["registered"] is None
+
+
+@pytest.mark.parametrize("driver", ["counts nobody's pages", "counts pages", "pins nothing"])
+def test_the_limit_counts_where_the_driver_heeds_it(monkeypatch: pytest.MonkeyPatch, driver: str) -> None:
+    limits = [(1 << 30, 4 << 30)]
+
+    def registers(num_bytes: int) -> bool:
+        return driver == "counts nobody's pages" or (driver == "counts pages" and num_bytes <= limits[-1][0])
+
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limit: limits.append(limit))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(pinning, "_registers", registers)
+    assert pinnable_bytes() == {"counts nobody's pages": None, "counts pages": 1 << 30, "pins nothing": 0}[driver]
+    assert limits == [(1 << 30, 4 << 30), (0, 4 << 30), (1 << 30, 4 << 30)]  # as it was
+    limits[-1] = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    assert pinnable_bytes() is None
+
+
+def test_without_a_gpu_nothing_limits_what_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(resource, "setrlimit", None)  # not even tried
+    assert pinnable_bytes() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_a_limit_that_is_said_to_bind_does() -> None:
+    before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    limit = pinnable_bytes()
+    assert resource.getrlimit(resource.RLIMIT_MEMLOCK) == before
+    assert limit is None or not pinning._registers(limit + (1 << 20))
 
 
 @pytest.mark.gpu
