@@ -47,8 +47,9 @@ def plan_load(
     """The plan of the host's memory, with that of the GPU's where there is one; `numerics` are the host's.
 
     `memory_gb` (GiB) replaces what the machine has, `free_bytes` is what of it (and of its cgroup's) nobody uses now,
-    where it will be pinned; no more than `pinnable_bytes` are. `shared`: experts lie in memory of several processes. A `kv_tokens` of None takes `DEFAULT_KV_TOKENS` or what there is room for, but at least one step's tokens;
-    it is rounded up to blocks. Raises `MemoryBudgetError` with needed, there and what to lower.
+    where it will be pinned; no more than `pinnable_bytes` are. `shared`: experts lie in memory of several processes. A
+    `kv_tokens` of None takes `DEFAULT_KV_TOKENS` or what there is room for, but at least one step's tokens; it is
+    rounded up to blocks. Raises `MemoryBudgetError` with needed, there and what to lower.
     """
     budget_bytes = hardware.host_memory_bytes if memory_gb is None else int(memory_gb * GIB)
     if memory_gb is None and free_bytes is not None:
@@ -159,8 +160,8 @@ def _require_pinnable(plan: MemoryPlan, there: int | None, limit: str, more: str
         items = ", ".join(f"{name} {plan.shown(size)}" for name, size in parts.items())
         lower = f", or lower kv_tokens ({plan.kv_tokens})" if OFFLOADED in parts else ""
         raise MemoryBudgetError(
-            f"{plan.shown(needed)} of pinned memory needed ({items}), {plan.shown(there)} {limit}; take a placement with "
-            f"more experts on the GPU for good{lower}, or {more}"
+            f"{plan.shown(needed)} of pinned memory needed ({items}), {plan.shown(there)} {limit}; take a placement "
+            f"with more experts on the GPU for good{lower}, or {more}"
         )
 
 
