@@ -187,6 +187,7 @@ def load(
             free_bytes = free_beside(shared) if device == "cuda" else None
             options |= {"weight_layout": weight_layout, "free_bytes": free_bytes}
             runtime = start(checkpoint, hardware, placed, shared=shared, **options)
-    planner = Planner(checkpoint.spec, hardware, placement, overlap, placed, tuple(range(ranks)))
+    lone = device != "cuda"  # there each rank has its own experts alone
+    planner = Planner(checkpoint.spec, hardware, placement, overlap, placed, tuple(range(ranks)), lone)
     prefixes = PrefixCache if prefix_cache else lambda pool: NoPrefixes()
     return Engine(checkpoint, runtime, planner, precision, num_threads, runtime.memory.token_budget, prefixes)

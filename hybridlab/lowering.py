@@ -33,7 +33,8 @@ _KEPT_PROGRAMS = 32
 class Planner:
     """Turns steps into programs, memoised by shape, so that steady state builds no plan.
 
-    `placed` is where experts are now: `update` changes it. The programs used last are kept.
+    `placed` is where experts are now: `update` changes it. The programs used last are kept. `lone_steps`: the first of
+    several `ranks` has all experts in its reach, and so can run a step alone.
     """
 
     model: ModelSpec
@@ -42,11 +43,17 @@ class Planner:
     overlap: Overlap
     placed: PlacementPlan
     ranks: tuple[int, ...] = (0,)
+    lone_steps: bool = True
     _programs: dict[Shape, Program] = field(default_factory=dict, init=False)
     _mover: Mover = field(init=False)
 
     def __post_init__(self) -> None:
         self._mover = Mover(self.placement, self.placed, self.model)
+
+    @property
+    def rank_sets(self) -> tuple[tuple[int, ...], ...]:
+        """What steps may run on: all ranks, then perhaps the first alone."""
+        return (self.ranks, self.ranks[:1]) if self.lone_steps and len(self.ranks) > 1 else (self.ranks,)
 
     def update(self, backend: Movable, num_steps: int) -> None:
         """After `num_steps` more steps, while none runs: carry out the moves that the placement wants by now.
@@ -61,10 +68,9 @@ class Planner:
     def shape(self, worker: str, step: StepPlan) -> Shape:
         """The shape of `step`; a step of n requests has at most n microbatches."""
         ranks = self.ranks if step.ranks is None else step.ranks
-        if ranks not in (self.ranks, self.ranks[:1]):
-            raise StrategyError(
-                f"the step asks for ranks {ranks}, this machine has {self.ranks}: all run it, or the first one alone"
-            )
+        if ranks not in self.rank_sets:
+            expected = " or ".join(map(str, self.rank_sets))
+            raise StrategyError(f"the step asks for ranks {ranks}, this machine runs steps on {expected}")
         placed = self.placed if ranks == self.ranks else self.placed.on_first_rank
         wanted = self.overlap.num_microbatches(step)
         if not isinstance(wanted, int) or wanted < 1:

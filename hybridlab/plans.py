@@ -99,8 +99,8 @@ class QueueView:
     A request that needs more than `allocated_kv_tokens` takes whole blocks of `kv_block_tokens` from the
     `free_kv_tokens`. `shared_kv_tokens` of a request's context lie in blocks that requests ahead of it hold too:
     they take nothing from the free ones, and preempting it does not free them. `token_budget` bounds the tokens of
-    one step. `last_decode_s` is when a decode last ended (None if never). `ranks` are those of this worker: a step runs
-    on all of them, or on the first one alone.
+    one step. `last_decode_s` is when a decode last ended (None if never). `rank_sets` are the ranks of this worker that
+    a step may run on: all of them, then the first alone, where it can.
 
     Workers with KV caches of their own see the requests that have nothing in a cache, and those in their own. Where
     prompts are computed for other workers (`worker` begins with "prefill") nothing runs; those who decode also see the
@@ -115,7 +115,7 @@ class QueueView:
     free_kv_tokens: int
     kv_block_tokens: int
     last_decode_s: float | None = None
-    ranks: tuple[int, ...] = (0,)
+    rank_sets: tuple[tuple[int, ...], ...] = ((0,),)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class StepPlan:
 
     `tokens` maps request ids to token counts: 1 for a running request, 1..remaining_prompt for a waiting one.
     `preempt` names requests whose KV cache is given up first (they are recomputed later). `ranks` are those that
-    compute it: all of the worker's (None), or the first alone, `queue.ranks[:1]`, whoever computed a request before.
+    compute it: one of `queue.rank_sets`, None for all, whoever computed its requests before.
     """
 
     role: Role

@@ -29,7 +29,7 @@ class RequestQueue:
 
     Requests that can never be served are rejected at once; the others are not touched by it. `prefixes` finds
     computed blocks of earlier requests with the same beginning, in the one pool of all workers. A request whose step is
-    lost with a worker is computed again, up to `replays` times; then it fails. `ranks` are those of each worker.
+    lost with a worker is computed again, up to `replays` times; then it fails. `rank_sets` are as in `QueueView`.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class RequestQueue:
         prefixes: Prefixes | None = None,
         *,
         replays: int = 0,
-        ranks: tuple[int, ...] = (0,),
+        rank_sets: tuple[tuple[int, ...], ...] = ((0,),),
     ) -> None:
         self._pools = pools = OnePool(pool) if isinstance(pool, BlockPool) else pool
         self._eos = frozenset(model.eos_token_ids)
         self._prefixes = prefixes or NoPrefixes()
-        self._budget, self._most_replays, self._ranks = token_budget, replays, ranks
+        self._budget, self._most_replays, self._rank_sets = token_budget, replays, rank_sets
         limits = Limits(pools.largest_context, model.max_positions, model.vocab)
         self._arrivals = Arrivals(requests, lambda request, context: why_refused(request, limits, context))
         self._lives = Lives(pools.transfer or pools.of(""), self._prefixes, pools.transfer)
@@ -99,7 +99,7 @@ class RequestQueue:
             pool.free_tokens,
             pool.block_tokens,
             self._last_decode_s,
-            self._ranks,
+            self._rank_sets,
         )
 
     def start(self, view: QueueView, planned: StepPlan, scheduler_name: str) -> StepBatch | None:

@@ -225,8 +225,8 @@ class Engine:
             else:
                 pool = self._pool(runtime)
                 known = (prefixes or self._prefixes)(pool)
-                replays, ranks = int(isinstance(runtime, Ranks)), self.planner.ranks
-                self._queue = RequestQueue(requests, pool, self.spec, budget, known, replays=replays, ranks=ranks)
+                how = {"replays": int(isinstance(runtime, Ranks)), "rank_sets": self.planner.rank_sets}
+                self._queue = RequestQueue(requests, pool, self.spec, budget, known, **how)
             yield runtime, self._queue
         finally:
             self._queue = None

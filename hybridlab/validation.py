@@ -81,8 +81,8 @@ def check_step(view: QueueView, step: StepPlan) -> list[str]:
     # Most steps only decode: those who wait need not be looked at, and may be many.
     others = bool(step.preempt) or any(rid not in running for rid in step.tokens)
     waiting = {r.id: r for r in view.waiting} if others else {}
-    if step.ranks is not None and step.ranks not in (view.ranks, view.ranks[:1]):
-        problems.append(f"ranks is {step.ranks!r}, expected {view.ranks} or None (all), or {view.ranks[:1]}")
+    if step.ranks is not None and step.ranks not in view.rank_sets:
+        problems.append(f"ranks is {step.ranks!r}, expected {' or '.join(map(str, view.rank_sets))}, or None for all")
     if not isinstance(step.preempt, tuple):
         return [*problems, f"preempt is {step.preempt!r:.60}, expected a tuple of request ids"]
     if len(set(step.preempt)) != len(step.preempt):

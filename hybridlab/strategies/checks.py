@@ -140,7 +140,7 @@ def _drain(scheduler: Any, rng: random.Random, budget: int, kv_blocks: int) -> N
     found = {rid: rng.choice((0, (n - 1) // _BLOCK * _BLOCK)) for rid, n in prompt.items()}
     blocks = dict.fromkeys(prompt, 0)
     live, now_s, last_decode_s = list(prompt), 0.0, None
-    ranks = rng.choice(((0,), (0, 1), (0, 1, 2)))
+    rank_sets = rng.choice((((0,),), ((0, 1),), ((0, 1, 2), (0,))))
     for _ in range(200 * sum(prompt.values()) + 1000):
         if not live:
             return
@@ -162,7 +162,7 @@ def _drain(scheduler: Any, rng: random.Random, budget: int, kv_blocks: int) -> N
             capacity - sum(blocks.values()) * _BLOCK,
             _BLOCK,
             last_decode_s,
-            ranks,
+            rank_sets,
         )
         step = scheduler.schedule(view)
         if step != scheduler.schedule(view):

@@ -32,7 +32,7 @@ class InTurn:
         if step is None:
             return None
         alone = self._turns[len(self.steps) % len(self._turns)] == "1"
-        self.steps.append(step := replace(step, ranks=queue.ranks[:1] if alone else queue.ranks))
+        self.steps.append(step := replace(step, ranks=queue.rank_sets[alone]))
         return step
 
 
@@ -96,7 +96,7 @@ def test_other_sets_of_ranks_are_refused_by_name(oracle):
         for ranks in ((1,), (0, 2), (1, 0), (0, 1), (0, 1, 2, 3), (), [0], 0):
             with pytest.raises(StrategyError, match=re.escape(f"ranks is {ranks!r}, expected ")):
                 hl.check_scheduler(On(ranks))
-            words = f"scheduler On: ranks is {ranks!r}, expected (0, 1, 2) or None (all), or (0,)"
+            words = f"scheduler On: ranks is {ranks!r}, expected (0, 1, 2) or (0,), or None for all"
             with pytest.raises(StrategyError, match=re.escape(words)):
                 engine.serve(oracle.requests(), On(ranks))
         assert engine.serve(oracle.requests(), On(None)).records[0].output == oracle.greedy[0]

@@ -201,8 +201,8 @@ def test_the_paper_sends_prompts_where_it_says():
     assert scheduler.schedule(view("prefill")) == StepPlan("prefill", {"long": 1000})
     assert scheduler.schedule(view("decode", running=running)) == StepPlan("mixed", {"r": 1, "short": 512})
     assert scheduler.schedule(view("main", running=running)) == StepPlan("mixed", {"r": 1, "long": 512})
-    ranks = {"ranks": (0, 1)}
-    alone = StepPlan("prefill", {"long": 1000}, ranks=(0, 1))
+    ranks = {"rank_sets": ((0, 1), (0,))}
+    alone = StepPlan("prefill", {"long": 1000})
     assert scheduler.schedule(view("main", **ranks)) == alone
     assert scheduler.schedule(view("main", last_decode_s=99.0, **ranks)) == alone
     assert scheduler.schedule(view("main", last_decode_s=101.0, **ranks)) == StepPlan(

@@ -39,12 +39,12 @@ class Paper:
         if queue.worker.startswith("decode"):
             short = tuple(r for r in queue.waiting if not self._is_long(r) or r.allocated_kv_tokens)
             return beside.schedule(replace(queue, waiting=short))
-        if len(queue.ranks) > 1 and self._is_idle(queue) and queue.waiting and self._is_long(queue.waiting[0]):
+        if len(queue.rank_sets[0]) > 1 and self._is_idle(queue) and queue.waiting and self._is_long(queue.waiting[0]):
             step = FCFS().schedule(replace(queue, waiting=queue.waiting[:1]))
             if step is not None:
-                return replace(step, ranks=queue.ranks)
+                return step
         step = beside.schedule(queue)
-        return step and replace(step, ranks=queue.ranks[:1])
+        return step and replace(step, ranks=queue.rank_sets[-1])
 
     def _is_long(self, request: WaitingRequest) -> bool:
         return request.computed_tokens + request.remaining_prompt >= self.short_tokens

@@ -177,7 +177,7 @@ def test_a_tier_given_as_text_is_that_tier_and_an_unknown_one_is_named():
 
 def test_ranks_that_the_machine_lacks_are_refused():
     planner = Planner(TOY_MODEL, TOY_CPU, AllHost(), Sequential(), PlacementPlan())
-    with pytest.raises(StrategyError, match=r"asks for ranks \(0, 1\), this machine has \(0,\)"):
+    with pytest.raises(StrategyError, match=r"asks for ranks \(0, 1\), this machine runs steps on \(0,\)"):
         planner.shape("main", StepPlan("decode", {"a": 1}, ranks=(0, 1)))
 
 

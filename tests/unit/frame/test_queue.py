@@ -190,7 +190,7 @@ def test_a_step_that_breaks_the_contract_names_the_scheduler():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"ranks": ()}, r"ranks is \(\), expected \(0,\) or None \(all\)"),
+        ({"ranks": ()}, r"ranks is \(\), expected \(0,\), or None for all"),
         ({"ranks": [0]}, r"ranks is \[0\]"),
         ({"ranks": (0, 1)}, r"ranks is \(0, 1\)"),
         ({"preempt": None}, "preempt is None"),
