@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PROMPT, DECODES, BOTH, LOST = "prompt", "decodes", "prompt and decodes", "lost"
-FIRST_TOKEN, TOKEN = "until the first token", "token"
+FIRST_TOKEN, TOKEN, KILLED = "until the first token", "token", "killed"
 COLUMNS = ("row", "of", "kind", "start_s", "end_s")
 FIRST_OP = "embed"
 

@@ -9,33 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
-from collections import Counter
 from pathlib import Path
 from time import perf_counter, process_time
 
 import hybridlab as hl
 from hybridlab import weights_held
-from hybridlab.engine.shared_weights import NAME
+from hybridlab.bench_one_copy import BOUND, mapped_bytes, private
 from hybridlab.engine.worker_process import WorkerProcess
 from hybridlab.hardware import detect
 from hybridlab.weights_sharing import hold
 
-PSS_BOUND, READY_BOUND_S = 1.05, 3.0
+READY_BOUND_S = 3.0
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
-
-
-def mapped_kb(pid: int) -> tuple[Counter[str], Counter[str]]:
-    """/proc/PID/smaps in kB: of the shared weights, of everything else."""
-    shared, other = Counter(), Counter()
-    into = other
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            into = shared if f"/memfd:{NAME}" in line else other
-        elif field := re.match(r"(\w+): +(\d+) kB", line):
-            into[field[1]] += int(field[2])
-    return shared, other
 
 
 def cpu_s(pid: int) -> float:
@@ -69,23 +55,23 @@ def measure(checkpoint: Path) -> dict[str, object]:
     with first, second:
         workers = [first_worker, second_worker]
         outputs = [engine.generate(PROMPT, 8) for engine in (first, second)]
-        found = [mapped_kb(worker.pid) for worker in workers if worker.pid is not None]
-        pss_bytes = 1024 * sum(shared["Pss"] for shared, _ in found)
-        private = [1024 * (other["Private_Clean"] + other["Private_Dirty"]) for _, other in found]
+        found = [mapped_bytes(worker.pid) for worker in workers if worker.pid is not None]
+        pss_bytes = sum(shared["Pss"] for shared, _ in found)
+        other_private = [private(other) for _, other in found]
         planned = [beside_weights_bytes(engine) for engine in (first, second)]
         return {
             "weights_bytes": held.num_bytes,
             "pss_of_weights_summed_bytes": pss_bytes,
             "pss_over_size": pss_bytes / held.num_bytes,
-            "private_bytes_of_weights": [1024 * (s["Private_Clean"] + s["Private_Dirty"]) for s, _ in found],
-            "other_private_bytes": private,
+            "private_bytes_of_weights": [private(shared) for shared, _ in found],
+            "other_private_bytes": other_private,
             "other_private_cap_bytes": planned,
             "packed_by_workers": [worker.num_packed for worker in workers],
             "fill_or_find_s": fill_s,
             "first_worker": first_times,
             "second_worker": second_times,
             "outputs_equal": outputs[0] == outputs[1],
-            "one_copy": pss_bytes <= PSS_BOUND * held.num_bytes and all(map(int.__le__, private, planned)),
+            "one_copy": pss_bytes <= BOUND * held.num_bytes and all(map(int.__le__, other_private, planned)),
             "soon_ready": second_times["ready_s"] < READY_BOUND_S,
         }
 

@@ -15,15 +15,18 @@ from hybridlab.figures.marks import evidence_handle
 from hybridlab.figures.origin import note_origin
 from hybridlab.figures.style import TWO_COLUMNS_IN, cycle_color, new_axes, style
 from hybridlab.figures.tables import Where, chosen, rows_of
-from hybridlab.step_log import BOTH, COLUMNS, DECODES, FIRST_TOKEN, LOST, PROMPT, TOKEN
+from hybridlab.step_log import BOTH, COLUMNS, DECODES, FIRST_TOKEN, KILLED, LOST, PROMPT, TOKEN
 
 STEPS: dict[str, dict[str, Any]] = {
     PROMPT: {"facecolor": cycle_color(0), "edgecolor": "white"},
     BOTH: {"facecolor": cycle_color(2), "edgecolor": "white"},
     DECODES: {"facecolor": cycle_color(1), "edgecolor": "white"},
-    LOST: {"facecolor": "white", "edgecolor": "black", "hatch": "xxxx"},
+    LOST: {"facecolor": "white", "edgecolor": "black", "hatch": "////"},
 }
 WAITING: dict[str, Any] = {"facecolor": "#d0d0d0", "edgecolor": "none"}
+DEATH: dict[str, Any] = {
+    "color": "black", "linestyle": "", "marker": "X", "markersize": 7, "markeredgecolor": "white", "label": KILLED,
+}  # fmt: skip
 WORKER_HEIGHT, REQUEST_HEIGHT = 0.75, 0.5
 OUTLINED_PT = 2.0
 """Narrower bars have no outline: it would cover them."""
@@ -40,9 +43,10 @@ def worker_timeline(
 ) -> Axes:
     """A row per worker with a bar per step, coloured by what it computes; below, a row per request with its tokens.
 
-    Ticks are when a token was known; the grey bar reaches from a request's arrival to its first one. x is in ms.
-    `df` has the columns of `step_log.timeline_rows` and `evidence`, of one system: `where` picks it. `start_s` and
-    `end_s` cut out a window. Raises ConfigError for a missing column, several systems or an empty window.
+    A cross is where a worker was killed. Ticks are when a token was known; the grey bar reaches from a request's
+    arrival to its first one. x is in ms. `df` has the columns of `step_log.timeline_rows` and `evidence`, of one
+    system: `where` picks it. `start_s` and `end_s` cut out a window. Raises ConfigError for a missing column, several
+    systems or an empty window.
     """
     what = "worker_timeline"
     check_target(ax, width_in, what)
@@ -73,6 +77,8 @@ def worker_timeline(
         tokens = shown[shown["kind"] == TOKEN]
         x, y = 1e3 * (tokens["end_s"].to_numpy(np.float64) - start_s), np.array([at[name] for name in tokens["row"]])
         ax.vlines(x, y - REQUEST_HEIGHT / 2, y + REQUEST_HEIGHT / 2, color="black", linewidth=0.5, label="_tokens")
+        for row, at_s in shown.loc[shown["kind"] == KILLED, ["row", "end_s"]].itertuples(index=False):
+            ax.plot(1e3 * (at_s - start_s), at[row], **DEATH)
         ax.set_yticks(list(at.values()), names)
         ax.set_xlabel(f"time after {start_s:g} s (ms)" if start_s else "time (ms)")
         ax.grid(visible=False, axis="y")
@@ -80,6 +86,7 @@ def worker_timeline(
         handles: list[Any] = [Patch(**look, linewidth=0.3, label=kind) for kind, look in STEPS.items() if kind in kinds]
         handles += [Patch(**WAITING, label=FIRST_TOKEN)] if FIRST_TOKEN in kinds else []
         handles.append(Line2D([], [], color="black", linestyle="", marker="|", markersize=6, label="a token"))
+        handles += [Line2D([], [], **DEATH)] if KILLED in kinds else []
         handles += [evidence_handle(kind) for kind in dict.fromkeys(shown["evidence"])]
         ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3 if width_in < 5 else 6,
                   handlelength=1.2, handletextpad=0.4, columnspacing=1.2)  # fmt: skip

@@ -22,9 +22,10 @@ FLOORS = {
     },
     3: {
         "arrivals", "axes", "axes_random", "backends", "bench", "bench_contenders", "bench_decode_devices",
-        "bench_devices", "bench_ggml", "bench_interference", "bench_kernels", "bench_kt_kernel", "bench_peers",
-        "bench_plan", "bench_prefill", "bench_prefill_devices", "bench_shapes", "bench_simulator", "bench_steps",
-        "bench_targets", "bench_timing", "bench_weights", "calibration", "calibration_crossovers", "calibration_files",
+        "bench_devices", "bench_ggml", "bench_interference", "bench_kernels", "bench_kt_kernel", "bench_lost_worker",
+        "bench_one_copy", "bench_peers", "bench_plan", "bench_prefill", "bench_prefill_devices", "bench_shapes",
+        "bench_simulator", "bench_steps", "bench_targets", "bench_timing", "bench_weights", "calibration",
+        "calibration_crossovers", "calibration_files",
         "calibration_steps", "columns", "config", "device_lock", "execution",
         "experiment", "export", "figures_config", "jobs", "live_requests", "loading", "metrics", "prediction",
         "run_costs", "run_files", "summary_table", "sweep_plan", "provenance", "recording", "request_queue", "sections",

@@ -10,13 +10,14 @@ import pytest
 
 from hybridlab.errors import ConfigError
 from hybridlab.figures import ONE_COLUMN_IN, worker_timeline
-from hybridlab.step_log import BOTH, COLUMNS, DECODES, FIRST_TOKEN, LOST, PROMPT, TOKEN
+from hybridlab.step_log import BOTH, COLUMNS, DECODES, FIRST_TOKEN, KILLED, LOST, PROMPT, TOKEN
 
 ROWS = [
     ("decode", "worker", DECODES, 0.0, 0.1),
     ("decode", "worker", BOTH, 0.2, 0.4),
     ("prefill", "worker", PROMPT, 0.1, 0.5),
     ("prefill", "worker", LOST, 0.5, 0.6),
+    ("prefill", "worker", KILLED, 0.55, 0.55),
     ("user 0", "request", FIRST_TOKEN, 0.0, 0.1),
     ("user 0", "request", TOKEN, 0.1, 0.1),
     ("user 0", "request", TOKEN, 0.4, 0.4),
@@ -36,13 +37,15 @@ def test_a_bar_a_step_and_a_tick_a_token(width_in: float, legend_texts: Callable
     assert bars == [pytest.approx(bar) for bar in expected]
     (ticks,) = ax.collections
     assert sorted(segment[0][0] for segment in ticks.get_segments()) == pytest.approx([100, 400])
-    assert legend_texts(ax) == [PROMPT, BOTH, DECODES, LOST, FIRST_TOKEN, "a token", "measured"]
+    assert legend_texts(ax) == [PROMPT, BOTH, DECODES, LOST, FIRST_TOKEN, "a token", KILLED, "measured"]
+    (killed,) = [line for line in ax.get_lines() if line.get_label() == KILLED]
+    assert (list(killed.get_xdata()), list(killed.get_ydata())) == ([pytest.approx(550)], [0])
     assert ax.get_xlim() == (0, 600) and ax.get_xlabel() == "time (ms)"
 
 
 def test_a_window_and_its_clock(legend_texts: Callable[[Any], list[str]]) -> None:
-    ax: Any = worker_timeline(make_rows(), start_s=0.45, end_s=0.55)
-    assert ax.get_xlabel() == "time after 0.45 s (ms)" and ax.get_xlim() == pytest.approx((0, 100))
+    ax: Any = worker_timeline(make_rows(), start_s=0.45, end_s=0.54)
+    assert ax.get_xlabel() == "time after 0.45 s (ms)" and ax.get_xlim() == pytest.approx((0, 90))
     assert legend_texts(ax) == [PROMPT, LOST, "a token", "measured"]
     assert [text.get_text() for text in ax.get_yticklabels()] == ["prefill", "decode", "user 0"]
 
