@@ -1,6 +1,9 @@
 """Seconds and DRAM bytes of every op kind: one set of formulas, for Python floats and for arrays of JAX alike.
 
-An op takes a fixed time (launches, a copy's latency) and the longer of what its bytes and its FLOPs take (roofline).
+An op takes a fixed time (launches, a copy's latency) and the longer of what its bytes and its FLOPs take, with what of
+the shorter one does not hide behind it (`overlap` 1: a roofline). Beyond `narrow_tokens` tokens, kernels read a weight
+at `wide_read` of the rate: the batch curve; for experts, whose tokens scatter, this sets in from half to one and a half
+times as many tokens an expert.
 Routing is known in expectation: an expert that a token chooses with probability q is read with probability 1 - (1 -
 q)^T by T tokens, and computes q T of them. On the mixed path, an expert that arrived runs on the GPU if it can expect
 `min_tokens` tokens, else on the CPU.
@@ -122,25 +125,77 @@ class Cost:
 Costs = Callable[[OpClass], Cost]
 
 
+@dataclass(frozen=True)
+class _Compute:
+    """What computes: the host's CPU lane, or a GPU. Rates as ops reach them; `dram_bytes` of the host's per byte."""
+
+    bytes_s: Number
+    flop_s: Number
+    dense_flop_s: Number
+    attention_flop_s: Number
+    overlap: Number
+    narrow_tokens: Number
+    wide_read: Number
+    wide_expert_read: Number
+    op_us: Number
+    expert_us: Number
+    expert_bytes: Number
+    dram_bytes: Number
+
+
+def _cpu(m: Machine) -> _Compute:
+    flop_s = m.cpu_tflops * m.cpu_flop_efficiency * 1e12
+    return _Compute(
+        bytes_s=m.host_peak_gb_s * m.host_read_efficiency * 1e9,
+        flop_s=flop_s,
+        dense_flop_s=flop_s * m.cpu_dense_flop_ratio,
+        attention_flop_s=flop_s * m.cpu_attention_flop_ratio,
+        overlap=m.cpu_overlap,
+        narrow_tokens=m.cpu_narrow_tokens,
+        wide_read=m.cpu_wide_read,
+        wide_expert_read=m.cpu_wide_expert_read,
+        op_us=m.cpu_op_us,
+        expert_us=m.cpu_expert_us,
+        expert_bytes=1.0,
+        dram_bytes=1.0,
+    )
+
+
+def _gpu(m: Machine) -> _Compute:
+    flop_s = m.gpu_tflops * m.gpu_flop_efficiency * 1e12
+    return _Compute(
+        bytes_s=m.gpu_read_gb_s * m.gpu_read_efficiency * 1e9,
+        flop_s=flop_s,
+        dense_flop_s=flop_s * m.gpu_dense_flop_ratio,
+        attention_flop_s=m.gpu_tflops * m.gpu_attention_efficiency * 1e12,
+        overlap=m.gpu_overlap,
+        narrow_tokens=m.gpu_narrow_tokens,
+        wide_read=m.gpu_wide_read,
+        wide_expert_read=m.gpu_wide_expert_read,
+        op_us=m.gpu_op_us,
+        expert_us=0.0,
+        expert_bytes=m.gpu_expert_bytes,
+        dram_bytes=m.gpu_dram_bytes,
+    )
+
+
 def cost_model(machine: Machine, shape: ModelShape, micros: Sequence[Micro], xp: Any = FLOATS) -> Costs:
     """The cost of each class of ops for microbatches `micros`. Raises `PlanError` for an op kind that is unknown."""
     m, s = machine, shape
     dense_bytes, expert_bytes = s.dense_bits / 8, s.expert_weights * s.expert_bits / 8
     rows = sum(each.rows for each in micros)  # of the head, which is one op for all microbatches
-    cpu_bytes_s = m.host_peak_gb_s * m.host_read_efficiency * 1e9
-    cpu_flop_s = m.cpu_tflops * m.cpu_flop_efficiency * 1e12
-    gpu_bytes_s = m.gpu_read_gb_s * m.gpu_read_efficiency * 1e9
-    gpu_flop_s = m.gpu_tflops * m.gpu_flop_efficiency * 1e12
-    gpu_attention_flop_s = m.gpu_tflops * m.gpu_attention_efficiency * 1e12
+    cpu, gpu = _cpu(m), _gpu(m)
 
-    def compute(on_cpu: bool, num_bytes: Number, flop: Number, more_s: Number = 0.0) -> Cost:
-        if on_cpu:
-            busy_s = xp.maximum(num_bytes / cpu_bytes_s, flop / cpu_flop_s)
-            return Cost(m.cpu_op_us * 1e-6 + more_s + busy_s, num_bytes)
-        return Cost(m.gpu_op_us * 1e-6 + xp.maximum(num_bytes / gpu_bytes_s, flop / gpu_flop_s), 0.0)
+    def busy(where: _Compute, read_s: Number, flop_s: Number) -> Number:
+        return xp.maximum(read_s, flop_s) + (1.0 - where.overlap) * xp.minimum(read_s, flop_s)
 
-    def linear(one: OpClass, micro: Micro, weights: Number, bits: Number) -> Cost:
-        return compute(one.on_cpu, weights * bits / 8, 2 * micro.tokens * weights)
+    def dense(on_cpu: bool, num_bytes: Number, weights: Number, tokens: Number) -> Cost:
+        """`num_bytes` hold `weights` weights, each multiplied with `tokens` tokens."""
+        where = cpu if on_cpu else gpu
+        wide = xp.minimum(1.0, xp.maximum(0.0, tokens - where.narrow_tokens))
+        read_s = num_bytes / where.bytes_s * (1.0 + wide * (1.0 / where.wide_read - 1.0))
+        busy_s = busy(where, read_s, 2 * tokens * weights / where.dense_flop_s)
+        return Cost(where.op_us * 1e-6 + busy_s, num_bytes * where.dram_bytes)
 
     def attention(one: OpClass, micro: Micro) -> Cost:
         cost = attend(one, micro)
@@ -151,47 +206,51 @@ def cost_model(machine: Machine, shape: ModelShape, micros: Sequence[Micro], xp:
 
     def attend(one: OpClass, micro: Micro) -> Cost:
         """Projections, then scores and values: kernels of their own, each with its own bound."""
-        weights = compute(one.on_cpu, s.attention_weights * dense_bytes, 2 * micro.tokens * s.attention_weights)
+        where = cpu if one.on_cpu else gpu
+        weights = dense(one.on_cpu, s.attention_weights * dense_bytes, s.attention_weights, micro.tokens)
         earlier = 2 * (micro.context - micro.tokens) * s.expand_weights  # new tokens: among attention_weights
         flop = xp.minimum(micro.pairs * s.pair_flop, micro.pairs * s.pair_flop_expanded + earlier)
         cache_bytes = micro.context * s.kv_bytes
-        if one.on_cpu:
-            busy_s = xp.maximum(cache_bytes / cpu_bytes_s, flop / cpu_flop_s)
-            return Cost(weights.alone_s + busy_s, weights.dram_bytes + cache_bytes)
-        return Cost(weights.alone_s + xp.maximum(cache_bytes / gpu_bytes_s, flop / gpu_attention_flop_s), 0.0)
+        busy_s = busy(where, cache_bytes / where.bytes_s, flop / where.attention_flop_s)
+        return Cost(weights.alone_s + busy_s, weights.dram_bytes + cache_bytes * where.dram_bytes)
 
     def experts(one: OpClass, micro: Micro) -> Cost:
         assert one.chosen is not None
         distinct, routed = one.chosen.of(micro.tokens, xp)
-        flop = 2 * routed * s.expert_weights
-        if one.on_cpu:
-            return compute(True, distinct * expert_bytes, flop, distinct * m.cpu_expert_us * 1e-6)
-        return compute(False, distinct * expert_bytes * m.gpu_expert_bytes, flop)
+        where = cpu if one.on_cpu else gpu
+        num_bytes = distinct * expert_bytes * where.expert_bytes
+        each = routed / xp.maximum(distinct, 1e-9)
+        wide = xp.minimum(1.0, xp.maximum(0.0, each / where.narrow_tokens - 0.5))
+        read_s = num_bytes / where.bytes_s * (1.0 + wide * (1.0 / where.wide_expert_read - 1.0))
+        busy_s = busy(where, read_s, 2 * routed * s.expert_weights / where.flop_s)
+        return Cost((where.op_us + distinct * where.expert_us) * 1e-6 + busy_s, num_bytes * where.dram_bytes)
 
     def load(one: OpClass, micro: Micro) -> Cost:
         num_bytes = one.num_experts * expert_bytes
-        return Cost(m.link_latency_us * 1e-6 + num_bytes / (m.link_gb_s * 1e9), num_bytes)
+        return Cost(m.link_latency_us * 1e-6 + num_bytes / (m.link_gb_s * 1e9), num_bytes * m.link_dram_bytes)
 
     def combine(one: OpClass, micro: Micro) -> Cost:
         num_bytes = s.shared_weights * dense_bytes + 8 * micro.tokens * s.hidden  # BF16: read three, write one
-        return compute(one.on_cpu, num_bytes, 2 * micro.tokens * s.shared_weights)
+        return dense(one.on_cpu, num_bytes, s.shared_weights, micro.tokens)
 
     def collective(one: OpClass, micro: Micro) -> Cost:
         sent = micro.tokens * one.rows * s.hidden * m.wire_bytes
         return Cost(m.net_latency_us * 1e-6 + sent / (m.net_gb_s * 1e9), 0.0)
 
     def embed(one: OpClass, micro: Micro) -> Cost:
-        return compute(one.on_cpu, 4 * micro.tokens * s.hidden, 0.0)
+        cost = dense(one.on_cpu, 4 * micro.tokens * s.hidden, 0.0, micro.tokens)
+        return Cost(cost.alone_s + m.step_us * 1e-6, cost.dram_bytes)
 
     def head(one: OpClass, micro: Micro) -> Cost:
         weights = s.vocab * s.hidden
-        return compute(one.on_cpu, weights * s.head_bits / 8, 2 * rows / one.ranks * weights)
+        cost = dense(one.on_cpu, weights * s.head_bits / 8, weights, rows / one.ranks)
+        return Cost(cost.alone_s + rows * m.row_us * 1e-6, cost.dram_bytes)
 
     kinds: dict[str, Callable[[OpClass, Micro], Cost]] = {
         "embed": embed,
         "attention": attention,
-        "mlp": lambda one, micro: linear(one, micro, s.mlp_weights, s.dense_bits),
-        "router": lambda one, micro: linear(one, micro, s.router_weights, 16.0),
+        "mlp": lambda one, micro: dense(one.on_cpu, s.mlp_weights * dense_bytes, s.mlp_weights, micro.tokens),
+        "router": lambda one, micro: dense(one.on_cpu, s.router_weights * 2, s.router_weights, micro.tokens),
         "experts": experts,
         "load": load,
         "combine": combine,

@@ -16,6 +16,12 @@ from hybridlab.spec import HardwareSpec
 
 PROFILES = files("hybridlab.simulator").joinpath("profiles")
 ASSUMED = "assumed: no measurement behind it"
+ALIKE = "1: alike"
+ROOFLINE = "1: a roofline"
+NO_LIMIT = "no limit is known"
+NOT_COUNTED = "0: not counted"
+OVERLAP = "share of the shorter one, of reading and multiplying, that hides behind the longer"
+NARROW = "tokens that a weight is read for at the full rate"
 
 
 def _parameter(unit: str, source: str, default: float | None = None, *, least: float = 0.0, above: bool = False) -> Any:
@@ -49,16 +55,37 @@ class Machine:
     cpu_flop_efficiency: float = _parameter(
         "share of cpu_tflops", "README: 0.77 to 0.94 of the multiply ceiling over 16 to 2,048 rows", 0.85, above=True
     )
+    cpu_dense_flop_ratio: float = _parameter("rate of dense ops / rate of experts, multiplying", ALIKE, 1.0, above=True)
+    cpu_attention_flop_ratio: float = _parameter("the same of scores and values", ALIKE, 1.0, above=True)
+    cpu_overlap: float = _parameter(OVERLAP, ROOFLINE, 1.0)
+    cpu_narrow_tokens: float = _parameter(NARROW, NO_LIMIT, 1e9, above=True)
+    cpu_wide_read: float = _parameter(
+        "share of the read rate, dense weights of more tokens than that", ALIKE, 1.0, above=True
+    )
+    cpu_wide_expert_read: float = _parameter("the same of an expert with more tokens", ALIKE, 1.0, above=True)
     cpu_op_us: float = _parameter("us per op on the CPU's lane", ASSUMED, 10.0)
     cpu_expert_us: float = _parameter("us per distinct expert of a CPU op", ASSUMED, 0.0)
     gpu_read_efficiency: float = _parameter("share of gpu_read_gb_s", ASSUMED + " (usual for GEMV)", 0.8, above=True)
     gpu_flop_efficiency: float = _parameter("share of gpu_tflops", ASSUMED + " (usual for large GEMM)", 0.6, above=True)
     gpu_attention_efficiency: float = _parameter("share of gpu_tflops in scores and values", ASSUMED, 0.6, above=True)
+    gpu_dense_flop_ratio: float = _parameter("rate of dense ops / rate of experts, multiplying", ALIKE, 1.0, above=True)
+    gpu_overlap: float = _parameter(OVERLAP, ROOFLINE, 1.0)
+    gpu_narrow_tokens: float = _parameter(NARROW, NO_LIMIT, 1e9, above=True)
+    gpu_wide_read: float = _parameter(
+        "share of the read rate, dense weights of more tokens than that", ALIKE, 1.0, above=True
+    )
+    gpu_wide_expert_read: float = _parameter("the same of an expert with more tokens", ALIKE, 1.0, above=True)
+    gpu_dram_bytes: float = _parameter(
+        "bytes of host DRAM per byte that the GPU reads", "0: memory of its own; 1: cores of the host (emulated)", 0.0
+    )
     gpu_op_us: float = _parameter("us per op on the GPU's lane: its launches", ASSUMED, 10.0)
     gpu_expert_bytes: float = _parameter(
         "bytes moved in GPU memory per stored byte of an expert", "1: multiplied as stored; 5: FP8 widened to BF16", 1.0
     )
     link_latency_us: float = _parameter("us per copy", ASSUMED, 10.0)
+    link_dram_bytes: float = _parameter("bytes of host DRAM per byte copied", "1: read once, by the GPU", 1.0)
+    step_us: float = _parameter("us per step beside its ops: planned, handed to a worker, embedded", NOT_COUNTED, 0.0)
+    row_us: float = _parameter("us per token that a step draws: gathered, sampled, told", NOT_COUNTED, 0.0)
     handoff_gpu_to_cpu_us: float = _parameter("us from a GPU queue to the CPU's lane", ASSUMED, 10.0)
     handoff_cpu_to_gpu_us: float = _parameter("us from the CPU's lane to a GPU queue", ASSUMED, 10.0)
     handoff_stream_us: float = _parameter("us between queues of a GPU (an event)", ASSUMED, 2.0)
