@@ -22,7 +22,7 @@ from hybridlab.engine.options import (
     cuda_hardware,
     emulated_hardware,
 )
-from hybridlab.engine.ranks import Ranks, check_ranks, spread, threads_of_rank
+from hybridlab.engine.ranks import Ranks, check_ranks, rank_hardware, spread, threads_of_rank
 from hybridlab.engine.runtime import Runtime
 from hybridlab.engine.worker_options import check_workers, share_gpus
 from hybridlab.engine.worker_process import WorkerProcess
@@ -81,11 +81,13 @@ def load(
     With a link, placement and overlap see the thresholds that `hl.calibrate` measured for this model loaded like this.
     With `worker="process"`, the model and its memory live in a process of their own: if that ends, or its GPU gives up,
     the requests of one step fail and another process is started. "auto": a thread, but a process with device "cuda".
-    With several `ranks` (processes; `threads` and link are those of each), every rank computes stripes of each prompt
-    and the experts that it has; `exchange` is how tokens reach the others ("small_ep", "dispatch_per_route",
-    "dispatch_per_rank"). A lost rank ends the engine with an error that names it. `ranks="torchrun"` takes the
-    processes that torchrun has started, on one host or several: the first one gets the engine, in the others this call
-    computes until that is closed, and ends the process. Ranks listen on the network `interface` alone.
+    With several `ranks` (processes; `threads`, link and `vram_gb` are those of each; with device "cuda" they share the
+    GPUs out), every rank computes stripes of each prompt and the experts that it has; `exchange` is how tokens reach
+    the others ("small_ep", "dispatch_per_route", "dispatch_per_rank"). A scheduler may have the first one alone
+    compute a step (`StepPlan.ranks`). A lost rank ends the step with an error that names it; all are started again, and
+    its requests computed once more. `ranks="torchrun"` takes the processes that torchrun has started, on one host or
+    several: the first one gets the engine, in the others this call computes until that is closed, and ends the process;
+    those are not started again. Ranks listen on the network `interface` alone.
     With `workers`, as {"prefill": {"threads": 1}, "decode": {"threads": 1}}, processes with a KV cache each (of
     their own `kv_tokens` or this one's) compute side by side, on cores of their own where there are enough. Those whose
     names begin with "prefill" compute prompts for the others; the scheduler "paper" says which. The requests of a step
@@ -114,9 +116,7 @@ def load(
         check_unused({"vram_gb": vram_gb}, device)
     placement, overlap = resolve("placement", placement), resolve("overlap", overlap)
     in_files = not isinstance(path, Checkpoint)
-    check_ranks(
-        ranks, exchange, device, weight_layout=weight_layout, worker=worker, in_files=in_files, placement=placement
-    )
+    check_ranks(ranks, exchange, weight_layout=weight_layout, worker=worker, in_files=in_files, placement=placement)
     hardware = detect(gpu=device == "cuda")
     num_threads = check_threads(threads_of_rank(threads, ranks, device, hardware.num_cores), hardware)
     given_sides = accelerator_threads
@@ -124,7 +124,7 @@ def load(
         accelerator_threads = check_accelerator_threads(accelerator_threads, num_threads)
         hardware = emulated_hardware(hardware, vram_gb, link_gb_s)
     elif device == "cuda":
-        hardware = cuda_hardware(hardware, vram_gb)
+        hardware = rank_hardware(cuda_hardware(hardware, vram_gb), ranks, detect_gpus(), quiet=quiet)
     split = check_workers(
         workers,
         num_threads,

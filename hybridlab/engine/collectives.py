@@ -6,7 +6,6 @@ that communicates.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -84,8 +83,9 @@ class GlooPeers:
         for peer in range(self.size):
             if peer == self.rank:
                 continue
-            received[peer] = buffer = torch.empty(sizes[peer], *sends[peer].shape[1:], dtype=sends[peer].dtype)
             given = sends[peer].contiguous()
+            buffer = torch.empty(sizes[peer], *given.shape[1:], dtype=given.dtype, pin_memory=given.is_pinned())
+            received[peer] = buffer
             kept.append(given)
             for call, tensor in ((self._group.recv, buffer), (self._group.send, given)):
                 if tensor.numel():
@@ -119,34 +119,3 @@ class GlooPeers:
                 text = f"rank {peer} is gone: {why.splitlines()[0]:.200}"
         self._store.set(f"lost/{self.rank}", text)
         return WorkerLost(text)
-
-
-class NcclPeers:
-    """On CUDA tensors: what is received is there for the current stream, and the host does not wait for it.
-
-    A lost peer ends the process after `timeout_s`, by NCCL's own watchdog, unless its parent does so before. The first
-    group of a process decides over which `interface` NCCL's own sockets are.
-    """
-
-    def __init__(
-        self, name: str, store: Store, rank: int, size: int, *, timeout_s: float = 300.0, interface: str = LOOPBACK
-    ) -> None:
-        self.rank, self.size, self.traffic = rank, size, Traffic()
-        os.putenv("NCCL_SOCKET_IFNAME", f"={interface}")  # NCCL knows no other way to be told
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=timeout_s)
-        self._group: Any = dist.ProcessGroupNCCL(PrefixStore(name, store), rank, size, options)
-
-    def exchange(self, sends: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-        own, tail = sends[self.rank], sends[self.rank].shape[1:]
-        out_rows = [0 if peer == self.rank else size for peer, size in enumerate(sizes)]
-        in_rows = [0 if peer == self.rank else len(sent) for peer, sent in enumerate(sends)]
-        given = torch.cat([sent for peer, sent in enumerate(sends) if peer != self.rank] or [own[:0]])
-        buffer = own.new_empty(sum(out_rows), *tail)
-        options = dist.AllToAllOptions()
-        self._group.alltoall_base(buffer, given, out_rows, in_rows, options).wait()
-        self.traffic.sent_bytes += given.nbytes
-        self.traffic.received_bytes += buffer.nbytes
-        received = list(buffer.split(out_rows))
-        received[self.rank] = own
-        return received

@@ -16,6 +16,7 @@ from hybridlab.engine.host_exchange import HostExchange
 from hybridlab.engine.host_needs import kept_experts
 from hybridlab.engine.lane_threads import LaneThreads
 from hybridlab.engine.lanes import Lanes
+from hybridlab.engine.own_experts import own_experts
 from hybridlab.engine.ring import slot_experts
 from hybridlab.engine.shared_blocks import host_store
 from hybridlab.engine.shared_weights import SharedWeights
@@ -65,14 +66,14 @@ def cuda_device(
     kept = kept_experts(placed, spec)
     store = host_store(checkpoint, layers, block, shared, kept, pin=pin, threads=threads, progress=not quiet)
     resident: dict[int, list[int]] = defaultdict(list)
-    for layer in spec.moe_layers:
-        for expert in range(spec.num_experts):
+    for layer, own in own_experts(placed, spec).items():
+        for expert in own:
             if placed.tier(layer, expert) is Tier.RESIDENT:
                 resident[layer].append(expert)
     size = slot_experts(placed, spec)
     largest = max([size, *map(len, resident.values())])
     # One core is left to the thread that launches steps: threads that spin on all of them delay it by milliseconds.
-    host = HostExchange(store, spec, max(1, threads - 1), device)
+    host = HostExchange(store, spec, max(1, threads - 1), device, layers)
     lanes = CudaLanes(device, host) if device.type == "cuda" else LaneThreads()
     experts: dict[Tier, TierExperts] = {Tier.HOST: host}
     load, move = no_link, nothing_to_bring

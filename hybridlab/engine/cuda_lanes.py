@@ -1,4 +1,4 @@
-"""Lanes of a CUDA device: a stream each for computing and copying; the host's lane is `HostExchange`."""
+"""Lanes of a CUDA device: a stream each to compute, to copy and to exchange; the host's lane is `HostExchange`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CudaLanes:
         assert host.up is not None and host.down is not None
         self._device, self._host = device, host
         self._pool = torch.cuda.graph_pool_handle()  # for all graphs: they run one after another
-        self._streams = {kind: torch.cuda.Stream(device) for kind in (LaneKind.GPU, LaneKind.H2D)}
+        self._streams = {kind: torch.cuda.Stream(device) for kind in (LaneKind.GPU, LaneKind.H2D, LaneKind.NET)}
         self._streams[LaneKind.CPU] = host.up
         # What an op of the host needs is sent on a stream of its own: not behind the results that come up.
         self._sending = {**self._streams, LaneKind.CPU: host.down}

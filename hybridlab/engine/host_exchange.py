@@ -21,6 +21,7 @@ from hybridlab.engine.worker_thread import WorkerThread
 from hybridlab.kernels_host_lane import HostLane, HostOp
 from hybridlab.model.base import Routed
 from hybridlab.model.cuda_blocks import triton_module
+from hybridlab.model.expert_block import Expert
 from hybridlab.plans import LaneKind, Op, Program
 from hybridlab.spec import ModelSpec
 
@@ -47,7 +48,7 @@ class HostStep:
         host_ops = []
         for number, op in enumerate(ops):
             buffers = self._buffers[op.microbatch]
-            x, ids, weights = (part.numpy() for part in buffers.inputs())
+            x, ids, weights = (part.numpy() for part in buffers.inputs(buffers.host_in))
             ready, done = words[2 * number, :1], words[2 * number + 1, :1]
             host_ops.append(HostOp(ready, done, layers[op.layer], x, ids, weights, buffers.host_out.numpy()))
         self.lane = HostLane(host_ops)
@@ -60,8 +61,14 @@ class HostStep:
     def send(self, op: Op, routed: Routed, words: Words) -> None:
         buffers = self._buffers[op.microbatch]
         x, ids, weights = routed.x_TH, routed.expert_ids, routed.weights
-        pieces = [x.reshape(-1).view(torch.int32), ids.reshape(-1), weights.reshape(-1).view(torch.int32)]
-        torch.cat(pieces, out=buffers.staged)
+        if ids.numel() == buffers.num_ids:
+            pieces = [x.reshape(-1).view(torch.int32), ids.reshape(-1), weights.reshape(-1).view(torch.int32)]
+            torch.cat(pieces, out=buffers.staged)
+        else:  # fewer rows, or routes of a row, than there is room for: they come from another rank
+            x_TH, ids_TK, weights_TK = buffers.inputs(buffers.staged)
+            ids_TK.fill_(-1)
+            x_TH[: len(x)] = x
+            ids_TK[: len(ids), : ids.shape[1]], weights_TK[: len(ids), : ids.shape[1]] = ids, weights
         buffers.host_in.copy_(buffers.staged, non_blocking=True)
         words.write(self._words[2 * self._numbers[op.id], :1])
 
@@ -80,12 +87,17 @@ class HostExchange:
     """As `Device.experts` for experts of the host; every step happens inside `around` or `running`.
 
     What they need comes down on the stream `down`, what they made goes up on `up`: the next layer's inputs do not wait
-    behind this one's results. One thread of the host runs the layers in the program's order.
+    behind this one's results. One thread of the host runs the layers in the program's order. `mapped` are all experts
+    where the checkpoint has them: those of other ranks, for a step that this one computes alone.
     """
 
-    def __init__(self, store: HostStore, spec: ModelSpec, threads: int, device: torch.device) -> None:
+    def __init__(
+        self, store: HostStore, spec: ModelSpec, threads: int, device: torch.device,
+        mapped: Mapping[int, Sequence[Expert]],
+    ) -> None:  # fmt: skip
         self._store, self._spec, self._threads, self._device = store, spec, threads, device
-        self._layers: dict[int, kernels.MoeLayer] = {}
+        self._mapped = mapped
+        self._layers: dict[tuple[int, bool], kernels.MoeLayer] = {}
         self._local = LocalIds(spec.num_experts, device)
         self._steps: OrderedDict[tuple, HostStep] = OrderedDict()
         self.current: HostStep | None = None
@@ -98,16 +110,24 @@ class HostExchange:
     def step(self, program: Program, tokens: Sequence[int]) -> HostStep:
         """New buffers for a program with so many tokens per microbatch."""
         ops = [op for op in program.ops if op.lane.kind is LaneKind.CPU]
-        for layer in {op.layer for op in ops} - self._layers.keys():
-            here = self._store.experts(layer)
+        layers = {op.layer: self._layer(op) for op in ops}
+        return HostStep(ops, tokens, layers, self._spec, self._device, self._way_up(program))
+
+    def _layer(self, op: Op) -> kernels.MoeLayer:
+        """The kernels of a layer, over the experts of the store, and all mapped ones if `op` needs them."""
+        key = op.layer, self._store.has(op.layer, op.experts)
+        if key not in self._layers:
+            here = self._store.experts(op.layer)
+            if not key[1]:
+                here = {**dict(enumerate(self._mapped[op.layer])), **here}
             experts = [here.get(expert, (None, None, None)) for expert in range(self._spec.num_experts)]
             pairs = [
                 ([w and w.weight for w in group], [w and w.scale for w in group])
                 for group in zip(*experts, strict=True)
             ]
             (g, gs), (u, us), (d, ds) = pairs
-            self._layers[layer] = kernels.moe_layer(g, u, d, gs, us, ds)
-        return HostStep(ops, tokens, self._layers, self._spec, self._device, self._way_up(program))
+            self._layers[key] = kernels.moe_layer(g, u, d, gs, us, ds)
+        return self._layers[key]
 
     def _way_up(self, program: Program) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """How results come up: past the loads of experts, which would hold up a copy for milliseconds."""
@@ -162,14 +182,14 @@ class HostExchange:
         assert self.current is not None
         if self.down is None or self.up is None:
             self.current.send(op, self._mine(op, routed), self.words)
-            return self.current.receive(op, self.words)
+            return self.current.receive(op, self.words)[: len(routed.x_TH)]
         with torch.cuda.stream(self.down):  # which alone waits for the router
             self.current.send(op, self._mine(op, routed), self.words)
             sent = torch.cuda.Event()
             sent.record(self.down)
         with torch.cuda.stream(self.up):
             self.up.wait_event(sent)
-            return self.current.receive(op, self.words)
+            return self.current.receive(op, self.words)[: len(routed.x_TH)]
 
     def _mine(self, op: Op, routed: Routed) -> Routed:
         """Without the routes to experts that other tiers hold."""
@@ -206,11 +226,15 @@ class _Buffers:
             torch.empty(shape, device=device),
         )
 
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, ids and weights as views of `host_in`."""
+    @property
+    def num_ids(self) -> int:
+        return (len(self.staged) - self.tokens * self.hidden) // 2
+
+    def inputs(self, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, ids and weights as views of `room`, one of the two."""
         x_size = self.tokens * self.hidden
-        ids, weights = self.host_in[x_size:].view(2, self.tokens, -1)
-        return self.host_in[:x_size].view(torch.float32).view(self.tokens, -1), ids, weights.view(torch.float32)
+        ids, weights = room[x_size:].view(2, self.tokens, -1)
+        return room[:x_size].view(torch.float32).view(self.tokens, -1), ids, weights.view(torch.float32)
 
 
 def _copy(out: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

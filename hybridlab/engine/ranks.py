@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from hybridlab.engine.channel import Kind
 from hybridlab.engine.collectives import LOOPBACK, Traffic
 from hybridlab.engine.load_plan import plan_load
 from hybridlab.engine.memory import GIB, MemoryPlan
+from hybridlab.engine.options import host_precision
 from hybridlab.engine.program_messages import plain_placement
 from hybridlab.engine.ranks_group import Spawned, Starter
 from hybridlab.engine.ranks_lasting import LastingRanks
@@ -24,6 +26,8 @@ from hybridlab.engine.ring import slots_bytes
 from hybridlab.engine.worker import EngineBackend, StepFailed
 from hybridlab.engine.worker_main import PACKAGE, SEED
 from hybridlab.errors import ConfigError, HybridlabError, StrategyError
+from hybridlab.hardware.gpu import Gpu
+from hybridlab.hardware.host_memory import detect_host_memory
 from hybridlab.model.numerics import make_numerics
 from hybridlab.plans import EXCHANGES, PlacementPlan, Program, RequestId
 from hybridlab.spec import HardwareSpec, ModelSpec
@@ -68,13 +72,15 @@ class Ranks:
         largest = max(owns, key=lambda own: slots_bytes(own, spec))
         weights = checkpoint.num_bytes
         total = hardware.host_memory_bytes if memory_gb is None else int(memory_gb * GIB)
-        # All map the same weights; each has the rest for itself.
-        each_gb = (weights + max(0, total - weights) / num_ranks) / GIB
+        if hardware.device == "cuda":  # each pins its own experts
+            each_gb = min(total, detect_host_memory().available_bytes) / num_ranks / GIB
+        else:  # all map the same weights; each has the rest for itself
+            each_gb = (weights + max(0, total - weights) / num_ranks) / GIB
         self.memory: MemoryPlan = plan_load(
             spec,
             largest,
             hardware,
-            make_numerics(precision, threads),
+            make_numerics(host_precision(precision), threads),
             weight_bytes=weights,
             threads=threads,
             token_budget=token_budget,
@@ -85,7 +91,7 @@ class Ranks:
         )
         if not quiet:
             for plan in filter(None, (self.memory, self.memory.gpu)):
-                print(f"hybridlab: each of {num_ranks} ranks, which map the same weights: {plan}", file=sys.stderr)
+                print(f"hybridlab: each of {num_ranks} ranks: {plan}", file=sys.stderr)
         self.num_kv_blocks = self.memory.kv_tokens // kv_block_tokens
         self.kv_block_tokens = kv_block_tokens
         options = {
@@ -97,6 +103,7 @@ class Ranks:
             "kv_block_tokens": kv_block_tokens,
             "timeout_s": TIMEOUT_S if timeout_s is None else timeout_s,
             "interface": interface,
+            "kv_offloaded": self.memory.kv_offloaded,
         }
         setup = {
             "package": PACKAGE,
@@ -157,9 +164,7 @@ class Ranks:
         self._ranks.close()
 
 
-def check_ranks(
-    ranks: Any, exchange: Any, device: str, *, weight_layout: str, worker: str, in_files: bool, placement: Any
-) -> None:
+def check_ranks(ranks: Any, exchange: Any, *, weight_layout: str, worker: str, in_files: bool, placement: Any) -> None:
     """Raises `ConfigError` or `StrategyError` for ranks or an exchange that cannot be, or what does not go with ranks.
 
     `in_files`: whether the checkpoint is given as a folder, that each rank can open.
@@ -170,8 +175,6 @@ def check_ranks(
         raise ConfigError(f"exchange is {exchange!r}, expected one of {', '.join(EXCHANGES)}")
     if ranks == 1:
         return
-    if device == "cuda":
-        raise ConfigError(f"ranks is {ranks}, expected 1 with device 'cuda'; several need device 'cpu' or 'emulated'")
     if weight_layout == "tiles":
         raise ConfigError(f"ranks is {ranks}, expected 1 with weight_layout 'tiles': all ranks map the same 'rows'")
     if worker == "thread":
@@ -188,6 +191,21 @@ def threads_of_rank(threads: int | None, ranks: int, device: str, num_cores: int
     if threads is not None or ranks == 1:
         return threads
     return max(num_cores // ranks, 2 if device == "emulated" else 1)
+
+
+def rank_hardware(hardware: HardwareSpec, ranks: int, gpus: Sequence[Gpu], *, quiet: bool) -> HardwareSpec:
+    """`hardware` as each of `ranks` has it, that share `gpus` out; stderr says so where there are more ranks."""
+    most = -(-ranks // max(1, len(gpus)))
+    if most == 1:
+        return hardware
+    if not quiet:
+        print(
+            f"hybridlab: {ranks} ranks share {len(gpus)} GPU, each with a part of its memory; what they exchange goes "
+            "by way of the host",
+            file=sys.stderr,
+        )
+    whole = min((gpu.memory_bytes for gpu in gpus), default=hardware.gpu_memory_bytes)
+    return replace(hardware, gpu_memory_bytes=min(hardware.gpu_memory_bytes, whole // most))
 
 
 def spread(placed: PlacementPlan, model: ModelSpec, ranks: int, exchange: str, placement_name: str) -> PlacementPlan:

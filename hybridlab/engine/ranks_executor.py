@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,12 +14,13 @@ from hybridlab.batch import Entry, OnRoute, StepBatch, split
 from hybridlab.engine.devices import Device, Execute
 from hybridlab.engine.ep_exchange import Exchange
 from hybridlab.engine.executor import Executor
+from hybridlab.engine.host_exchange import HostExchange
 from hybridlab.engine.ranks_cache import SharedKV
 from hybridlab.engine.ranks_share import Shares, shared_batch
 from hybridlab.engine.running import Running, drawn_tokens
 from hybridlab.errors import PlanError, StrategyError
 from hybridlab.model.base import Routed
-from hybridlab.plans import Move, Op, Program, RequestId, Span, Tier
+from hybridlab.plans import COLLECTIVE_KINDS, Move, Op, Program, RequestId, Span, Tier
 
 
 class RankExecutor:
@@ -27,13 +28,21 @@ class RankExecutor:
 
     Two groups of ranks are used: `cache` exchanges keys and values on the lane that computes; the one of `exchanges`
     that the program's placement names runs on the NET lane. A rank without tokens takes part in both. Steps of the
-    first rank alone are given to it alone.
+    first rank alone are given to it alone. `check` raises after a step that did not get what it waited for on a device.
     """
 
     def __init__(
-        self, device: Device, cache: SharedKV, exchanges: Mapping[str, Exchange], rank: int, num_ranks: int
+        self,
+        device: Device,
+        cache: SharedKV,
+        exchanges: Mapping[str, Exchange],
+        rank: int,
+        num_ranks: int,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._device, self._cache, self._exchanges = device, cache, exchanges
+        self._device, self._cache, self._exchanges, self._check = device, cache, exchanges, check
+        # Its thread waits for every op's rows, if only to see that there are none.
+        self._host_takes_nothing = isinstance(device.experts.get(Tier.HOST), HostExchange)
         self._rank, self._num_ranks = rank, num_ranks
         self._executor = Executor(device, cache)
         self._own: WeakKeyDictionary[Program, Program] = WeakKeyDictionary()
@@ -76,18 +85,25 @@ class RankExecutor:
                 mine, batch, shares = shared_batch(group, self._cache, self._rank, self._num_ranks)
                 states.append(_State(Running(mine, batch), shares))
             execute = self._execute_for(own, states, all_rows=all_rows)
-            with self._device.around(own, [len(state.micro.batch.token_ids) for state in states]):
-                return states, self._device.lanes.run(own, execute, clock_start_s)
+            with self._device.around(own, [self._most_rows(program, state.shares) for state in states]):
+                spans = self._device.lanes.run(own, execute, clock_start_s)
+            self._check()
+            return states, spans
+
+    def _most_rows(self, program: Program, shares: Shares) -> int:
+        """That this rank's experts can be given of a microbatch."""
+        per_token = self._device.model.spec.top_k if program.shape.placement.exchange == "dispatch_per_route" else 1
+        return per_token * sum(shares.sizes)
 
     def _own_program(self, program: Program) -> Program:
         """The ops of this rank; those of different ranks need each other through collectives alone."""
         own = self._own.get(program)
         if own is None:
             ops, order = (tuple(op for op in ops if op.rank == self._rank) for ops in (program.ops, program.order))
-            # Keys and values are exchanged within attention, beside the plan's collectives.
+            # Keys and values are exchanged within attention, beside the plan's collectives or, on GPUs, among them.
+            met = _meetings(ops, order, self._rank)
             for rank in range(self._num_ranks):
-                theirs = [(op.layer, op.microbatch) for op in program.ops if (op.kind, op.rank) == ("attention", rank)]
-                if theirs != [(op.layer, op.microbatch) for op in ops if op.kind == "attention"]:
+                if _meetings(program.ops, program.order, rank) != met:
                     raise PlanError(f"ranks {self._rank} and {rank} compute attention in different orders: deadlock")
             own = self._own[program] = replace(program, ops=ops, order=order)
         return own
@@ -107,11 +123,12 @@ class RankExecutor:
                     else:
                         self._cache.write_nothing(op.layer)
                 case "all_gather":
-                    state.own_TH = micro.x_TH
+                    state.own_TH, state.from_net = micro.x_TH, None
                     micro.x_TH = exchange.gather(micro.x_TH, state.shares.sizes)
                 case "dispatch":
-                    state.own_TH = micro.x_TH
+                    state.own_TH, state.from_net = micro.x_TH, None
                     routed = micro.routed[Tier.RESIDENT]
+                    state.to_net.append(routed)
                     routed, state.trip = exchange.dispatch(op.layer, routed, state.shares.sizes)
                     micro.routed = self._executor.by_tier(op.layer, routed, program)
                 case "reduce":
@@ -120,9 +137,16 @@ class RankExecutor:
                     for _, part in sorted(micro.parts.items()):
                         partial = partial + part
                     trip = state.shares.sizes if state.trip is None else state.trip
-                    micro.parts = {op.id: exchange.reduce(partial, trip)}
+                    state.to_net.append(micro.parts)
+                    state.from_net = exchange.reduce(partial, trip)
+                    micro.parts = {op.id: state.from_net}
                     micro.x_TH, state.trip = state.own_TH, None
-                case "load" | "head" | "combine":
+                case "combine":
+                    plain(op)
+                    state.to_net.clear()
+                case "load" | "head":
+                    plain(op)
+                case "experts" if op.tier is Tier.HOST and self._host_takes_nothing:
                     plain(op)
                 case _ if self._rows(op, micro):
                     plain(op)
@@ -155,9 +179,23 @@ class RankExecutor:
 
 @dataclass
 class _State:
-    """A microbatch in a layer: `own_TH` while `micro.x_TH` are all ranks' tokens, `trip` while rows are elsewhere."""
+    """A microbatch in a layer: `own_TH` while `micro.x_TH` are all ranks' tokens, `trip` while rows are elsewhere.
+
+    A stream uses the memory of what it made again in its own order, whoever still reads it. So what the NET lane reads
+    stays in `to_net` until the lane that made it has been told to wait for the NET lane ("combine"), and what it made
+    in `from_net` until the NET lane waits for the reader (its next op).
+    """
 
     micro: Running
     shares: Shares
     own_TH: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     trip: Any = None
+    to_net: list[Any] = field(default_factory=list)
+    from_net: torch.Tensor | None = None
+
+
+def _meetings(ops: Sequence[Op], order: Sequence[Op], rank: int) -> list[tuple[str, int, int]]:
+    """Where a rank exchanges something with the others: the order on the lane of attention, and that over all lanes."""
+    own = [op for op in ops if op.rank == rank and op.kind == "attention"]
+    own += [op for op in order if op.rank == rank and op.kind in ("attention", *COLLECTIVE_KINDS)]
+    return [(op.kind, op.layer, op.microbatch) for op in own]

@@ -5,15 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch._C._distributed_c10d import Store
 
 from hybridlab.checkpoint import Checkpoint
-from hybridlab.engine.collectives import GlooPeers, Traffic
+from hybridlab.engine.collectives import Traffic
+from hybridlab.engine.cuda_collectives import make_peers, rank_device
 from hybridlab.engine.devices import Device, cpu_device, emulated_device
 from hybridlab.engine.ep_exchange import Wire, make_exchanges, owners
 from hybridlab.engine.kv_cache import KVCache
 from hybridlab.engine.link import CopyLink
+from hybridlab.engine.offloaded_kv import OffloadedKV
+from hybridlab.engine.options import host_precision
 from hybridlab.engine.ranks_cache import SharedKV
 from hybridlab.engine.ranks_executor import RankExecutor
 from hybridlab.engine.worker import LocalWorker
@@ -26,7 +31,8 @@ class RankRuntime:
     """Rank `rank` of `num_ranks`, which all build this at the same time; they find each other through `store`.
 
     Each maps the checkpoint's own file, so that there is one copy of it in memory; each has a KV cache of all tokens,
-    and a link and a ring of its own, for its own experts. Sockets listen on `interface` alone.
+    and a link and a ring of its own, for its own experts. With device "cuda", it has a copy of these in host memory,
+    and one of its host's GPUs. Sockets listen on `interface` alone.
     """
 
     def __init__(
@@ -45,27 +51,37 @@ class RankRuntime:
         kv_block_tokens: int,
         timeout_s: float,
         interface: str,
+        kv_offloaded: bool,
     ) -> None:
         spec = checkpoint.spec
         self.num_kv_blocks, self.kv_block_tokens = num_kv_blocks, kv_block_tokens
-        numerics = make_numerics(precision, threads)
+        numerics = make_numerics(host_precision(precision), threads)
+        own, has_gpu = own_placement(placed, spec, rank), False
         if hardware.device == "cpu":
             self._device: Device = cpu_device(checkpoint, numerics, threads)
+        elif hardware.device == "cuda":
+            from hybridlab.engine.cuda_device import cuda_device
+
+            where, has_gpu = rank_device(store, rank, num_ranks)
+            vram = hardware.gpu_memory_bytes
+            self._device = cuda_device(checkpoint, own, threads, precision=precision, where=where, vram_bytes=vram)
         else:
             accelerator = make_numerics(precision, accelerator_threads)
             host, link = make_numerics(precision, threads - accelerator_threads), CopyLink(hardware.link_gb_s)
-            own = own_placement(placed, spec, rank)
             self._device = emulated_device(checkpoint, accelerator, host, own, accelerator_threads, link)
-        self._groups = {
-            name: GlooPeers(name, store, rank, num_ranks, timeout_s=timeout_s, interface=interface)
-            for name in ("attention", "experts")
-        }
-        cache = KVCache(spec, num_kv_blocks, kv_block_tokens, numerics.kv_dtype, self._device.torch_device)
+        where, names, meet = self._device.torch_device, ("attention", "experts"), (store, rank, num_ranks)
+        how: dict[str, Any] = {"timeout_s": timeout_s, "interface": interface}
+        self._groups, check = make_peers(names, *meet, device=torch.device(where), alone=has_gpu, **how)
+        storage = OffloadedKV if kv_offloaded else KVCache
+        cache = storage(spec, num_kv_blocks, kv_block_tokens, numerics.kv_dtype, where)
         self._cache = SharedKV(cache, self._groups["attention"], spec, numerics.kv_dtype)
-        exchanges = make_exchanges(self._groups["experts"], Wire(), owners(placed, spec))
-        executor = RankExecutor(self._device, self._cache, exchanges, rank, num_ranks)
-        self.local = LocalWorker(executor, self._device.torch_device)
-        self._mapping = threading.Thread(target=checkpoint.populate, name="hybridlab-map", daemon=True)
+        ranked = {layer: owner_E.to(where) for layer, owner_E in owners(placed, spec).items()}
+        exchanges = make_exchanges(self._groups["experts"], Wire(), ranked)
+        executor = RankExecutor(self._device, self._cache, exchanges, rank, num_ranks, check)
+        self.local = LocalWorker(executor, where)
+        # On "cuda", all is copied.
+        mapping = (lambda: None) if hardware.device == "cuda" else checkpoint.populate
+        self._mapping = threading.Thread(target=mapping, name="hybridlab-map", daemon=True)
         self._mapping.start()
 
     def wait_mapped(self) -> None:
