@@ -76,7 +76,7 @@ def private(fields: Counter[str]) -> int:
 
 def weights_bytes(engine: Engine) -> int:
     """Of the files, or as they are packed, by the engine's memory plan."""
-    return sum(size for name, size in engine.memory.parts.items() if name.startswith("weights"))
+    return sum(size for name, size in engine.memory.parts.items() if name.startswith(("weights", "experts")))
 
 
 def _pids(engine: Engine) -> dict[str, int]:

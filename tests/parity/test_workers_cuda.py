@@ -40,7 +40,7 @@ def where(request) -> Iterator[str]:
         if request.param == "cpu":
             script = Path(__file__).with_name("cuda_on_cpu_worker.py")
             patch.setattr(remote_worker, "COMMAND", (sys.executable, "-P", str(script)))
-            gpus = (Gpu(0, "made up", 2**34, (9, 0)),)
+            gpus = tuple(Gpu(index, "made up", 2**34, (9, 0)) for index in range(2))
             for module in ("engine.options", "loading", "hardware.detect"):
                 patch.setattr(import_module(f"hybridlab.{module}"), "detect_gpus", lambda: gpus)
         yield request.param
@@ -83,6 +83,14 @@ def wait_until_all_are_there(workers: Workers) -> None:
 
 def test_tokens_are_those_of_one_process(oracle, engine, alone):
     assert one_by_one(oracle, engine) == alone
+
+
+def test_each_worker_may_have_a_gpu_of_its_own(where, oracle, alone):
+    if where == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("torch finds one CUDA device, not two")
+    each = {name: {**own, "gpu": gpu} for gpu, (name, own) in enumerate(BOTH.items())}
+    with oracle.load(**OPTIONS, workers=each) as engine:
+        assert one_by_one(oracle, engine) == alone
 
 
 @pytest.mark.parametrize("scheduler", ["fcfs", PAPER], ids=["fcfs", "paper"])
