@@ -36,6 +36,28 @@ class Dram:
     cpu_bytes_s: float = inf
     total_bytes_s: float = inf
 
+    def scales(self, users: Sequence[tuple[float, float, bool]]) -> list[float]:
+        """How fast each of several ops runs, as a share of its own rate, by the law above.
+
+        Of an op: seconds left at its own rate, bytes per second at that rate (above 0), whether a CPU lane has it. The
+        one with the most left comes first.
+        """
+        free, free_cpu = self.total_bytes_s, self.cpu_bytes_s
+        found: list[float] = []
+        while len(found) < len(users):
+            first = last = len(found)
+            while last < len(users) and users[last][0] >= users[first][0] * (1 - TIE):
+                last += 1
+            alike = users[first:last]
+            wanted = sum(bytes_s for _, bytes_s, _ in alike)
+            wanted_cpu = sum(bytes_s for _, bytes_s, on_cpu in alike if on_cpu)
+            scale = min(1.0, free / wanted)
+            if wanted_cpu > 0:
+                scale = min(scale, free_cpu / wanted_cpu)
+            found += [scale] * len(alike)
+            free, free_cpu = max(0.0, free - scale * wanted), max(0.0, free_cpu - scale * wanted_cpu)
+        return found
+
 
 NO_LIMIT = Dram()
 
@@ -131,22 +153,9 @@ class EventClock:
                 busy.scale = 1.0
             return
         users.sort(key=lambda busy: -busy.left_s)
-        free, free_cpu = self.dram.total_bytes_s, self.dram.cpu_bytes_s
-        first = 0
-        while first < len(users):
-            last = first
-            while last < len(users) and users[last].left_s >= users[first].left_s * (1 - TIE):
-                last += 1
-            alike = users[first:last]
-            wanted = sum(busy.bytes_s for busy in alike)
-            wanted_cpu = sum(busy.bytes_s for busy in alike if busy.lane.kind is LaneKind.CPU)
-            scale = min(1.0, free / wanted)
-            if wanted_cpu > 0:
-                scale = min(scale, free_cpu / wanted_cpu)
-            for busy in alike:
-                busy.scale = scale
-            free, free_cpu = max(0.0, free - scale * wanted), max(0.0, free_cpu - scale * wanted_cpu)
-            first = last
+        scales = self.dram.scales([(b.left_s, b.bytes_s, b.lane.kind is LaneKind.CPU) for b in users])
+        for busy, scale in zip(users, scales, strict=True):
+            busy.scale = scale
 
     def _next_change_s(self) -> float:
         """When the next op ends, or has as little left as one that it had to wait for."""

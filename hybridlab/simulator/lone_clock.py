@@ -9,6 +9,7 @@ from math import inf
 
 from hybridlab.simulator.clock import NO_LIMIT, Dram, EventClock
 from hybridlab.simulator.programs import Table, end_s, finish_times
+from hybridlab.simulator.shared_clock import shared_end_s
 
 
 @dataclass(eq=False)
@@ -44,7 +45,7 @@ class LoneClock:
         assert self._run is None
         run = LoneRun(table, alone_s, dram_bytes, self.handoffs_s, self.dram, self.now_s)
         if table.shares:
-            run.end_s = max(end for _, end in run.spans)
+            run.end_s = self.now_s + shared_end_s(table, alone_s, dram_bytes, self.handoffs_s, self.dram)
         else:
             run.end_s = self.now_s + end_s(table, alone_s, self.handoffs_s)
         self._run = run

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 from hybridlab.errors import PlanError
@@ -42,6 +43,25 @@ class Table:
     end: int = 0
     window: int = 0
     """How far back an op may look for what it needs."""
+
+    @cached_property
+    def first(self) -> tuple[int, ...]:
+        """The first op of each lane."""
+        return tuple(self.lane.index(lane) for lane in range(len(self.lanes)))
+
+    @cached_property
+    def after(self) -> tuple[int, ...]:
+        """By op, the one behind it on its lane; the number of ops if there is none."""
+        found, last = [len(self.ops)] * len(self.ops), [len(self.ops)] * len(self.lanes)
+        for i in range(len(self.ops) - 1, -1, -1):
+            found[i], last[self.lane[i]] = last[self.lane[i]], i
+        return tuple(found)
+
+    @cached_property
+    def in_period(self) -> tuple[bool, ...]:
+        """By lane, whether it has an op of what repeats."""
+        inside = set(self.lane[self.begin : self.begin + self.period])
+        return tuple(lane in inside for lane in range(len(self.lanes)))
 
 
 def tabulate(program: Program, routes: Routes) -> Table:

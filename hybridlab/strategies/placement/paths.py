@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import lru_cache
 from math import ceil
 from typing import Protocol
 
@@ -78,8 +79,27 @@ def _bounds(given: Thresholds, hardware: HardwareSpec) -> tuple[int, int]:
     return mixed, stream or hardware.stream_from_tokens or PAPER_TOKENS
 
 
+class _Same:
+    """A plan as a key: equal plans may name their experts in different orders."""
+
+    def __init__(self, placed: PlacementPlan) -> None:
+        self.placed = placed
+
+    def __hash__(self) -> int:
+        return id(self.placed)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.placed is other.placed
+
+
 def prefetched(placed: PlacementPlan, share: float) -> tuple[frozenset[int], ...]:
     """Per layer, the first `share` of the streamed experts in the order in which the plan names them."""
+    return _prefetched(_Same(placed), share)
+
+
+@lru_cache(maxsize=16)  # every step asks
+def _prefetched(same: _Same, share: float) -> tuple[frozenset[int], ...]:
+    placed = same.placed
     streamed: dict[int, list[int]] = defaultdict(list)
     for (layer, expert), tier in placed.tier_of.items():
         if tier is Tier.STREAMED:

@@ -17,9 +17,11 @@ from hybridlab.simulator.cost_model import Micro, cost_model, dram_bytes_s, hand
 from hybridlab.simulator.lone_clock import LoneClock
 from hybridlab.simulator.programs import end_s, finish_times, tabulate
 from hybridlab.simulator.routes import Routes
+from hybridlab.simulator.shared_clock import SharedStep, shared_end_s
 from hybridlab.strategies.overlap.sequential import Sequential
 
 ROUTES = Routes(MODEL)
+DEEP = replace(MODEL, num_layers=30)
 ONE = StepPlan("decode", {"a": 1})
 
 
@@ -91,6 +93,45 @@ def test_a_lone_clock_is_an_event_clock_of_one_worker(program, machine, sizes):
         assert clock.now_s == run.end_s == pytest.approx(max(end for _, end in run.spans), rel=1e-9)
         ends.append(run.end_s)
     assert ends[0] == pytest.approx(ends[1], rel=1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(programs(model=DEEP), machines(), st.tuples(micros, micros))
+def test_dram_shared_in_deep_models_is_as_if_no_layer_was_skipped(program, machine, sizes):
+    table = tabulate(program, Routes(DEEP))
+    cost = cost_model(machine, SHAPE, sizes)
+    costs = [cost(one) for one in table.classes]
+    alone_s, dram_bytes = [c.alone_s for c in costs], [c.dram_bytes for c in costs]
+    hand, dram = handoffs_s(machine), Dram(*dram_bytes_s(machine))
+    clock = EventClock(hand, dram)
+    run = clock.submit(table, alone_s, dram_bytes)
+    clock.advance()
+    assert shared_end_s(table, alone_s, dram_bytes, hand, dram) == pytest.approx(run.end_s, rel=1e-8)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_layers_of_a_mixed_step_are_skipped(parts):
+    model = replace(MODEL, num_layers=40)
+    path = ExpertPath((frozenset({0, 1, 2, 3}),) * model.num_layers)
+    plan = PlacementPlan(default_tier=Tier.STREAMED, ring_slots=2, parts_per_layer=parts)
+    one = StepPlan("decode", {"a": 1}, ranks=(0,))
+    table = tabulate(planned(plan, path, "prefetch", one, model), Routes(model))
+    cost = cost_model(SLOW, SHAPE, [Micro.decode(64.0, 100.0)])
+    costs = [cost(each) for each in table.classes]
+    hand, dram = handoffs_s(SLOW), Dram(*dram_bytes_s(SLOW))
+    step = SharedStep(table, [c.alone_s for c in costs], [c.dram_bytes for c in costs], hand, dram)
+    step.end_s()
+    assert table.shares and step.skipped
+    assert step.done_s.count(float("inf")) > len(table.ops) / 2  # ops that nobody looked at
+
+
+def test_a_shared_step_that_can_never_end_is_refused_by_name():
+    table = tabulate(
+        planned(PlacementPlan(), ExpertPath(), "prefetch", StepPlan("decode", {"a": 1}, ranks=(0,))), ROUTES
+    )
+    stuck = replace(table, needs=(((1, 0),), *table.needs[1:]))
+    with pytest.raises(PlanError, match=r"op \d+ \(\w+ on .*\) can never start: a cycle"):
+        shared_end_s(stuck, [1.0] * len(table.classes), [0.0] * len(table.classes), (0.0,) * 4, Dram())
 
 
 def test_ranks_whose_experts_are_on_the_host_share_its_dram():
