@@ -57,6 +57,10 @@ class WorkerConfig(Section):
 
     threads: int | None = Field(default=None, gt=0)
     kv_tokens: int | None = Field(default=None, gt=0)
+    gpu: int | None = Field(default=None, ge=0)
+    """Of device "cuda": the index of its GPU; None: 0."""
+    vram_gb: float | None = Field(default=None, gt=0, le=1e6)
+    """Of device "cuda": GPU memory, 1e9 bytes; None: an even share of its GPU's."""
 
 
 class EngineConfig(Section):

@@ -14,7 +14,7 @@ import torch
 
 from hybridlab.batch import Entry, OnRoute
 from hybridlab.checkpoint import Checkpoint
-from hybridlab.engine.host_needs import host_needs_beside_gpu
+from hybridlab.engine.host_needs import PINNED, SHARED, host_needs_beside_gpu
 from hybridlab.engine.kv_region import create_region, region_bytes
 from hybridlab.engine.load_plan import plan_load
 from hybridlab.engine.memory import GIB, MemoryPlan
@@ -65,8 +65,9 @@ class Workers:
         spec, weights, copies = checkpoint.spec, checkpoint.num_bytes, 1
         budget = hardware.host_memory_bytes if memory_gb is None else int(memory_gb * GIB)
         if hardware.device == "cuda":
-            needs = host_needs_beside_gpu(spec, placed, budget_bytes=0, kv_token_bytes=0)
-            weights = needs.fixed["experts (pinned)"]
+            is_one = shared is not None
+            needs = host_needs_beside_gpu(spec, placed, budget_bytes=0, kv_token_bytes=0, shared=is_one)
+            weights = needs.fixed[PINNED] + needs.fixed[SHARED]
             copies = len(workers) if shared is None else 1
             if memory_gb is None and free_bytes is not None:
                 budget = min(budget, free_bytes)
@@ -90,6 +91,7 @@ class Workers:
                 kv_tokens=own["kv_tokens"],
                 kv_block_tokens=kv_block_tokens,
                 memory_gb=max(1, weights + share) / GIB,
+                shared=hardware.device == "cuda" and shared is not None,
                 precision=precision,
             )
             if not quiet:
@@ -100,7 +102,7 @@ class Workers:
         self._prefill = frozenset(name for name in workers if is_prefill(name))
         item_bytes = make_numerics(host_precision(precision), 1).kv_dtype.itemsize
         size = region_bytes(spec, self.num_kv_blocks, kv_block_tokens, item_bytes)
-        self.memory = _together(plans, copies * weights, size, budget)
+        self.memory = _together(plans, copies, size, budget)
         self._woken = threading.Event()
         self._remotes: dict[str, RemoteWorker] = {}
         self._descriptor = descriptor = create_region(size)
@@ -179,9 +181,10 @@ class Workers:
         os.close(self._descriptor)
 
 
-def _together(plans: Mapping[str, MemoryPlan], weights: int, region: int, budget: int) -> MemoryPlan:
-    """One plan of all workers: the weights once, the rest of each, and the region."""
-    parts = {part: weights for plan in plans.values() for part in plan.parts if part.startswith(_SHARED)}
+def _together(plans: Mapping[str, MemoryPlan], copies: int, region: int, budget: int) -> MemoryPlan:
+    """One plan of all workers: so many copies of the weights, the rest of each, and the region."""
+    one = next(iter(plans.values()))
+    parts = {part: copies * size for part, size in one.parts.items() if part.startswith(_SHARED)}
     for name, plan in plans.items():
         parts |= {f"{name}: {part}": size for part, size in plan.parts.items() if not part.startswith(_SHARED)}
     parts["between workers"] = region
