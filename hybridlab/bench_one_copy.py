@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PACKED = f"/memfd:{NAME}"
-TOGETHER = "together"
+PARENT, TOGETHER = "this process", "together"
 BOUND = 1.05
 """PSS of the weights, summed over the workers, over their size: what "one copy" allows."""
 
 
 def one_copy(*engines: Engine) -> pd.DataFrame:
-    """A row per worker process of `engines`, of one checkpoint, and one of all together; MB are 1e6 bytes.
+    """A row per worker process of `engines`, of one checkpoint, this process and all together; MB are 1e6 bytes.
 
     `weights_mb` of the weights' mapping are in memory, `weights_pss_mb` are this process's part of them: each page
     divided by the number of processes that have it mapped. `private_mb` is memory that no other process sees, of the
@@ -32,17 +33,22 @@ def one_copy(*engines: Engine) -> pd.DataFrame:
     """
     import pandas as pd
 
-    size, rows = 0, {}
-    for number, engine in enumerate(engines):
-        size = max(size, weights_bytes(engine))
-        for name, pid in _pids(engine).items():
-            weights, other = mapped_bytes(pid, PACKED, f" {engine.checkpoint.folder.resolve()}/")
-            rows[name if len(engines) == 1 else f"{number}: {name}"] = {
-                "weights_mb": weights["Rss"],
-                "weights_pss_mb": weights["Pss"],
-                "weights_private_mb": private(weights),
-                "other_private_mb": private(other),
-            }
+    rows = {}
+    size = max(weights_bytes(engine) for engine in engines)
+    folder = f" {engines[0].checkpoint.folder.resolve()}/"
+    pids = {
+        f"{name} {number}" if number else name: pid
+        for number, one in enumerate(engines)
+        for name, pid in _pids(one).items()
+    }
+    for name, pid in {**pids, PARENT: os.getpid()}.items():
+        weights, other = mapped_bytes(pid, PACKED, folder)
+        rows[name] = {
+            "weights_mb": weights["Rss"],
+            "weights_pss_mb": weights["Pss"],
+            "weights_private_mb": private(weights),
+            "other_private_mb": private(other),
+        }
     table = pd.DataFrame(rows).T / 1e6
     table.loc[TOGETHER] = table.sum()
     table.loc[TOGETHER, "weights_mb"] = size / 1e6

@@ -88,7 +88,7 @@ def worker_timeline(
         handles.append(Line2D([], [], color="black", linestyle="", marker="|", markersize=6, label="a token"))
         handles += [Line2D([], [], **DEATH)] if KILLED in kinds else []
         handles += [evidence_handle(kind) for kind in dict.fromkeys(shown["evidence"])]
-        ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3 if width_in < 5 else 6,
+        ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3 if width_in < 5 else 8,
                   handlelength=1.2, handletextpad=0.4, columnspacing=1.2)  # fmt: skip
     note_origin(ax, [shown])
     return ax
