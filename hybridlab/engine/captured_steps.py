@@ -28,21 +28,21 @@ COUNTED = 256
 NEVER_AGAIN = 10**9
 
 Groups = Sequence[tuple[Entry, ...]]
+ExecuteFor = Callable[[Program, list[Running]], Execute]
+"""What runs an op of a program on its microbatches."""
 
 
 class CapturedSteps:
-    """`execute_for` gives what runs an op of a program on microbatches; `cache` is where they keep their KV."""
+    """`cache` is where steps keep their KV. What runs them is given with each one: nothing here holds on to it."""
 
-    def __init__(
-        self, device: Device, cache: KVStorage, execute_for: Callable[[Program, list[Running]], Execute]
-    ) -> None:
-        self._device, self._cache, self._execute_for = device, cache, execute_for
+    def __init__(self, device: Device, cache: KVStorage) -> None:
+        self._device, self._cache = device, cache
         self._captured: OrderedDict[tuple, _Captured] = OrderedDict()
         self._seen: Counter[tuple] = Counter()
         self._num_steps = 0
 
     def run(
-        self, program: Program, groups: Groups, clock_start_s: float
+        self, program: Program, groups: Groups, clock_start_s: float, execute_for: ExecuteFor
     ) -> tuple[list[Running], tuple[Span, ...]] | None:
         """The step, or None if it is not one to replay (yet)."""
         if self._device.capture is None or not self._suits(program, groups):
@@ -51,7 +51,7 @@ class CapturedSteps:
         key = (program, *map(len, groups))
         captured = self._captured.get(key)
         if captured is None:
-            return self._capture(key, program, groups, clock_start_s) if self._pays(key) else None
+            return self._capture(key, program, groups, clock_start_s, execute_for) if self._pays(key) else None
         self._captured.move_to_end(key)
         captured.used_at = self._num_steps
         for micro, inputs, group in zip(captured.micros, captured.inputs, groups, strict=True):
@@ -89,7 +89,7 @@ class CapturedSteps:
         return True
 
     def _capture(
-        self, key: tuple, program: Program, groups: Groups, clock_start_s: float
+        self, key: tuple, program: Program, groups: Groups, clock_start_s: float, execute_for: ExecuteFor
     ) -> tuple[list[Running], tuple[Span, ...]]:
         """Run the step on the tensors of its later replays, then capture it; if that fails, it stays as it was."""
         inputs = [DecodeInputs(len(group), self._cache, self._device) for group in groups]
@@ -110,12 +110,12 @@ class CapturedSteps:
             torch.cuda.synchronize(self._device.torch_device)
         ran = start()
         with self._device.around(program, tokens):
-            spans = self._device.lanes.run(program, self._execute_for(program, ran), clock_start_s)
+            spans = self._device.lanes.run(program, execute_for(program, ran), clock_start_s)
         micros = start()
         assert self._device.capture is not None
         try:
             with tables_held() as tables:
-                replay = self._device.capture(program, tokens, self._execute_for(program, micros), upload)
+                replay = self._device.capture(program, tokens, execute_for(program, micros), upload)
             self._captured[key] = _Captured(micros, inputs, replay, tables, self._num_steps)
         except RuntimeError as error:  # most likely no memory is left for it
             self._seen[key] = -NEVER_AGAIN

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from hybridlab.engine.cuda_ring import CudaRing, ResidentExperts
 from hybridlab.engine.devices import Capture, Device, TierExperts, no_link, nothing_to_bring
 from hybridlab.engine.host_exchange import HostExchange
 from hybridlab.engine.host_needs import kept_experts
+from hybridlab.engine.host_store import HostStore
 from hybridlab.engine.lane_threads import LaneThreads
 from hybridlab.engine.lanes import Lanes
 from hybridlab.engine.own_experts import own_experts
@@ -77,6 +80,7 @@ def cuda_device(
     lanes = CudaLanes(device, host) if device.type == "cuda" else LaneThreads()
     experts: dict[Tier, TierExperts] = {Tier.HOST: host}
     load, move = no_link, nothing_to_bring
+    held: list[CudaRing | ResidentExperts | HostStore] = [store]
     if largest:
         make_group = expert_format(precision, block, largest, device)
         passing = max((len(own) for layer, own in resident.items() if not store.has(layer, own)), default=0)
@@ -84,16 +88,33 @@ def cuda_device(
             bring = staging.copy if passing else store.copy
             on_device = ResidentExperts(resident, bring, store, make_group, spec.num_experts, device)
         experts[Tier.RESIDENT], move = on_device, on_device.move
+        held.append(on_device)
         if size:
             ring = CudaRing(placed.ring_slots, size, store, make_group, spec.num_experts, device, poison=poison)
             experts[Tier.STREAMED], load = ring.experts, ring.load
+            held.append(ring)
 
     def close() -> None:
         lanes.close()
         host.close()
-        store.close()
+        while held:
+            held.pop().close()
 
     return Device(model, lanes, experts, load, close, where, move, host.around, _capture(lanes, host, spec))
+
+
+def release_cached(where: str) -> None:
+    """Give back what torch keeps for later, once a device is closed: memory of the GPU and of the host.
+
+    cuBLAS has a workspace for each stream that it ever ran on. Captured steps of other devices may read theirs.
+    """
+    internal: Any = torch._C
+    with suppress(RuntimeError):  # a GPU that gave up gives nothing back
+        torch.cuda.synchronize(where)
+        if not CudaLanes.alive:
+            internal._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        internal._host_emptyCache()
 
 
 def _capture(lanes: Lanes, host: HostExchange, spec: ModelSpec) -> Capture | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 
@@ -19,9 +21,12 @@ class CudaLanes:
     An op's span begins when its lane is free and its needs are done, and ends with the event behind it.
     """
 
+    alive: ClassVar[WeakSet[CudaLanes]] = WeakSet()
+
     def __init__(self, device: torch.device, host: HostExchange) -> None:
         assert host.up is not None and host.down is not None
         self._device, self._host = device, host
+        self.alive.add(self)
         self._pool = torch.cuda.graph_pool_handle()  # for all graphs: they run one after another
         self._streams = {kind: torch.cuda.Stream(device) for kind in (LaneKind.GPU, LaneKind.H2D, LaneKind.NET)}
         self._streams[LaneKind.CPU] = host.up
@@ -55,7 +60,9 @@ class CudaLanes:
         return replay
 
     def close(self) -> None:
-        """Streams end with the object."""
+        """Wait for what is still enqueued, so that its memory may go. Streams end with the object."""
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(self._device)
 
     def _begin(self, clock_start_s: float) -> tuple[Any, float]:
         torch.cuda.synchronize(self._device)

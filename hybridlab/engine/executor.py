@@ -27,7 +27,7 @@ class Executor:
         self._device, self._model, self._cache = device, device.model, cache
         device.model.cache = cache
         self._local = LocalIds(device.model.spec.num_experts, device.torch_device)
-        self._captured = CapturedSteps(device, cache, self.execute_for)
+        self._captured = CapturedSteps(device, cache)
         self._counts_LE: torch.Tensor | None = None
         """Where the model is, and with a last column for skipped routes; None until somebody asks."""
 
@@ -43,7 +43,7 @@ class Executor:
         return found
 
     def close(self) -> None:
-        """Captured steps hold what they run on: without this, it would all stay until it is collected as a cycle."""
+        """Let go of what captured steps run on, which each of them holds."""
         self._captured.forget()
 
     def move(self, moves: Sequence[Move]) -> None:
@@ -75,7 +75,7 @@ class Executor:
         groups = split(entries, program.shape.num_microbatches)
         with torch.inference_mode():
             if on_route is None and not all_rows:
-                replayed = self._captured.run(program, groups, clock_start_s)
+                replayed = self._captured.run(program, groups, clock_start_s, self.execute_for)
                 if replayed is not None:
                     return replayed
             self._cache.begin()

@@ -199,7 +199,10 @@ class HostExchange:
         return Routed(routed.x_TH, torch.where(here, routed.expert_ids, -1), routed.weights)
 
     def close(self) -> None:
+        """End the thread and give buffers and weights up; idempotent."""
         self._thread.close()
+        self._steps.clear()
+        self._layers.clear()
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ class KVCache:
         return torch.cat(list(new)).to(self._device)
 
     def close(self) -> None:
-        """Nothing is held beyond tensors."""
+        """Give the memory up; idempotent."""
+        self._layers.clear()
 
 
 def block_context(

@@ -116,8 +116,10 @@ class OffloadedKV:
                 storage.normal_(generator=generator)
 
     def close(self) -> None:
-        """Give the pinned memory back; idempotent."""
+        """Give the memory up, pinned or on the device; idempotent."""
         self._pins.close()
+        for held in (self._host, self._buffers, self._new_rows):
+            held.clear()
 
     def _bring(self, layer: int) -> _Buffer:
         """The buffer of `layer`, its copies enqueued: the one that was not asked for longest, if there is none yet."""

@@ -149,9 +149,19 @@ class Runtime:
         return self._worker.call(lambda: self.local.logits(program, entry)).result()
 
     def close(self) -> None:
+        """End the worker thread and give all memory up, whoever still holds this object; idempotent."""
+        if self._worker.closed:
+            return
         self._worker.close()
+        self.local.close()
         self._executor.close()
         self._cache.close()
         self._device.close()
+        where = self._device.torch_device
+        del self._executor, self._cache, self._device
         if self._shared is not None:
             self._shared.close()
+        if where != "cpu":
+            from hybridlab.engine.cuda_device import release_cached
+
+            release_cached(where)

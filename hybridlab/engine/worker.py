@@ -80,7 +80,8 @@ class LocalWorker:
     """
 
     def __init__(self, executor: StepExecutor, where: str) -> None:
-        self._executor, self._where = executor, where
+        self._executor: StepExecutor | None = executor
+        self._where = where
         self.losses = 0
         self.ready = True
         self.gone: WorkerLost | None = None
@@ -88,17 +89,27 @@ class LocalWorker:
     def run(
         self, program: Program, batch: StepBatch, clock_start_s: float, on_route: OnRoute | None = None
     ) -> StepOutput:
-        return self._guarded(lambda: self._executor.run(program, batch, clock_start_s, on_route))
+        return self._guarded(lambda: self._open.run(program, batch, clock_start_s, on_route))
 
     def logits(self, program: Program, entry: Entry) -> torch.Tensor:
         """Logits of every token of `entry`, float32 [T, V]; raises as `run` does."""
-        return self._guarded(lambda: self._executor.logits(program, entry))
+        return self._guarded(lambda: self._open.logits(program, entry))
 
     def take_routes(self) -> np.ndarray:
-        return self._guarded(self._executor.take_routes)
+        return self._guarded(lambda: self._open.take_routes())
 
     def move(self, moves: Sequence[Move]) -> None:
-        self._guarded(lambda: self._executor.move(moves))
+        self._guarded(lambda: self._open.move(moves))
+
+    def close(self) -> None:
+        """Let go of the executor: who still holds this holds nothing else. Idempotent."""
+        self._executor = None
+
+    @property
+    def _open(self) -> StepExecutor:
+        if self._executor is None:
+            raise closed()
+        return self._executor
 
     def _guarded(self, compute: Callable[[], T]) -> T:
         if self.gone is not None:
