@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Pins:
         runtime: Any = torch.cuda.cudart()
         status = int(runtime.cudaHostRegister(room.data_ptr(), room.nbytes, _READ_ONLY if read_only else 0))
         if status != 0:
+            _forget_error()
             raise RuntimeError(f"cudaHostRegister: error {status}")
         self._pinned.append(room)
 
@@ -41,3 +43,9 @@ class Pins:
         for room in self._pinned:
             runtime.cudaHostUnregister(room.data_ptr())
         self._pinned.clear()
+
+
+def _forget_error() -> None:
+    """CUDA keeps an error until it is asked for, and torch asks after the next kernel, whose it is not."""
+    with suppress(RuntimeError):
+        torch.empty(1, device="cuda").fill_(1.0)

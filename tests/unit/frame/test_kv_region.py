@@ -17,7 +17,7 @@ from hybridlab.engine.hand_off_messages import pack_hand_off, unpack_hand_off
 from hybridlab.engine.kv_cache import KVCache
 from hybridlab.engine.kv_region import HandOffRefused, KVRegion, create_region, region_bytes, request_digest
 from hybridlab.engine.offloaded_kv import OffloadedKV
-from hybridlab.engine.pinned import Pins
+from hybridlab.engine.pinned import Pins, pages
 from hybridlab.strategies.checks import TOY_MODEL
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
@@ -127,6 +127,17 @@ def test_another_type_or_shape_is_refused(descriptor):
         other.take(GIVEN, request_digest("a"), cache(1), THERE)
     with pytest.raises(ValueError, match=r"a region of \d+ bytes, expected \d+"):
         KVRegion(descriptor, TOY_MODEL, BLOCKS, SIZE, torch.bfloat16)
+
+
+@NO_GPU
+@pytest.mark.gpu
+def test_a_driver_that_refused_to_pin_goes_on_as_before():
+    pins, room = Pins(), pages(2**20)
+    pins.pin(room)
+    with pytest.raises(RuntimeError, match="cudaHostRegister: error"):
+        pins.pin(room)  # again
+    assert torch.ones(4, device="cuda").add_(1).sum().item() == 8
+    pins.close()
 
 
 def test_nobody_can_change_its_size_and_it_has_no_name(descriptor):
