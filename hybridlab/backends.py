@@ -72,10 +72,15 @@ class EngineBench:
     def check(self) -> None:
         from hybridlab.checkpoint import open_checkpoint
         from hybridlab.engine.options import check_accelerator_threads, check_device, check_threads
+        from hybridlab.engine.ranks import check_ranks, threads_of_rank
         from hybridlab.hardware import detect
 
-        device = check_device(self._given.get("device", "auto"))
-        threads = check_threads(self._given.get("threads"), detect())
+        given, ranks, hardware = self._given, self._given.get("ranks", 1), detect()
+        names = ("exchange", "interface", "weight_layout", "worker")
+        set_names = {name: given[name] for name in names if name in given}
+        check_ranks(ranks, placement=self._loaded_with["placement"], **set_names)
+        device = check_device(given.get("device", "auto"))
+        threads = check_threads(threads_of_rank(given.get("threads"), ranks, device, hardware.num_cores), hardware)
         if device == "emulated":
             check_accelerator_threads(self._given.get("accelerator_threads"), threads)
         if is_made(self._checkpoint):

@@ -84,6 +84,12 @@ class EngineConfig(Section):
     memory_gb: float | None = Field(default=None, gt=0, le=1e9)
     worker: Literal["auto", "thread", "process"] | None = None
     """process: model and memory in a process of their own, which is started again if it ends."""
+    ranks: int | None = Field(default=None, gt=0)
+    """Processes that share each prompt and the experts; `threads`, link and `vram_gb` are those of each."""
+    exchange: Literal["small_ep", "dispatch_per_route", "dispatch_per_rank"] | None = None
+    """How tokens reach the experts of other ranks; None: "small_ep"."""
+    interface: str | None = Field(default=None, min_length=1)
+    """The network interface over which ranks speak; None: loopback."""
     prefix_cache: bool = True
     """Requests that begin with the same tokens share their KV blocks."""
     workers: dict[str, WorkerConfig] | None = None

@@ -84,10 +84,10 @@ def load(
     With several `ranks` (processes; `threads`, link and `vram_gb` are those of each; with device "cuda" they share the
     GPUs out), every rank computes stripes of each prompt and the experts that it has; `exchange` is how tokens reach
     the others ("small_ep", "dispatch_per_route", "dispatch_per_rank"). A scheduler may have the first one alone
-    compute a step (`StepPlan.ranks`). A lost rank ends the step with an error that names it; all are started again, and
-    its requests computed once more. `ranks="torchrun"` takes the processes that torchrun has started, on one host or
-    several: the first one gets the engine, in the others this call computes until that is closed, and ends the process;
-    those are not started again. Ranks listen on the network `interface` alone.
+    compute a step (`StepPlan.ranks`; not with device "cuda"). A lost rank ends the step with an error that names it:
+    all are started again, and its requests are computed once more. `ranks="torchrun"` takes the processes that torchrun
+    has started, on one host or several: the first one gets the engine, in the others this call computes until that is
+    closed, and ends the process; those are not started again. Ranks listen on the network `interface` alone.
     With `workers`, as {"prefill": {"threads": 1}, "decode": {"threads": 1}}, processes with a KV cache each (of
     their own `kv_tokens` or this one's) compute side by side, on cores of their own where there are enough. Those whose
     names begin with "prefill" compute prompts for the others; the scheduler "paper" says which. The requests of a step
@@ -116,7 +116,8 @@ def load(
         check_unused({"vram_gb": vram_gb}, device)
     placement, overlap = resolve("placement", placement), resolve("overlap", overlap)
     in_files = not isinstance(path, Checkpoint)
-    check_ranks(ranks, exchange, weight_layout=weight_layout, worker=worker, in_files=in_files, placement=placement)
+    kind = {"weight_layout": weight_layout, "worker": worker, "in_files": in_files, "placement": placement}
+    check_ranks(ranks, exchange, interface, **kind)
     hardware = detect(gpu=device == "cuda")
     num_threads = check_threads(threads_of_rank(threads, ranks, device, hardware.num_cores), hardware)
     given_sides = accelerator_threads

@@ -209,10 +209,26 @@ def _memory_plan(
 ) -> MemoryPlan:
     from hybridlab.engine.load_plan import plan_load
     from hybridlab.engine.options import host_precision
+    from hybridlab.engine.ranks import plan_ranks, spread, threads_of_rank
     from hybridlab.loading import load
     from hybridlab.model.numerics import make_numerics
 
     engine, defaults = draft.config.engine, inspect.signature(load).parameters
+    block = defaults["kv_block_tokens"].default
+    if (ranks := engine.ranks or 1) > 1:
+        return plan_ranks(
+            model.spec,
+            spread(placed, model.spec, ranks, "small_ep", type(draft.strategies["placement"]).__name__),
+            hardware,
+            ranks,
+            weight_bytes=model.weight_bytes,
+            threads=threads_of_rank(engine.threads, ranks, hardware.device, hardware.num_cores) or 1,
+            token_budget=token_budget,
+            kv_tokens=kv_tokens,
+            kv_block_tokens=block,
+            memory_gb=memory_gb,
+            precision=engine.precision,
+        )
     threads = engine.threads or hardware.num_cores
     return plan_load(
         model.spec,
@@ -223,7 +239,7 @@ def _memory_plan(
         threads=threads,
         token_budget=token_budget,
         kv_tokens=kv_tokens,
-        kv_block_tokens=defaults["kv_block_tokens"].default,
+        kv_block_tokens=block,
         memory_gb=memory_gb,
         weight_layout=engine.weight_layout or defaults["weight_layout"].default,
         precision=engine.precision,

@@ -68,6 +68,11 @@ def simulated(config: ExperimentConfig, checkpoint: Path) -> Simulated:
     if device == "emulated" or (device == "cuda" and not machine.has_gpu):
         there = "'cpu' or 'cuda'" if machine.has_gpu else "'cpu': the machine has no GPU"
         raise ConfigError(f"engine.device is {device!r}, the simulator of {profile.name} expects {there}")
+    ranks, most = config.engine.ranks or 1, int(machine.num_gpus) if device == "cuda" else 1
+    if ranks > max(1, most):
+        raise ConfigError(f"engine.ranks is {ranks}, the simulator of {profile.name} expects at most {most}: its GPUs")
+    if config.engine.interface is not None:
+        raise ConfigError("engine.interface is given, the simulator expects none: nothing is sent")
     if config.engine.workers is not None:
         raise ConfigError("engine.workers is given, the simulator expects none: it has one worker")
     if config.engine.vram_gb is not None:
@@ -138,8 +143,14 @@ class SimulatorBench:
     def load(self) -> None:
         there = simulated(self._config, self._checkpoint)
         placed = self._placement.place(there.spec, there.hardware, there.known)
+        if (ranks := self._config.engine.ranks or 1) > 1:
+            from hybridlab.engine.ranks import spread
+
+            name = type(self._placement).__name__
+            placed = spread(placed, there.spec, ranks, self._config.engine.exchange or "small_ep", name)
         token_budget, kv_tokens = sizes(self._config, there, placed)
-        planner = Planner(there.spec, there.hardware, self._placement, self._overlap, placed)
+        ranked = placed, tuple(range(ranks))
+        planner = Planner(there.spec, there.hardware, self._placement, self._overlap, *ranked)
         self._loaded = there, planner, token_budget, kv_tokens
         self.vocab = there.spec.vocab
 
@@ -157,7 +168,7 @@ class SimulatorBench:
         backend = SimulatorBackend(there.machine, there.spec, there.shape, Routes(there.spec, there.routing))
         pool = BlockPool(kv_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
         prefixes = PrefixCache(pool) if self._config.engine.prefix_cache else NoPrefixes()
-        queue = RequestQueue(requests, pool, there.spec, token_budget, prefixes)
+        queue = RequestQueue(requests, pool, there.spec, token_budget, prefixes, rank_sets=planner.rank_sets)
         return serve(backend, queue, scheduler, planner, keep_span_steps=keep_span_steps, on_event=on_event)
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from hybridlab.engine.memory import GIB, MemoryPlan
 from hybridlab.engine.options import host_precision
 from hybridlab.engine.program_messages import plain_placement
 from hybridlab.engine.ranks_group import Spawned, Starter
+from hybridlab.engine.ranks_joined import address_of
 from hybridlab.engine.ranks_lasting import LastingRanks
 from hybridlab.engine.ranks_runtime import own_placement
 from hybridlab.engine.ring import slots_bytes
@@ -68,25 +69,17 @@ class Ranks:
         starter: Starter | None = None,
     ) -> None:
         spec = checkpoint.spec
-        owns = [own_placement(placed, spec, rank) for rank in range(num_ranks)]
-        largest = max(owns, key=lambda own: slots_bytes(own, spec))
-        weights = checkpoint.num_bytes
-        total = hardware.host_memory_bytes if memory_gb is None else int(memory_gb * GIB)
-        if hardware.device == "cuda":  # each pins its own experts
-            each_gb = min(total, detect_host_memory().available_bytes) / num_ranks / GIB
-        else:  # all map the same weights; each has the rest for itself
-            each_gb = (weights + max(0, total - weights) / num_ranks) / GIB
-        self.memory: MemoryPlan = plan_load(
+        self.memory: MemoryPlan = plan_ranks(
             spec,
-            largest,
+            placed,
             hardware,
-            make_numerics(host_precision(precision), threads),
-            weight_bytes=weights,
+            num_ranks,
+            weight_bytes=checkpoint.num_bytes,
             threads=threads,
             token_budget=token_budget,
             kv_tokens=kv_tokens,
             kv_block_tokens=kv_block_tokens,
-            memory_gb=each_gb,
+            memory_gb=memory_gb,
             precision=precision,
         )
         if not quiet:
@@ -164,8 +157,44 @@ class Ranks:
         self._ranks.close()
 
 
-def check_ranks(ranks: Any, exchange: Any, *, weight_layout: str, worker: str, in_files: bool, placement: Any) -> None:
-    """Raises `ConfigError` or `StrategyError` for ranks or an exchange that cannot be, or what does not go with ranks.
+def plan_ranks(
+    model: ModelSpec,
+    placed: PlacementPlan,
+    hardware: HardwareSpec,
+    num_ranks: int,
+    *,
+    weight_bytes: int,
+    threads: int,
+    memory_gb: float | None,
+    precision: str,
+    **sizes: Any,
+) -> MemoryPlan:
+    """What each rank has of a host of `memory_gb` (GiB; None: all): enough for the one that needs most. `sizes` and
+    what is raised are those of `plan_load`."""
+    owns = [own_placement(placed, model, rank) for rank in range(num_ranks)]
+    largest = max(owns, key=lambda own: slots_bytes(own, model))
+    total = hardware.host_memory_bytes if memory_gb is None else int(memory_gb * GIB)
+    if hardware.device == "cuda":  # each pins its own experts
+        each_gb = min(total, detect_host_memory().available_bytes) / num_ranks / GIB
+    else:  # all map the same weights; each has the rest for itself
+        each_gb = (weight_bytes + max(0, total - weight_bytes) / num_ranks) / GIB
+    numerics = make_numerics(host_precision(precision), threads)
+    how = {"weight_bytes": weight_bytes, "threads": threads, "memory_gb": each_gb, "precision": precision}
+    return plan_load(model, largest, hardware, numerics, **how, **sizes)
+
+
+def check_ranks(
+    ranks: Any,
+    exchange: Any = "small_ep",
+    interface: str = LOOPBACK,
+    *,
+    weight_layout: str = "rows",
+    worker: str = "auto",
+    in_files: bool = True,
+    placement: Any = None,
+) -> None:
+    """Raises `ConfigError` or `StrategyError` for ranks, an exchange or an interface that cannot be, or what does not
+    go with ranks.
 
     `in_files`: whether the checkpoint is given as a folder, that each rank can open.
     """
@@ -184,6 +213,8 @@ def check_ranks(ranks: Any, exchange: Any, *, weight_layout: str, worker: str, i
     if getattr(placement, "update_every_steps", 0):
         name = type(placement).__name__
         raise StrategyError(f"placement {name} moves experts between steps, which several ranks ({ranks}) cannot")
+    if interface != LOOPBACK:
+        address_of(interface)
 
 
 def threads_of_rank(threads: int | None, ranks: int, device: str, num_cores: int) -> int | None:

@@ -18,18 +18,20 @@ def needed_bytes(
     """(of the host's memory, of the GPU's), as numbers or arrays.
 
     Experts that are not resident are in the host's, and without a GPU everything; resident experts, the ring,
-    everything else and the KV cache (BF16) in the GPU's.
+    everything else and the KV cache (BF16) in the GPU's. Of several ranks, that of the first one.
     """
     experts, others = shape.weight_bytes(spec)
     count = len(spec.moe_layers) * spec.num_experts
     each = experts / max(1, count)
-    found = Counter(placed.tier(layer, expert) for layer in spec.moe_layers for expert in range(spec.num_experts))
+    keys = [(layer, expert) for layer in spec.moe_layers for expert in range(spec.num_experts)]
+    found = Counter(placed.tier(*key) for key in keys if placed.rank_of.get(key, 0) == 0)
+    all_resident = sum(placed.tier(*key) is Tier.RESIDENT for key in keys)
     kv = kv_tokens * spec.num_layers * shape.kv_bytes
     if not gpu:
         return experts + others + kv, 0.0
     parts = -(-found[Tier.STREAMED] // max(1, len(spec.moe_layers) * placed.parts_per_layer))
     resident = found[Tier.RESIDENT] * each
-    return experts - resident, resident + placed.ring_slots * parts * each + others + kv
+    return experts - all_resident * each, resident + placed.ring_slots * parts * each + others + kv
 
 
 def require_room(

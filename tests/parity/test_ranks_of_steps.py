@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from hybridlab.engine.ranks import Ranks
 from hybridlab.errors import StrategyError
 from hybridlab.plans import QueueView, StepPlan
 from hybridlab.strategies.scheduler.chunked_prefill import ChunkedPrefill
+from hybridlab.strategies.scheduler.paper import Paper
 
 STREAMED = {"name": "streamed", "stream_from_tokens": 4, "ring_slots": 3, "parts_per_layer": 2}
 DEVICES: dict[str, dict[str, Any]] = {
@@ -102,26 +103,28 @@ def test_other_sets_of_ranks_are_refused_by_name(oracle):
         assert engine.serve(oracle.requests(), On(None)).records[0].output == oracle.greedy[0]
 
 
-def test_the_paper_computes_a_long_prompt_on_all_ranks_and_decodes_on_one(oracle):
-    longest = max(len(request["prompt"]) for request in oracle.prompts)
-    scheduler = {"name": "paper", "short_tokens": longest, "idle_s": 1000.0, "chunk_tokens": 4}
-    index = [len(request["prompt"]) for request in oracle.prompts].index(longest)
+def test_the_paper_computes_a_long_prompt_on_all_ranks_and_all_else_on_one(oracle):
+    """The prompt begins while nothing has decoded yet; decodes, and what is short, run on the first rank."""
+    longest = max(oracle.requests(), key=lambda request: len(request.prompt))
+    others = [request for request in oracle.requests() if request.id != longest.id]
+    paper = Recorded(Paper(short_tokens=len(longest.prompt), idle_s=1000.0, chunk_tokens=4))
     with oracle.load(precision="exact", ranks=2, device="cpu") as engine:
-        first = replace(oracle.requests()[index], arrival_s=0.0)
-        others = [replace(r, arrival_s=0.3) for i, r in enumerate(oracle.requests()) if i != index]
-        served = engine.serve([first, *others], scheduler, keep_span_steps=1000)
+        served = engine.serve([longest, *others], paper)
     outputs = {record.request.id: record.output for record in served.records}
     assert [outputs[request.id] for request in oracle.requests()] == oracle.greedy
-    where = [{span.op.rank for span in step} for step in by_step(served.spans)]
-    assert where[0] == {0, 1} and all(ranks == {0} for ranks in where[1:])
+    first, *later = paper.steps
+    assert first == StepPlan("prefill", {longest.id: len(longest.prompt)})
+    assert {step.ranks for step in later} == {(0,)} and len(later) >= 24
 
 
-def by_step(spans):
-    """The spans of each step, cut where ranks embed anew."""
-    steps, last = [], None
-    for span in spans:
-        if span.op.kind == "embed" and last != "embed":
-            steps.append([])
-        last = span.op.kind
-        steps[-1].append(span)
-    return steps
+@dataclass(frozen=True)
+class Recorded:
+    """Any scheduler, and its steps."""
+
+    inner: Any
+    steps: list[StepPlan] = field(default_factory=list)
+
+    def schedule(self, queue: QueueView) -> StepPlan | None:
+        step = self.inner.schedule(queue)
+        self.steps.extend([] if step is None else [step])
+        return step
