@@ -12,6 +12,7 @@ import numpy as np
 from hybridlab.admission import Limits, why_refused
 from hybridlab.batch import Entry, OnRoute
 from hybridlab.checkpoint import Checkpoint
+from hybridlab.engine.memory import Peak
 from hybridlab.engine.options import is_count
 from hybridlab.engine.ranks import Ranks
 from hybridlab.engine.runtime import Runtime
@@ -187,7 +188,14 @@ class Engine:
 
     def _repr_html_(self) -> str:
         placement, overlap = label(self.planner.placement), label(self.planner.overlap)
-        return f"<b>{self!r}</b><br>placement {placement}, overlap {overlap}{self.memory._repr_html_()}"
+        peak = "" if (found := self.peak()) is None else f"<br>{found}"
+        return f"<b>{self!r}</b><br>placement {placement}, overlap {overlap}{self.memory._repr_html_()}{peak}"
+
+    def peak(self) -> Peak | None:
+        """The most that has been taken of the GPU so far, to be held against `memory.gpu`; None without a GPU, once
+        closed, and with several ranks or workers."""
+        runtime = self._runtime
+        return runtime.peak() if isinstance(runtime, Runtime | WorkerProcess) else None
 
     def _token_stream(
         self, prompt: Prompt, max_tokens: int, sampling: Sampling, stop_token_ids: Sequence[int]

@@ -117,7 +117,7 @@ class CapturedSteps:
             with tables_held() as tables:
                 replay = self._device.capture(program, tokens, execute_for(program, micros), upload)
             self._captured[key] = _Captured(micros, inputs, replay, tables, self._num_steps)
-        except RuntimeError as error:  # most likely no memory is left for it
+        except (RuntimeError, MemoryError) as error:  # most likely no memory is left for it
             self._seen[key] = -NEVER_AGAIN
             text = str(error).partition("\n")[0]
             logging.getLogger(__name__).warning("a decode step of %s requests is not captured: %s", tokens, text)

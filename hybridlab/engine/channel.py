@@ -36,6 +36,9 @@ class Kind(IntEnum):
     CATCH_UP = 12
     """Of ranks alone: KV blocks that the first one gives the others."""
 
+    PEAK = 12
+    """Of a lone worker: what it has had of its GPU."""
+
     READY = 32
     DONE = 33
     FAILED = 34

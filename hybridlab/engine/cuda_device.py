@@ -11,7 +11,7 @@ import torch
 from hybridlab.checkpoint import Checkpoint
 from hybridlab.engine.cuda_capture import GraphCapture, PlainCapture
 from hybridlab.engine.cuda_lanes import CudaLanes
-from hybridlab.engine.cuda_memory import CONTEXT_BYTES
+from hybridlab.engine.cuda_memory import CONTEXT_BYTES, captured_bytes, captured_token_bytes
 from hybridlab.engine.cuda_ring import CudaRing, ResidentExperts
 from hybridlab.engine.devices import Capture, Device, TierExperts, no_link, nothing_to_bring
 from hybridlab.engine.host_exchange import HostExchange
@@ -61,6 +61,7 @@ def cuda_device(
         total = torch.cuda.get_device_properties(device).total_memory
         least = min(total, total if vram_bytes is None else vram_bytes - CONTEXT_BYTES)
         torch.cuda.set_per_process_memory_fraction(least / total, device)
+        torch.cuda.reset_peak_memory_stats(device)
     model = build_model(checkpoint, CudaBf16(where), threads)
     spec = model.spec
     layers = {layer: experts_of(model.expert_weights(layer)) for layer in spec.moe_layers}
@@ -122,4 +123,6 @@ def _capture(lanes: Lanes, host: HostExchange, spec: ModelSpec) -> Capture | Non
     if not isinstance(lanes, CudaLanes):
         return PlainCapture(lanes, host)
     is_power_of_2 = spec.head_dim & (spec.head_dim - 1) == 0
-    return GraphCapture(lanes, host) if is_power_of_2 and triton_module("triton_attention") else None
+    if not is_power_of_2 or triton_module("triton_attention") is None:
+        return None
+    return GraphCapture(lanes, host, captured_bytes(spec), captured_token_bytes(spec))

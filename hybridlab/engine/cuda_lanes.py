@@ -59,6 +59,12 @@ class CudaLanes:
 
         return replay
 
+    @property
+    def captured_bytes(self) -> int:
+        """What the graphs have taken of the device."""
+        segments: Any = torch.cuda.memory_snapshot()
+        return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) == tuple(self._pool))
+
     def close(self) -> None:
         """Wait for what is still enqueued, so that its memory may go. Streams end with the object."""
         with suppress(RuntimeError):

@@ -12,6 +12,10 @@ CONTEXT_BYTES = GIB
 """The CUDA context, cuBLAS workspaces and what the allocator cannot use."""
 HEAD_ROWS = 256
 """Rows whose logits are computed at once."""
+CAPTURED_TOKENS = 256
+"""Of all captured decode steps together, whose memory is planned: 16 steps of 1 to 16 requests have 136."""
+CAPTURED_LEAST = 64 * 2**20
+"""What torch's allocator takes of the device at least, in pieces of 2 and 20 MiB."""
 OFFLOAD_BUFFERS = 2
 """Layers whose KV is on the device at once, where the KV cache is offloaded."""
 
@@ -24,11 +28,13 @@ def gpu_needs(
     kv_element_bytes: int = 2,
     kv_offloaded: bool = False,
     context_bytes: int = CONTEXT_BYTES,
+    captures: bool = True,
     precision: str = "bf16",
 ) -> Needs:
     """Projections, resident experts, ring, workspace, KV cache and activations, as `engine.cuda_device` takes them.
 
-    Of rank 0 of `placed`, if experts are on other ranks too.
+    Of rank 0 of `placed`, if experts are on other ranks too. With `captures`, decode steps are captured as graphs,
+    unless KV is offloaded.
     """
     experts = [(layer, e) for layer, own in own_experts(placed, model).items() for e in own]
     resident = [key for key in experts if placed.tier(*key) is Tier.RESIDENT]
@@ -47,6 +53,7 @@ def gpu_needs(
         kv: 0,
         "activations": 0,
         "logits": HEAD_ROWS * model.vocab * (4 + 2),
+        "captured steps": captured_bytes(model) if captures and not kv_offloaded else 0,
         "context": context_bytes,
     }
     per_token = _activation_bytes(model)
@@ -55,6 +62,16 @@ def gpu_needs(
     if any(placed.rank_of.values()):
         per_token += _net_bytes(model)
     return Needs("GPU memory", budget_bytes, fixed, per_token, kv_bytes, "activations", kv)
+
+
+def captured_bytes(model: ModelSpec) -> int:
+    """The share of captured decode steps: a graph's memory is its own, whether it runs or not (`GraphCapture`)."""
+    return CAPTURED_LEAST + CAPTURED_TOKENS * captured_token_bytes(model)
+
+
+def captured_token_bytes(model: ModelSpec) -> int:
+    """Of one request of a captured step: what every step takes for a token, and its logits."""
+    return _activation_bytes(model) + _exchange_bytes(model) + model.vocab * (4 + 2)
 
 
 def _projection_bytes(model: ModelSpec) -> int:

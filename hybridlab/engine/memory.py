@@ -62,6 +62,21 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """The most that torch has had of a GPU's memory since a model was loaded: in tensors, and taken from the driver.
+
+    Beside a plan: neither has the CUDA context, which the plan counts; what is taken has gaps between tensors as well.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+
+    def __str__(self) -> str:
+        tensors, taken = self.allocated_bytes / GIB, self.reserved_bytes / GIB
+        return f"GPU memory at its peak (GiB): {tensors:.2f} in tensors, {taken:.2f} taken"
+
+
+@dataclass(frozen=True)
 class Needs:
     """What one memory must hold: `fixed` bytes by purpose, and more with each token of a step and of KV.
 

@@ -154,6 +154,10 @@ class RemoteWorker:
         """Send a message whose answer is empty, from any thread."""
         return self.thread.call(lambda: self._exchange(self._there(), kind, body))
 
+    def told(self, kind: Kind) -> Future[Any]:
+        """Send a message whose answer is plain data, from any thread."""
+        return self.thread.call(lambda: self._exchange(self._there(), kind, b"", unpack_json))
+
     def kill(self) -> None:
         """End the child and start no other; from any thread."""
         with self._lock:

@@ -15,7 +15,7 @@ from hybridlab.engine.executor import Executor
 from hybridlab.engine.kv_cache import KVCache, KVStorage
 from hybridlab.engine.link import CopyLink
 from hybridlab.engine.load_plan import plan_load
-from hybridlab.engine.memory import MemoryPlan
+from hybridlab.engine.memory import MemoryPlan, Peak
 from hybridlab.engine.offloaded_kv import OffloadedKV
 from hybridlab.engine.options import host_precision
 from hybridlab.engine.shared_tiles import SharedTiles
@@ -147,6 +147,13 @@ class Runtime:
     def logits(self, program: Program, entry: Entry) -> torch.Tensor:
         """Logits of every token of `entry`, float32 [T, V]."""
         return self._worker.call(lambda: self.local.logits(program, entry)).result()
+
+    def peak(self) -> Peak | None:
+        """Of the GPU, since this was made; None without one. Other models of this process count too."""
+        if self._device.torch_device == "cpu":
+            return None
+        where = self._device.torch_device
+        return Peak(torch.cuda.max_memory_allocated(where), torch.cuda.max_memory_reserved(where))
 
     def close(self) -> None:
         """End the worker thread and give all memory up, whoever still holds this object; idempotent."""

@@ -185,6 +185,9 @@ class Loop:
                 move(hand_off, request, runtime.cache, blocks)
             case Kind.CATCH_UP if isinstance(self._runtime, RankRuntime):
                 self._runtime.catch_up(unpack_blocks(body, self._runtime.num_kv_blocks))
+            case Kind.PEAK if isinstance(self._runtime, Runtime):
+                peak = self._runtime.peak()
+                return pack_json(None if peak is None else dataclasses.asdict(peak))
             case Kind.TRAFFIC if isinstance(self._runtime, RankRuntime):
                 return pack_json({name: dataclasses.astuple(t) for name, t in self._runtime.traffic().items()})
             case _:

@@ -15,13 +15,13 @@ import torch
 from hybridlab.batch import Entry, OnRoute, StepBatch
 from hybridlab.checkpoint import Checkpoint
 from hybridlab.engine.channel import Kind
-from hybridlab.engine.memory import MemoryPlan
+from hybridlab.engine.memory import MemoryPlan, Peak
 from hybridlab.engine.program_messages import plain_placement
 from hybridlab.engine.remote_worker import RemoteWorker
 from hybridlab.engine.shared_weights import SharedWeights
 from hybridlab.engine.worker import EngineBackend, StepFailed
 from hybridlab.engine.worker_main import PACKAGE, SEED
-from hybridlab.errors import HybridlabError
+from hybridlab.errors import HybridlabError, WorkerLost
 from hybridlab.plans import PlacementPlan, Program, RequestId
 from hybridlab.spec import HardwareSpec
 
@@ -101,6 +101,14 @@ class WorkerProcess:
     def logits(self, program: Program, entry: Entry) -> torch.Tensor:
         """Logits of every token of `entry`, float32 [T, V]."""
         return self._remote.thread.call(lambda: self._remote.logits(program, entry)).result()
+
+    def peak(self) -> Peak | None:
+        """As `Runtime.peak`, of the process of now; None while another one is started."""
+        try:
+            found = self._remote.told(Kind.PEAK).result()
+        except WorkerLost:
+            return None
+        return None if found is None else Peak(**found)
 
     def close(self) -> None:
         """End the process, after the step that it may be in; idempotent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +91,8 @@ def _registers(num_bytes: int) -> bool:
     room = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
     runtime = torch.cuda.cudart()
     if int(runtime.cudaHostRegister(room.data_ptr(), num_bytes, 0)) != 0:  # type: ignore[union-attr]
+        with suppress(RuntimeError):  # CUDA keeps the error for the next kernel, whose it is not
+            torch.zeros(1, device="cuda")
         return False
     runtime.cudaHostUnregister(room.data_ptr())  # type: ignore[union-attr]
     return True

@@ -67,7 +67,8 @@ def test_the_step_is_the_largest_that_there_is_room_for(vram_gb):
 
 
 def test_steps_grow_with_the_memory():
-    steps = [planned(vram_gb=gb / 4).token_budget for gb in range(30, 80)]
+    plans = [planned(vram_gb=gb / 4) for gb in range(30, 80)]
+    steps = [plan.token_budget for plan in plans if not plan.kv_offloaded]
     assert steps == sorted(steps) and len(set(steps)) > 10
 
 
@@ -146,6 +147,16 @@ def test_the_pinned_experts_are_counted_once():
     assert not any("mapped" in name for name in plan.parts)
     resident = planned(placement="all_resident")
     assert resident.parts["workspace"] < plan.parts["workspace"]  # the host computes no experts
+
+
+def test_captured_steps_have_a_share_where_steps_are_captured():
+    share = cuda_memory.captured_bytes(BIG)
+    assert cuda_memory.CAPTURED_LEAST < share < GIB
+    here, offloaded = planned(), planned(kv_tokens=400_000, vram_gb=24)
+    assert here.gpu and here.gpu.parts["captured steps"] == share
+    assert offloaded.gpu and offloaded.kv_offloaded and "captured steps" not in offloaded.gpu.parts
+    emulated = planned(device="emulated").gpu
+    assert emulated and "captured steps" not in emulated.parts
 
 
 def test_what_lives_on_the_gpu_is_not_pinned():
