@@ -7,6 +7,7 @@ from hybridlab.calibration_files import read_calibration
 from hybridlab.figures.crossover import crossover, save_calibration
 from hybridlab.figures.decode_tradeoff import decode_table, decode_tradeoff, read_decode
 from hybridlab.figures.draw import draw_figures
+from hybridlab.figures.exchange import dslp, exchange_bytes, exchange_table, read_exchange
 from hybridlab.figures.fp8_codes import fp8_codes, fp8_table
 from hybridlab.figures.interference import claim_table, interference, interference_table, read_interference
 from hybridlab.figures.kernel_bench import read_kernel_bench, save_kernel_bench
@@ -22,6 +23,7 @@ from hybridlab.figures.tables import Tables
 from hybridlab.figures.timeline import timeline
 from hybridlab.figures.ttft_prompt_length import ttft_prompt_length
 from hybridlab.figures.ttft_throughput import ttft_throughput
+from hybridlab.figures.what_if import prefill_ways, upgrades
 from hybridlab.figures.worker_timeline import worker_timeline
 
 __all__ = [
@@ -33,6 +35,9 @@ __all__ = [
     "decode_table",
     "decode_tradeoff",
     "draw_figures",
+    "dslp",
+    "exchange_bytes",
+    "exchange_table",
     "fp8_codes",
     "fp8_table",
     "interference",
@@ -40,8 +45,10 @@ __all__ = [
     "latency_cdf",
     "load_curves",
     "pareto_front",
+    "prefill_ways",
     "read_calibration",
     "read_decode",
+    "read_exchange",
     "read_interference",
     "read_kernel_bench",
     "read_slp",
@@ -56,6 +63,7 @@ __all__ = [
     "timeline",
     "ttft_prompt_length",
     "ttft_throughput",
+    "upgrades",
     "weights_rate",
     "worker_timeline",
 ]
