@@ -20,6 +20,7 @@ Backend = Annotated[str, typer.Option(help="engine, or simulator: on the clock o
 ResultsDir = Annotated[Path | None, typer.Option(help="Default: the project's results.")]
 Force = Annotated[bool, typer.Option("--force", help="Run again what results/ already holds.")]
 Figures = Annotated[bool, typer.Option(help="Draw the figures that the config asks for.")]
+Processes = Annotated[int, typer.Option(min=1, help="How many runs are simulated at a time.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run again what failed earlier.")]
 
 
@@ -44,10 +45,11 @@ def sweep(
     force: Force = False,
     results_dir: ResultsDir = None,
     backend: Backend = "engine",
+    processes: Processes = 1,
     figures: Figures = True,
     json: Json = False,
 ) -> None:
-    """Run what is missing of an experiment, one run at a time; killed or interrupted, it resumes when called again.
+    """Run what is missing of an experiment; killed or interrupted, it resumes when called again.
 
     Exit status 1 if some runs failed, or a figure could not be drawn.
     """
@@ -56,7 +58,8 @@ def sweep(
     with human_output():
         if backend != "simulator":  # which takes no time worth planning
             note(str(hl.plan(config, force=force, retry_failed=retry_failed, results_dir=results_dir)))
-        result = hl.run(config, backend=backend, force=force, retry_failed=retry_failed, results_dir=results_dir)
+        how: Any = {"force": force, "retry_failed": retry_failed, "results_dir": results_dir}
+        result = hl.run(config, backend=backend, processes=processes, **how)
         drawn = draw(result, f"hybridlab sweep {config}") if figures else Drawn()
     emit(as_json(result, drawn) if json else rows(result.table), json)
     end(result, drawn)

@@ -45,21 +45,31 @@ def execute(
     `force`, a run that another process has finished meanwhile is taken from the store. Raises ConfigError if the
     store cannot be written; closes the engine whatever ends the iteration.
     """
+    groups = check_benches(jobs, backend, progress)
+    check_writable(folder, [job.run_id for job in jobs])
+    with progress_bars(len(jobs), progress) as bars:
+        for bench, group in groups:
+            with alone(bench.exclusive_device):
+                yield from _serve_group(group, bench, folder, force, bars)
+
+
+def check_benches(jobs: Sequence[Job], backend: str, progress: bool) -> list[tuple[Bench, list[Job]]]:
+    """Jobs by the engine that they share, which can serve them as far as is known before it is loaded.
+
+    Raises what would stop every run of an engine.
+    """
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.engine_key, []).append(job)
-    benches = {}
-    for key, group in groups.items():
+    found = []
+    for group in groups.values():
         draft = group[0].draft
         placed = _fresh(draft.strategies["placement"]), _fresh(draft.strategies["overlap"])
-        benches[key] = BACKENDS[backend](draft.config, draft.checkpoint, *placed, not progress)
+        bench = BACKENDS[backend](draft.config, draft.checkpoint, *placed, not progress)
         with draft.config.named_errors():
-            benches[key].check()
-    check_writable(folder, [job.run_id for job in jobs])
-    with _bars(len(jobs), progress) as bars:
-        for key, group in groups.items():
-            with alone(benches[key].exclusive_device):
-                yield from _serve_group(group, benches[key], folder, force, bars)
+            bench.check()
+        found.append((bench, group))
+    return found
 
 
 @dataclass
@@ -79,7 +89,7 @@ class _Bars:
 
 
 @contextmanager
-def _bars(num_runs: int, progress: bool) -> Iterator[_Bars]:
+def progress_bars(num_runs: int, progress: bool) -> Iterator[_Bars]:
     from tqdm.auto import tqdm
 
     shown = progress and num_runs > 0

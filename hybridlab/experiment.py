@@ -22,6 +22,7 @@ from hybridlab.run_files import find_runs
 from hybridlab.store import settings
 from hybridlab.stored_run import FailedRun, StoredRun
 from hybridlab.summary_table import TABLE_METRICS, axes_of, short_table
+from hybridlab.sweep_processes import check_processes, execute_beside
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,6 +81,7 @@ def sweep(
     force: bool = False,
     retry_failed: bool = False,
     results_dir: str | Path | None = None,
+    processes: int = 1,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Like `run`, but returns the summary alone: one tidy row per run, units in the column names."""
@@ -92,6 +94,7 @@ def sweep(
         force=force,
         retry_failed=retry_failed,
         results_dir=results_dir,
+        processes=processes,
         progress=progress,
     ).summary
 
@@ -106,6 +109,7 @@ def run(
     force: bool = False,
     retry_failed: bool = False,
     results_dir: str | Path | None = None,
+    processes: int = 1,
     progress: bool = True,
 ) -> ExperimentResult:
     """Run every point of an experiment that is not in the store yet, one at a time, and return all of them.
@@ -116,10 +120,12 @@ def run(
 
     A run that fails is recorded and left out from then on, until `retry_failed`; the others go on, and a warning
     counts the failed ones. If every run failed, the first error is raised. Everything that can be is checked before
-    the first run; raises ConfigError, StrategyError or CheckpointError in one line.
+    the first run; raises ConfigError, StrategyError or CheckpointError in one line. Simulated runs may go to several
+    `processes`, with the same results.
     """
     config, results = chosen(config, {"scheduler": scheduler, "placement": placement, "overlap": overlap}, results_dir)
     check_backend(backend)
+    check_processes(processes, backend)
     drafts = make_drafts(config, results)
     _make_checkpoints(drafts, backend, progress)
     jobs = identify(drafts, backend)
@@ -131,7 +137,11 @@ def run(
         _say_skipped(kept, len(jobs), _shown(folder, config))
     outcomes: list[Outcome] = []
     # Closed at once, whatever ends the loop: with it go the engine and the device's lock.
-    executing = closing(execute(missing, backend, folder, force=force, progress=progress))
+    how: Any = {"force": force, "progress": progress}
+    if processes > 1 and len(missing) > 1:
+        executing = closing(execute_beside(config, results, missing, backend, folder, processes=processes, **how))
+    else:
+        executing = closing(execute(missing, backend, folder, **how))
     with _interrupt_counted(len(missing), outcomes), executing as finished:
         for outcome in finished:
             outcomes.append(outcome)

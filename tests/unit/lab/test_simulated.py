@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,42 @@ def test_the_command_line_simulates(lab, tmp_path, monkeypatch):
         done = CliRunner().invoke(app, [command, "config.yaml", "--backend", "simulator", "--no-figures", "--json"])
         assert done.exit_code == 0, done.output
         assert '"simulated"' in done.stdout
+
+
+def test_several_processes_store_the_same_bytes(lab, tmp_path):
+    sweep = {**lab, "sweep": {"scheduler": ["fcfs", "chunked_prefill"], "workload.rate_req_s": [50.0, 500.0]}}
+    alone = run(sweep, results_dir=tmp_path / "alone")
+    beside = run(sweep, results_dir=tmp_path / "beside", processes=2)
+    told = ["run_id", "code"]  # files may change while the two run
+    assert beside.summary.drop(columns=told).equals(alone.summary.drop(columns=told))
+    assert len(beside.paths) == 4 and beside.cached == ()
+    for one, other in zip(alone.paths, beside.paths, strict=True):
+        for name in ("requests.parquet", "spans.parquet"):
+            assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_runs_that_fail_in_a_process_are_kept_as_failed(lab, tmp_path):
+    sweep = {**lab, "sweep": {"engine.kv_tokens": [1024, 10**9]}}
+    with pytest.warns(UserWarning, match="1 of 2 runs failed"):
+        result = run(sweep, processes=2)
+    assert len(result.summary) == 1 and "MemoryBudgetError" in result.failed[0].error
+
+
+@dataclass(frozen=True)
+class Mine:
+    def schedule(self, queue):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("change", "keys", "message"),
+    [
+        ({}, {"processes": 0}, "processes is 0, expected a whole number from 1"),
+        ({}, {"processes": 2, "backend": "engine"}, "processes is 2, backend 'engine' measures one run at a time"),
+        ({"scheduler": Mine()}, {"processes": 2}, "a strategy is given as an object"),
+    ],
+)
+def test_what_processes_cannot_do_is_refused(lab, change, keys, message):
+    sweep = {**lab, **change, "sweep": {"workload.rate_req_s": [50.0, 500.0]}}
+    with pytest.raises(ConfigError, match=message):
+        experiment.run(sweep, **{"backend": "simulator", "progress": False, **keys})
