@@ -84,10 +84,11 @@ def load(
     With several `ranks` (processes; `threads`, link and `vram_gb` are those of each; with device "cuda" they share the
     GPUs out), every rank computes stripes of each prompt and the experts that it has; `exchange` is how tokens reach
     the others ("small_ep", "dispatch_per_route", "dispatch_per_rank"). A scheduler may have the first one alone
-    compute a step (`StepPlan.ranks`; not with device "cuda"). A lost rank ends the step with an error that names it:
-    all are started again, and its requests are computed once more. `ranks="torchrun"` takes the processes that torchrun
-    has started, on one host or several: the first one gets the engine, in the others this call computes until that is
-    closed, and ends the process; those are not started again. Ranks listen on the network `interface` alone.
+    compute a step (`StepPlan.ranks`): its CPU then has the others' experts. A lost rank ends the step with an error
+    that names it: all are started again, and its requests are computed once more. `ranks="torchrun"` takes the
+    processes that torchrun has started, on one host or several: the first one gets the engine, in the others this call
+    computes until that is closed, and ends the process; those are not started again. Ranks listen on the network
+    `interface` alone.
     With `workers`, as {"prefill": {"threads": 1}, "decode": {"threads": 1}}, processes with a KV cache each (of
     their own `kv_tokens` or this one's) compute side by side, on cores of their own where there are enough. Those whose
     names begin with "prefill" compute prompts for the others; the scheduler "paper" says which. The requests of a step
@@ -188,7 +189,6 @@ def load(
             free_bytes = free_beside(shared) if device == "cuda" else None
             options |= {"weight_layout": weight_layout, "free_bytes": free_bytes}
             runtime = start(checkpoint, hardware, placed, shared=shared, **options)
-    lone = device != "cuda"  # there each rank has its own experts alone
-    planner = Planner(checkpoint.spec, hardware, placement, overlap, placed, tuple(range(ranks)), lone)
+    planner = Planner(checkpoint.spec, hardware, placement, overlap, placed, tuple(range(ranks)))
     prefixes = PrefixCache if prefix_cache else lambda pool: NoPrefixes()
     return Engine(checkpoint, runtime, planner, precision, num_threads, runtime.memory.token_budget, prefixes)

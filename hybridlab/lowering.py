@@ -33,8 +33,7 @@ _KEPT_PROGRAMS = 32
 class Planner:
     """Turns steps into programs, memoised by shape, so that steady state builds no plan.
 
-    `placed` is where experts are now: `update` changes it. The programs used last are kept. `lone_steps`: the first of
-    several `ranks` has all experts in its reach, and so can run a step alone.
+    `placed` is where experts are now: `update` changes it. The programs used last are kept.
     """
 
     model: ModelSpec
@@ -43,7 +42,6 @@ class Planner:
     overlap: Overlap
     placed: PlacementPlan
     ranks: tuple[int, ...] = (0,)
-    lone_steps: bool = True
     _programs: dict[Shape, Program] = field(default_factory=dict, init=False)
     _mover: Mover = field(init=False)
 
@@ -52,8 +50,8 @@ class Planner:
 
     @property
     def rank_sets(self) -> tuple[tuple[int, ...], ...]:
-        """What steps may run on: all ranks, then perhaps the first alone."""
-        return (self.ranks, self.ranks[:1]) if self.lone_steps and len(self.ranks) > 1 else (self.ranks,)
+        """What steps may run on: all ranks, then the first alone, where there are several."""
+        return (self.ranks, self.ranks[:1]) if len(self.ranks) > 1 else (self.ranks,)
 
     def update(self, backend: Movable, num_steps: int) -> None:
         """After `num_steps` more steps, while none runs: carry out the moves that the placement wants by now.

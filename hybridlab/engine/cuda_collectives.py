@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,45 +19,30 @@ from hybridlab.engine.collectives import BLAME_S, LOOPBACK, GlooPeers, Peers, Tr
 from hybridlab.errors import WorkerLost
 
 
-class NcclGroup:
-    """One communicator for all that a rank exchanges: what is enqueued first is sent first, from whatever stream.
+class Event(Protocol):
+    """As `torch.cuda.Event`."""
 
-    So ranks that enqueue in the same order cannot wait for each other crosswise, as they could with two. The host does
-    not wait; a thread does. An exchange that does not end within `timeout_s` of the one before it is given up, and
-    `check` raises from then on. NCCL's own sockets are on `interface`. Every rank makes its group at the same time, on
-    the current CUDA device; raises `WorkerLost` if they do not find each other.
+    def query(self) -> bool: ...
+
+
+class Watch:
+    """Whether exchanges that a device waits for end: one that does not, within `timeout_s` of the one before it, is
+    given up by `abort`, from a thread of this. `check` raises from then on.
+
+    Ranks that give up say so in `store`; one that does not is the one to blame.
     """
 
-    def __init__(
-        self, store: Store, rank: int, size: int, *, timeout_s: float = 300.0, interface: str = LOOPBACK
-    ) -> None:
-        self.rank, self.size = rank, size
-        self._store, self._timeout_s = PrefixStore("nccl", store), timeout_s
-        os.putenv("NCCL_SOCKET_IFNAME", f"={interface}")  # NCCL knows no other way to be told
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=2 * timeout_s + 60)  # torch's own watch ends the process: ours is first
+    def __init__(self, store: Store, rank: int, size: int, timeout_s: float, abort: Callable[[], None]) -> None:
+        self._store, self._rank, self._size, self._timeout_s = store, rank, size, timeout_s
+        self._abort = abort
         self._lost: str | None = None
-        self._pending: deque[tuple[torch.cuda.Event, float]] = deque()
-        self._work = threading.Event()
-        self._closed = threading.Event()
-        try:
-            self._group: Any = dist.ProcessGroupNCCL(PrefixStore("group", self._store), rank, size, options)
-            # NCCL connects in the first exchange, which is not to be in a step.
-            one, all_of = torch.zeros(size, device="cuda"), [1] * size
-            self._group.alltoall_base(torch.empty_like(one), one, all_of, all_of, dist.AllToAllOptions()).wait()
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            raise WorkerLost(f"rank {rank} of {size} did not find the others: {error}") from None
-        self._watcher = threading.Thread(target=self._watch, name="hybridlab-nccl-watch", daemon=True)
-        self._watcher.start()
+        self._pending: deque[tuple[Event, float]] = deque()
+        self._work, self._closed = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="hybridlab-nccl-watch", daemon=True)
+        self._thread.start()
 
-    def all_to_all(self, out: torch.Tensor, given: torch.Tensor, out_rows: list[int], in_rows: list[int]) -> None:
-        """Enqueue an exchange: `in_rows` of `given` to each rank, `out_rows` of `out` from each."""
-        self.check()
-        work = self._group.alltoall_base(out, given, out_rows, in_rows, dist.AllToAllOptions())
-        work.wait()  # the current stream does, not this thread
-        done = torch.cuda.Event()
-        done.record()
+    def add(self, done: Event) -> None:
+        """What was enqueued last; `done` says when it has ended."""
         self._pending.append((done, monotonic()))
         self._work.set()
 
@@ -67,15 +52,12 @@ class NcclGroup:
             raise WorkerLost(self._lost)
 
     def close(self) -> None:
-        """End the communicator, whether peers answer or not; idempotent."""
-        if not self._closed.is_set():
-            self._closed.set()
-            self._work.set()
-            self._watcher.join()
-            if self._lost is None:
-                self._group.abort()
+        """Idempotent."""
+        self._closed.set()
+        self._work.set()
+        self._thread.join()
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         since_s = monotonic()  # when the exchange before was done
         while not self._closed.is_set():
             if not self._pending:
@@ -92,19 +74,60 @@ class NcclGroup:
                 self._pending.popleft()
                 since_s = monotonic()
             elif monotonic() - max(since_s, enqueued_s) > self._timeout_s:
-                self._give_up()
+                self._lost = self._whom()
+                self._abort()  # what the device waits for ends now
                 return
             else:
                 self._closed.wait(min(0.2, self._timeout_s / 10))
 
-    def _give_up(self) -> None:
-        """The ranks that wait say so; one that does not is to blame."""
-        self._store.set(f"waits/{self.rank}", "")
+    def _whom(self) -> str:
+        self._store.set(f"waits/{self._rank}", "")
         self._closed.wait(BLAME_S)
-        silent = [peer for peer in range(self.size) if not self._store.check([f"waits/{peer}"])]
-        who = f"rank {silent[0]} did not answer rank {self.rank}" if silent else "ranks did not answer each other"
-        self._lost = f"{who} within {self._timeout_s:g} s"
-        self._group.abort()  # what the device waits for ends now
+        silent = [peer for peer in range(self._size) if not self._store.check([f"waits/{peer}"])]
+        who = f"rank {silent[0]} did not answer rank {self._rank}" if silent else "ranks did not answer each other"
+        return f"{who} within {self._timeout_s:g} s"
+
+
+class NcclGroup:
+    """One communicator for all that a rank exchanges: what is enqueued first is sent first, from whatever stream.
+
+    So ranks that enqueue in the same order cannot wait for each other crosswise, as they could with two. The host does
+    not wait: see `Watch` for what does not end. NCCL's own sockets are on `interface`. All ranks make their groups at
+    the same time, on the current CUDA device; raises `WorkerLost` if they do not find each other.
+    """
+
+    def __init__(
+        self, store: Store, rank: int, size: int, *, timeout_s: float = 300.0, interface: str = LOOPBACK
+    ) -> None:
+        self.rank, self.size = rank, size
+        store = PrefixStore("nccl", store)
+        os.putenv("NCCL_SOCKET_IFNAME", f"={interface}")  # NCCL knows no other way to be told
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=2 * timeout_s + 60)  # torch's own watch ends the process: ours is first
+        try:
+            self._group: Any = dist.ProcessGroupNCCL(PrefixStore("group", store), rank, size, options)
+            # NCCL connects in the first exchange, which is not to be in a step.
+            one, all_of = torch.zeros(size, device="cuda"), [1] * size
+            self._group.alltoall_base(torch.empty_like(one), one, all_of, all_of, dist.AllToAllOptions()).wait()
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise WorkerLost(f"rank {rank} of {size} did not find the others: {error}") from None
+        self._watch = Watch(store, rank, size, timeout_s, self._group.abort)
+        self.check = self._watch.check
+
+    def all_to_all(self, out: torch.Tensor, given: torch.Tensor, out_rows: list[int], in_rows: list[int]) -> None:
+        """Enqueue an exchange: `in_rows` of `given` to each rank, `out_rows` of `out` from each."""
+        self.check()
+        work = self._group.alltoall_base(out, given, out_rows, in_rows, dist.AllToAllOptions())
+        work.wait()  # the current stream does, not this thread
+        done = torch.cuda.Event()
+        done.record()
+        self._watch.add(done)
+
+    def close(self) -> None:
+        """End the communicator, whether peers answer or not; once."""
+        self._watch.close()
+        self._group.abort()
 
 
 class NcclPeers:
@@ -112,7 +135,7 @@ class NcclPeers:
 
     def __init__(self, group: NcclGroup) -> None:
         self.rank, self.size, self.traffic = group.rank, group.size, Traffic()
-        self._group = group
+        self.group = group
 
     def exchange(self, sends: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         own, tail = sends[self.rank], sends[self.rank].shape[1:]
@@ -122,7 +145,7 @@ class NcclPeers:
         given = others[0].contiguous() if len(others) == 1 else torch.cat(others or [own[:0]])
         buffer = own.new_empty(sum(out_rows), *tail)
         if given.numel() or buffer.numel():  # who has nothing for anybody and gets nothing is not missed
-            self._group.all_to_all(buffer, given, out_rows, in_rows)
+            self.group.all_to_all(buffer, given, out_rows, in_rows)
         self.traffic.sent_bytes += given.nbytes
         self.traffic.received_bytes += buffer.nbytes
         received = list(buffer.split(out_rows))
