@@ -20,6 +20,8 @@ _PUBLIC = {
     "Engine": "hybridlab.session",
     "load": "hybridlab.loading",
     "calibrate": "hybridlab.calibration_steps",
+    "measure_profile": "hybridlab.calibration_profile",
+    "load_profile": "hybridlab.simulator.machine",
     "explore": "hybridlab.widgets",
     "run": "hybridlab.experiment",
     "sweep": "hybridlab.experiment",
@@ -69,6 +71,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from hybridlab import figures as figures
+    from hybridlab.calibration_profile import measure_profile as measure_profile
     from hybridlab.calibration_steps import calibrate as calibrate
     from hybridlab.checkpoint import open_checkpoint as open_checkpoint
     from hybridlab.checkpoint.writer import make_checkpoint as make_checkpoint

@@ -12,7 +12,9 @@ from hybridlab.cli_output import Json, emit, human_output, note
 
 def calibrate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder in Hugging Face layout.")],
-    device: Annotated[str, typer.Option(help="cuda, or emulated: cores in a GPU's place.")] = "cuda",
+    device: Annotated[
+        str, typer.Option(help="cuda, or emulated: cores in a GPU's place; with --profile also cpu.")
+    ] = "cuda",
     layers: Annotated[int, typer.Option(min=1, help="MoE layers to measure; the others are like them.")] = 4,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt.")] = 8192,
     requests: Annotated[
@@ -31,9 +33,16 @@ def calibrate(
     weight_layout: Annotated[str, typer.Option(help="rows or tiles, as the model will be loaded.")] = "rows",
     save: Annotated[bool, typer.Option(help="Keep the result where loading finds it.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write calibration.json and figures into this folder, too.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Measure single ops for the simulator instead, and write this .toml.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure from how many tokens streamed experts, or a share of them, beat the CPU's, and when dual batch pays."""
+    if profile is not None:
+        lanes = {"threads": threads, "accelerator_threads": accelerator_threads}
+        _measure_profile(checkpoint, device, layers, profile, lanes, link_gb_s, vram_gb, json)
+        return
     if out is not None:
         import matplotlib
 
@@ -73,3 +82,25 @@ def calibrate(
     emit(found.as_dict() if json else str(found), json)
     if not found.complete:
         raise typer.Exit(130)
+
+
+def _measure_profile(
+    checkpoint: Path,
+    device: str,
+    layers: int,
+    file: Path,
+    lanes: dict[str, int | None],
+    link_gb_s: float | None,
+    vram_gb: float | None,
+    json: bool,
+) -> None:
+    from hybridlab.calibration_profile import measure_profile, write_profile
+    from hybridlab.errors import ConfigError
+    from hybridlab.simulator.machine import profile_dict
+
+    with human_output():
+        if file.suffix != ".toml":
+            raise ConfigError(f"--profile {file}: expected a name that ends in .toml")
+        found = measure_profile(checkpoint, device, layers=layers, link_gb_s=link_gb_s, vram_gb=vram_gb, **lanes)
+        note(f"wrote {write_profile(found, file)}")
+    emit(profile_dict(found) if json else str(found), json)

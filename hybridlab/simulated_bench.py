@@ -64,9 +64,10 @@ def simulated(config: ExperimentConfig, checkpoint: Path) -> Simulated:
         wrong = next(name for name in given.overrides if name not in known)
         raise ConfigError(f"simulator.overrides: unknown {wrong!r}, expected one of {', '.join(known)}") from None
     machine.check("simulator.overrides")
-    device = config.engine.device or ("cuda" if machine.has_gpu else "cpu")
-    if device == "emulated" or (device == "cuda" and not machine.has_gpu):
-        there = "'cpu' or 'cuda'" if machine.has_gpu else "'cpu': the machine has no GPU"
+    own = "emulated" if machine.gpu_dram_bytes else "cuda"
+    device = config.engine.device or (own if machine.has_gpu else "cpu")
+    if device not in ("cpu", own) or (device == own and not machine.has_gpu):
+        there = f"'cpu' or {own!r}" if machine.has_gpu else "'cpu': the machine has no GPU"
         raise ConfigError(f"engine.device is {device!r}, the simulator of {profile.name} expects {there}")
     ranks, most = config.engine.ranks or 1, int(machine.num_gpus) if device == "cuda" else 1
     if ranks > max(1, most):
@@ -75,6 +76,8 @@ def simulated(config: ExperimentConfig, checkpoint: Path) -> Simulated:
         raise ConfigError("engine.interface is given, the simulator expects none: nothing is sent")
     if config.engine.workers is not None:
         raise ConfigError("engine.workers is given, the simulator expects none: it has one worker")
+    if config.engine.link_gb_s is not None:
+        machine = replace(machine, link_gb_s=min(machine.link_gb_s, config.engine.link_gb_s))
     if config.engine.vram_gb is not None:
         machine = replace(machine, gpu_memory_gb=min(machine.gpu_memory_gb, config.engine.vram_gb))
     spec, shape = _model(config, checkpoint)
@@ -82,7 +85,7 @@ def simulated(config: ExperimentConfig, checkpoint: Path) -> Simulated:
     known = RoutingStats() if given.routing is None else RoutingStats.load(config.project_dir / given.routing)
     routing = known if given.routing is not None else _popularity(config, spec)
     Routes(spec, routing)  # raises for those of another model
-    return Simulated(profile.name, machine, spec, shape, routing, known, device == "cuda")
+    return Simulated(profile.name, machine, spec, shape, routing, known, device != "cpu")
 
 
 def _popularity(config: ExperimentConfig, spec: ModelSpec) -> RoutingStats:

@@ -38,3 +38,25 @@ def free_memory_bytes(index: int = 0) -> int:
 
     free, _ = torch.cuda.mem_get_info(index)
     return int(free)
+
+
+def read_gb_s(index: int = 0, *, repeats: int = 7, buffer_bytes: int = 1 << 30) -> float:
+    """GB/s (1e9 bytes) of a CUDA device's memory while it copies within it: each byte is read and written; median."""
+    from statistics import median
+
+    import torch
+
+    device = torch.device("cuda", index)
+    source, target = (torch.ones(buffer_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+    rates = []
+    with torch.cuda.device(device):
+        for _ in range(repeats + 1):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            target.copy_(source)
+            end.record()
+            end.synchronize()
+            rates.append(2 * buffer_bytes / start.elapsed_time(end) / 1e6)
+    del source, target
+    torch.cuda.empty_cache()
+    return median(rates[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
 from typing import overload
 from weakref import WeakKeyDictionary
@@ -66,7 +67,10 @@ class SimulatorBackend:
         """Raises `PlanError` for a program that cannot run or has an op of unknown kind."""
         table = self._tables.get(program)
         if table is None:
-            table = self._tables[program] = tabulate(program, self._routes)
+            table = tabulate(program, self._routes)
+            if self._machine.gpu_dram_bytes:  # the GPU is cores of the host
+                table = replace(table, shares=True)
+            self._tables[program] = table
         micros = [_micro(entries) for entries in split(batch.entries, program.shape.num_microbatches)]
         cost = cost_model(self._machine, self._shape, micros)
         costs = [cost(one) for one in table.classes]

@@ -148,7 +148,7 @@ class EventClock:
 
     def _share_dram(self) -> None:
         users = [busy for busy in self._busy.values() if busy.bytes_s > 0]
-        if len(users) < 2 or all(busy.lane.kind is not LaneKind.CPU for busy in users):
+        if len(users) < 2 or all(busy.lane.kind is LaneKind.H2D for busy in users):
             for busy in users:
                 busy.scale = 1.0
             return

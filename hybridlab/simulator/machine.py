@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib.resources import files
@@ -114,7 +115,7 @@ class Machine:
         """What strategies see of it."""
         return HardwareSpec(
             name=name,
-            device="cuda" if gpu else "cpu",
+            device="cpu" if not gpu else "emulated" if self.gpu_dram_bytes else "cuda",
             num_cores=int(self.cpu_cores),
             host_memory_bytes=int(self.host_memory_gb * 1e9),
             gpu_memory_bytes=int(self.gpu_memory_gb * 1e9) if gpu else 0,
@@ -126,12 +127,23 @@ class Machine:
 
 @dataclass(frozen=True)
 class Profile:
-    """A machine with a name, and for each of its parameters where the number comes from."""
+    """A machine with a name, and for each of its parameters where the number comes from.
+
+    `intervals`: of those that were fitted, the 95% interval.
+    """
 
     name: str
     about: str
     machine: Machine
     sources: Mapping[str, str]
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.about}"]
+        for name, entry in profile_dict(self)["parameters"].items():
+            spread = " ({:.4g} to {:.4g})".format(*entry["interval"]) if "interval" in entry else ""
+            lines.append(f"  {name} {entry['value']:.4g}{spread} {entry['unit']}: {entry['source']}")
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -142,6 +154,17 @@ class Profile:
         )
         head = "<tr><th>parameter</th><th>value</th><th>unit</th><th>source</th></tr>"
         return f"<p><b>{self.name}</b>: {self.about}</p><table>{head}{rows}</table>"
+
+
+def profile_dict(profile: Profile) -> dict[str, Any]:
+    """Plain data: `parameters` by name, each with value, unit, source and, where it was fitted, interval."""
+    found = {}
+    for each in fields(Machine):
+        entry = {"value": getattr(profile.machine, each.name), "unit": each.metadata["unit"]}
+        found[each.name] = entry | {"source": profile.sources[each.name]}
+        if each.name in profile.intervals:
+            found[each.name]["interval"] = list(profile.intervals[each.name])
+    return {"name": profile.name, "about": profile.about, "parameters": found}
 
 
 def profile_names() -> tuple[str, ...]:
@@ -176,15 +199,40 @@ def parse_profile(text: str, name: str) -> Profile:
     about = data.pop("about", "")
     known = {each.name: each for each in fields(Machine)}
     values, sources = {}, {key: each.metadata["source"] for key, each in known.items()}
+    intervals = {}
     for key, entry in data.items():
         if key not in known:
             raise ConfigError(f"{name}: unknown parameter {key!r}, expected one of {', '.join(known)}")
-        if not isinstance(entry, dict) or set(entry) != {"value", "source"} or not entry["source"]:
+        if not isinstance(entry, dict) or set(entry) - {"interval"} != {"value", "source"} or not entry["source"]:
             raise ConfigError(f"{name}: {key} is {entry!r:.60}, expected {{value = NUMBER, source = TEXT}}")
         values[key], sources[key] = entry["value"], str(entry["source"])
+        if "interval" in entry:
+            intervals[key] = _interval(entry["interval"], f"{name}: {key}.interval")
     for key, each in known.items():
         if key not in values and each.default is MISSING:
             raise ConfigError(f"{name}: {key} is missing ({each.metadata['unit']})")
     machine = Machine(**values)
     machine.check(name)
-    return Profile(name, str(about), machine, sources)
+    return Profile(name, str(about), machine, sources, intervals)
+
+
+def _interval(given: Any, what: str) -> tuple[float, float]:
+    numbers = isinstance(given, list) and len(given) == 2 and all(type(each) in (int, float) for each in given)
+    if not numbers or not given[0] <= given[1] < float("inf"):
+        raise ConfigError(f"{what} is {given!r:.60}, expected [low, high], finite")
+    return float(given[0]), float(given[1])
+
+
+def profile_text(profile: Profile, known: Collection[str]) -> str:
+    """TOML that `parse_profile` reads: the parameters `known`; the others keep their defaults."""
+    lines = [f"about = {json.dumps(profile.about)}", ""]
+    for each in fields(Machine):
+        if each.name in known:
+            told = (
+                f"value = {getattr(profile.machine, each.name):.6g}, source = {json.dumps(profile.sources[each.name])}"
+            )
+            if each.name in profile.intervals:
+                low, high = profile.intervals[each.name]
+                told += f", interval = [{low:.6g}, {high:.6g}]"
+            lines.append(f"{each.name} = {{ {told} }}  # {each.metadata['unit']}")
+    return "\n".join(lines) + "\n"
