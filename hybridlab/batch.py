@@ -16,6 +16,7 @@ class HandOff:
     """A request's KV cache on its way from one worker to another: `num_tokens` in `blocks` of what both can reach.
 
     `ticket` is its own, never used again in this process; `step` is the one of the run that computed the last of it.
+    A piece of it has some of the blocks, from the `first`th on.
     """
 
     ticket: int
@@ -23,6 +24,7 @@ class HandOff:
     num_tokens: int
     step: int
     blocks: tuple[int, ...]
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,12 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """A step as a worker receives it."""
+    """A step as a worker receives it. Before it, pieces of caches come for `brings`, of which nothing is computed yet."""
 
     worker: str
     step: StepPlan
     entries: tuple[Entry, ...]
+    brings: tuple[Entry, ...] = ()
 
 
 @dataclass(frozen=True)

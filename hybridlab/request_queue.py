@@ -131,22 +131,24 @@ class RequestQueue:
         self._num_steps += 1
         shares = zip(starting, step.tokens.values(), strict=True)
         entries = tuple(self._entry(live, num_tokens, view.worker) for live, num_tokens in shares)
-        return StepBatch(view.worker, step, entries)
+        return self._in_pieces(StepBatch(view.worker, step, entries))
 
     def apply(self, results: Sequence[StepResult]) -> list[tuple[RequestRecord, int]]:
         """Take in finished steps; return (record, token) for every token drawn, in order."""
         events: list[tuple[RequestRecord, int]] = []
         for result in results:
+            for entry in result.batch.brings:
+                live = self._live[entry.id]
+                live.in_flight, live.seen = False, None
+                # Where the step failed, nobody knows whether the piece was taken.
+                if not self._has_failed(live, result, again=bool(result.error)):
+                    assert live.left is not None and entry.fetch is not None
+                    count = len(entry.fetch.blocks)
+                    live.left = replace(live.left, blocks=live.left.blocks[count:], first=live.left.first + count)
             for entry in result.batch.entries:
                 live = self._live[entry.id]
                 live.in_flight, live.seen = False, None
-                if result.lost and live.replays < self._most_replays:
-                    live.replays += 1
-                    self._lives.give_up(live)
-                    continue
-                if result.error:
-                    live.record.error = result.error
-                    self._finish(live, Status.FAILED, "failed", result.end_s)
+                if self._has_failed(live, result, again=result.lost):
                     continue
                 if live.is_running:
                     self._last_decode_s = result.end_s
@@ -215,6 +217,33 @@ class RequestQueue:
                 free -= needed
             tokens[rid] = num_tokens
         return replace(step, tokens=tokens) if tokens else None
+
+    def _in_pieces(self, batch: StepBatch) -> StepBatch:
+        """`batch`, for others do not wait until more than a piece of a cache has come: before each of their steps one
+        piece comes, and the request is part of the step that can bring the rest."""
+        most = self._pools.piece_blocks
+        large = {e.id: e for e in batch.entries if e.fetch is not None and len(e.fetch.blocks) > most}
+        if not large or len(large) == len(batch.entries):
+            return batch
+        for rid in large:
+            self._live[rid].in_flight, self._live[rid].seen = False, None
+        first = next(iter(large.values()))
+        assert first.fetch is not None
+        self._live[first.id].in_flight = True
+        piece = replace(first, fetch=replace(first.fetch, blocks=first.fetch.blocks[:most]))
+        tokens = {rid: count for rid, count in batch.step.tokens.items() if rid not in large}
+        entries = tuple(entry for entry in batch.entries if entry.id not in large)
+        return StepBatch(batch.worker, replace(batch.step, tokens=tokens), entries, (piece,))
+
+    def _has_failed(self, live: Live, result: StepResult, *, again: bool) -> bool:
+        """Whether its step did; `again`: it is computed once more, if it has not been yet."""
+        if again and live.replays < self._most_replays:
+            live.replays += 1
+            self._lives.give_up(live)
+        elif result.error:
+            live.record.error = result.error
+            self._finish(live, Status.FAILED, "failed", result.end_s)
+        return bool(result.error)
 
     @staticmethod
     def _leaves(live: Live, end: int) -> bool:

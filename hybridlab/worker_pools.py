@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from sys import maxsize
 from typing import Protocol
 
 from hybridlab.kv_blocks import BlockPool
@@ -22,6 +23,11 @@ class KVPools(Protocol):
         """Blocks of the region through which requests go from one worker to another, if they do."""
         ...
 
+    @property
+    def piece_blocks(self) -> int:
+        """Most blocks of a request that come from `transfer` before a step that others are part of."""
+        ...
+
     def of(self, worker: str) -> BlockPool: ...
 
     def decodes(self, worker: str) -> bool:
@@ -35,6 +41,7 @@ class OnePool:
 
     pool: BlockPool
     transfer: BlockPool | None = None
+    piece_blocks: int = maxsize
 
     @property
     def largest_context(self) -> int:
@@ -57,6 +64,7 @@ class WorkerPools:
     pools: Mapping[str, BlockPool]
     prefill: frozenset[str]
     transfer: BlockPool
+    piece_blocks: int = maxsize
 
     @property
     def largest_context(self) -> int:

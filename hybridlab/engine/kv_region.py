@@ -110,7 +110,7 @@ class KVRegion:
         self._headers[there] = self._expected(hand_off, request)
 
     def take(self, hand_off: HandOff, request: bytes, cache: KVStorage, blocks: Sequence[int]) -> None:
-        """Copy the blocks of `hand_off` into the first of `blocks` of `cache`, once.
+        """Copy the blocks of `hand_off`, or of a piece of it, into the first of `blocks` of `cache`, once.
 
         Raises `HandOffRefused` if another request, length, step, layout or type lies there, or what was taken before.
         """
@@ -139,7 +139,7 @@ class KVRegion:
         headers = np.zeros(len(hand_off.blocks), HEADER)
         headers["magic"], headers["state"] = MAGIC, LEFT
         headers["ticket"], headers["step"] = hand_off.ticket, hand_off.step
-        headers["num_tokens"], headers["index"] = hand_off.num_tokens, np.arange(len(headers))
+        headers["num_tokens"], headers["index"] = hand_off.num_tokens, hand_off.first + np.arange(len(headers))
         headers["layout"], headers["request"] = self._layout, np.frombuffer(request, "<u8")
         return headers
 

@@ -33,6 +33,8 @@ from hybridlab.plans import PlacementPlan, Program
 from hybridlab.spec import HardwareSpec
 from hybridlab.worker_pools import WorkerPools
 
+PIECE_BYTES = {"cpu": 2**24, "emulated": 2**24, "cuda": 2**27}
+"""Of a prompt's KV that comes before a decode step: some milliseconds each, through memory or over a link."""
 _SHARED = ("weights", "experts")
 """What of a worker's memory plan all workers have together: its parts begin with these."""
 
@@ -102,6 +104,8 @@ class Workers:
         self._prefill = frozenset(name for name in workers if is_prefill(name))
         item_bytes = make_numerics(host_precision(precision), 1).kv_dtype.itemsize
         size = region_bytes(spec, self.num_kv_blocks, kv_block_tokens, item_bytes)
+        block_bytes = kv_block_tokens * spec.kv_elements_per_token * item_bytes
+        self._piece_blocks = max(1, PIECE_BYTES[hardware.device] // block_bytes)
         self.memory = _together(plans, copies, size, budget)
         self._woken = threading.Event()
         self._remotes: dict[str, RemoteWorker] = {}
@@ -157,7 +161,7 @@ class Workers:
         """Empty KV pools for a run."""
         size = self.kv_block_tokens
         pools = {name: BlockPool(count, size) for name, count in self._blocks.items()}
-        return WorkerPools(pools, self._prefill, BlockPool(self.num_kv_blocks, size))
+        return WorkerPools(pools, self._prefill, BlockPool(self.num_kv_blocks, size), self._piece_blocks)
 
     def backend(self, on_route: OnRoute | None = None) -> WorkersBackend:
         """A backend whose clock starts now."""

@@ -55,9 +55,9 @@ class WorkersBackend:
         def compute() -> StepOutput:
             if remote.losses != known:  # the step builds on what is no longer there
                 raise WorkerLost(f"worker {worker} was lost before the step began")
-            for entry in batch.entries:
+            for entry in (*batch.brings, *batch.entries):
                 if entry.fetch is not None:
-                    remote.take(entry.fetch, entry.block_table)
+                    remote.take(entry.fetch, entry.block_table[entry.fetch.first :])
             computed = remote.run(program, batch, self._clock_start_s, self._on_route)
             for entry in batch.entries:
                 if entry.leave is not None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import hybridlab as hl
+from hybridlab.engine.remote_worker import RemoteWorker
 from hybridlab.engine.worker_options import GPU_RESERVE_BYTES, check_workers, share_cores, share_gpus
-from hybridlab.engine.workers import Workers
+from hybridlab.engine.workers import PIECE_BYTES, Workers
 from hybridlab.errors import ConfigError, StrategyError
 from hybridlab.hardware.gpu import Gpu
 from hybridlab.plans import QueueView, RunningRequest, StepPlan, WaitingRequest
@@ -72,6 +73,24 @@ def test_a_cache_too_small_for_all_at_once_delays_and_changes_nothing(oracle):
         too_long = hl.Request("x", (1,) * (longest + 32), 4)
         (record,) = engine.serve([too_long]).records
         assert record.status is Status.REJECTED and "KV tokens, the cache holds" in record.error
+
+
+def test_beside_others_a_cache_arrives_in_pieces(oracle, monkeypatch):
+    taken: list[tuple[int, int]] = []
+    take = RemoteWorker.take
+
+    def counted(self, hand_off, blocks):
+        taken.append((hand_off.ticket, len(hand_off.blocks)))
+        take(self, hand_off, blocks)
+
+    monkeypatch.setattr(RemoteWorker, "take", counted)
+    monkeypatch.setitem(PIECE_BYTES, "cpu", 1)
+    with oracle.load(precision="exact", workers=BOTH, kv_block_tokens=4) as engine:
+        served = engine.serve(oracle.requests(), {"name": "paper", "short_tokens": 1})
+        assert [record.output for record in served.records] == oracle.greedy
+        tickets = {ticket for ticket, _ in taken}
+        assert len(tickets) == len(oracle.prompts) < len(taken)
+        assert sum(count for _, count in taken) == sum(-(-len(r["prompt"]) // 4) for r in oracle.prompts)
 
 
 def test_a_prompt_of_one_token_to_draw_never_leaves_its_worker(oracle, engine):

@@ -11,13 +11,13 @@ import random
 import zlib
 from collections import Counter
 
+from any_scheduler import Anything
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hybridlab.batch import StepBatch, StepResult
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.live_requests import views
-from hybridlab.plans import QueueView, StepPlan
 from hybridlab.prefix_cache import NoPrefixes, PrefixCache
 from hybridlab.request import Request, RequestRecord, Status
 from hybridlab.request_queue import RequestQueue
@@ -50,27 +50,6 @@ def answer(prompt: tuple[int, ...], max_tokens: int) -> list[int]:
         output.append(next_token(slot))
         slot = next_slot(slot, output[-1])
     return output
-
-
-@dataclasses.dataclass(frozen=True)
-class Anything:
-    """Any step that the contract allows, preemptions included: what a user's scheduler may do."""
-
-    seed: int
-
-    def schedule(self, queue: QueueView) -> StepPlan | None:
-        rng = random.Random(f"{self.seed}/{queue.now_s}")
-        everyone = [*queue.running, *queue.waiting]
-        chosen = rng.sample(everyone, rng.randint(0, len(everyone)))
-        tokens, left = {}, queue.token_budget
-        for request in chosen:
-            most = 1 if request in queue.running else request.remaining_prompt  # type: ignore[union-attr]
-            if left > 0:
-                tokens[request.id] = rng.randint(1, min(most, left))
-                left -= tokens[request.id]
-        holders = [r.id for r in everyone if r.id not in tokens and r.allocated_kv_tokens]
-        preempt = tuple(rid for rid in holders if rng.random() < 0.2)
-        return StepPlan("mixed", tokens, preempt) if tokens else None
 
 
 SCHEDULERS = (FCFS(), FCFS(5), ChunkedPrefill(1), ChunkedPrefill(16), Paper(9, chunk_tokens=3))
@@ -121,7 +100,7 @@ class Serving(RuleBasedStateMachine):
         self.queue = RequestQueue(everything, self.pools, MODEL, budget, prefixes, replays=self.replays)
         self.scheduler, self.budget, self.now_s = scheduler, budget, 0.0
         self.memory = {pool: [0] * (pool.num_blocks * BLOCK) for pool in (one, two)}
-        self.left: dict[int, tuple[str, list[int]]] = {}
+        self.left: dict[int, tuple[str, dict[int, list[int]]]] = {}
         self.flying: dict[str, StepBatch] = {}
         self.final: dict[str, tuple] = {}
         self.drawn: Counter[str] = Counter()
@@ -160,6 +139,8 @@ class Serving(RuleBasedStateMachine):
             return
         for entry in batch.entries:
             self._written_blocks_are_its_own(worker, entry)
+        for entry in batch.brings:
+            self._bring(entry, self.memory[self.pools.of(worker)])
         tokens = {e.id: token for e in batch.entries if (token := self._compute(worker, e)) is not None}
         self.now_s += 0.25
         error, lost = ("broken", self.replays > 0) if broken else ("", False)
@@ -193,18 +174,27 @@ class Serving(RuleBasedStateMachine):
             return entry.block_table[position // BLOCK] * BLOCK + position % BLOCK
 
         if entry.fetch is not None:
-            rid, content = self.left.pop(entry.fetch.ticket)
-            assert (rid, len(content)) == (entry.id, entry.fetch.num_tokens) and entry.start == len(content)
-            for position, digest in enumerate(content):
-                memory[slot(position)] = digest
+            self._bring(entry, memory)
+            assert not self.left[entry.fetch.ticket][1] and entry.start == entry.fetch.num_tokens, "not all has come"
         for offset, token in enumerate(entry.token_ids):
             position = entry.start + offset
             before = memory[slot(position - 1)] if position else 0
             memory[slot(position)] = next_slot(before, token)
         if entry.leave is not None:
             assert entry.leave.num_tokens == entry.context_tokens <= len(entry.leave.blocks) * BLOCK
-            self.left[entry.leave.ticket] = entry.id, [memory[slot(i)] for i in range(entry.context_tokens)]
+            cut = range(0, entry.context_tokens, BLOCK)
+            blocks = [[memory[slot(i)] for i in range(at, min(at + BLOCK, entry.context_tokens))] for at in cut]
+            self.left[entry.leave.ticket] = entry.id, dict(enumerate(blocks))
         return next_token(memory[slot(entry.context_tokens - 1)]) if entry.wants_token else None
+
+    def _bring(self, entry, memory: list[int]) -> None:
+        """What lies in the blocks of a hand-off, each of which is taken once."""
+        rid, content = self.left[entry.fetch.ticket]
+        assert rid == entry.id
+        for index in range(entry.fetch.first, entry.fetch.first + len(entry.fetch.blocks)):
+            base = entry.block_table[index] * BLOCK
+            for offset, digest in enumerate(content.pop(index)):
+                memory[base + offset] = digest
 
     @rule(number=st.integers(0, 8))
     def cancel(self, number: int) -> None:
@@ -212,18 +202,21 @@ class Serving(RuleBasedStateMachine):
         ended = self.queue.records[rid].is_final
         assert self.queue.cancel(rid) is self.queue.cancel(rid) is not ended
         self.queue.sweep(self.now_s)
-        if not any(rid == entry.id for batch in self.flying.values() for entry in batch.entries):
+        if rid not in self._flying_ids():
             assert self.queue.records[rid].is_final and not self.queue.cancel(rid)
 
     @rule(seconds=st.sampled_from([0.5, 3.0, 10.0]))
     def wait(self, seconds: float) -> None:
         self.now_s += seconds
         self.queue.sweep(self.now_s)
-        flying = {entry.id for batch in self.flying.values() for entry in batch.entries}
+        flying = self._flying_ids()
         for rid, record in self.queue.records.items():
             limit_s = self.requests[rid].timeout_s
             if limit_s is not None and record.arrival_s is not None and record.first_scheduled_s is not None:
                 assert record.is_final or rid in flying or record.arrival_s + limit_s > self.now_s, "past its limit"
+
+    def _flying_ids(self) -> set[str]:
+        return {entry.id for batch in self.flying.values() for entry in (*batch.entries, *batch.brings)}
 
     @precondition(lambda self: hasattr(self, "queue"))
     @invariant()

@@ -120,6 +120,20 @@ def test_it_is_taken_once(descriptor):
         region(descriptor).take(GIVEN, request_digest("a"), cache(1), THERE)
 
 
+def test_pieces_arrive_one_by_one_each_once(descriptor):
+    source, target = cache(0), cache(1)
+    region(descriptor).leave(GIVEN, request_digest("a"), source, OWN)
+    last, first = replace(GIVEN, blocks=(0, 2), first=1), replace(GIVEN, blocks=(5,))
+    with pytest.raises(HandOffRefused, match="index is 1, expected 0"):
+        region(descriptor).take(replace(last, first=0), request_digest("a"), target, THERE[1:])
+    for piece in (last, first):
+        region(descriptor).take(piece, request_digest("a"), target, THERE[piece.first :])
+        with pytest.raises(HandOffRefused, match="state is 2, expected 1"):
+            region(descriptor).take(piece, request_digest("a"), target, THERE[piece.first :])
+    for one, two in zip(source.entries(1), target.entries(1), strict=True):
+        assert torch.equal(rows(one, OWN[:3]), rows(two, THERE[:3]))
+
+
 def test_another_type_or_shape_is_refused(descriptor):
     region(descriptor).leave(GIVEN, request_digest("a"), cache(0), OWN)
     other = KVRegion(descriptor, TOY_MODEL, BLOCKS, SIZE, torch.int32)  # of the same size
@@ -152,6 +166,9 @@ def test_a_hand_off_is_read_as_it_was_written():
     body = pack_hand_off(GIVEN, OWN)
     found, request, own = unpack_hand_off(memoryview(body), BLOCKS, 8, SIZE)
     assert (replace(found, id="a"), request, own) == (GIVEN, request_digest("a"), OWN)
+    piece = replace(GIVEN, blocks=(0, 2), first=1)
+    found, _, own = unpack_hand_off(memoryview(pack_hand_off(piece, OWN[1:])), BLOCKS, 8, SIZE)
+    assert (replace(found, id="a"), own) == (piece, OWN[1:])
     for cut in (0, 8, len(body) - 1):
         with pytest.raises(ProtocolError, match="a hand-off of"):
             unpack_hand_off(memoryview(body[:cut]), BLOCKS, 8, SIZE)
@@ -164,8 +181,9 @@ def test_a_hand_off_is_read_as_it_was_written():
         (replace(GIVEN, blocks=(5, 5, 2)), OWN, "KV blocks 2 to 5 of 6"),
         (GIVEN, [1, 2, 8], "KV blocks 1 to 8 of 8"),
         (GIVEN, [-1, 2, 3], "KV blocks -1 to 3 of 8"),
-        (GIVEN, [1, 2], "10 tokens in 3 blocks, from or to 2"),
-        (replace(GIVEN, num_tokens=13), OWN, "13 tokens in 3 blocks"),
+        (GIVEN, [1, 2], "10 tokens in 3 blocks, the first one 0, from or to 2"),
+        (replace(GIVEN, num_tokens=8), OWN, "8 tokens in 3 blocks"),
+        (replace(GIVEN, first=1), OWN, "10 tokens in 3 blocks, the first one 1"),
         (HandOff(1, "a", 0, 0, ()), [], "0 tokens in 0 blocks"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -285,7 +286,12 @@ def _lost_steps_count_as_computed(plant: Any) -> None:
     plant(Lives, "give_up", give_up)
 
 
+def _pieces_come_again(plant: Any) -> None:
+    plant(request_queue, "replace", lambda one, **new: one if "first" in new else replace(one, **new))
+
+
 HAND_OFFS = (
+    _pieces_come_again,
     _taken_hand_offs_keep_their_lease,
     _blocks_stay_where_the_prompt_was_computed,
     _hand_offs_are_taken_twice,

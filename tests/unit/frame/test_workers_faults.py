@@ -15,7 +15,7 @@ import pytest
 from test_worker_faults import GREEDY, ORACLE, PATIENCE_S, is_dead, requests, wait_until
 
 import hybridlab as hl
-from hybridlab.engine import remote_worker
+from hybridlab.engine import remote_worker, workers
 from hybridlab.engine.workers import Workers
 from hybridlab.request import Status
 
@@ -79,6 +79,7 @@ def engine(tmp_path_factory) -> Iterator[Engine]:
     folder = tmp_path_factory.mktemp("workers")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(remote_worker, "COMMAND", (sys.executable, "-P", str(script), str(folder)))
+        patch.setitem(workers.PIECE_BYTES, "cpu", 1)  # a block at a time, beside others
         faulty = Engine(folder)
         try:
             yield faulty
