@@ -26,7 +26,7 @@ from hybridlab.strategies.registry import resolve
 from hybridlab.validation import validate
 
 PUBLISHED = Path(__file__).with_name("published.csv")
-MACHINE = load_profile("rtx5090_2x_epyc9355").machine
+MACHINE = load_profile("osdi26_rtx5090_2x_epyc9355").machine
 R1, R1_SHAPE = public_models()["deepseek-ai/DeepSeek-V3"]
 K2, K2_SHAPE = public_models()["moonshotai/Kimi-K2-Instruct"]
 M2, M2_SHAPE = public_models()["MiniMaxAI/MiniMax-M2.1"]

@@ -45,8 +45,9 @@ class Way:
 def ways(machine: Machine, spec: ModelSpec, shape: ModelShape, *, role: Role, kv_tokens: int) -> list[Way]:
     """The ways that the machine's memory allows for a step of `role` "prefill" or "decode", with room for `kv_tokens`.
 
-    Experts on the CPU, but those of as many whole layers as the VRAM holds; and for prompts, all experts streamed
-    through a ring of two slots, of whole layers or the largest parts that fit. Raises MemoryBudgetError if none fits.
+    Experts on the CPU; and for prompts, experts streamed through a ring of two slots, of whole layers or the largest
+    parts that fit. Either way those of as many layers as the VRAM still holds stay there. Of one GPU. Raises
+    MemoryBudgetError if none fits.
     """
     experts, others = shape.weight_bytes(spec)
     kept = others + kv_tokens * spec.num_layers * shape.kv_bytes
@@ -57,18 +58,23 @@ def ways(machine: Machine, spec: ModelSpec, shape: ModelShape, *, role: Role, kv
         return [Way("all on the CPU", _program(spec, PlacementPlan(), role, gpu=False))]
     if kept > vram:
         raise MemoryBudgetError(f"{kept / 1e9:.1f} GB of VRAM needed beside the experts, {vram / 1e9:.1f} GB there")
-    layer = experts / len(spec.moe_layers)
-    on_gpu = min(len(spec.moe_layers), int((vram - kept) / layer))
-    found = []
-    if experts - on_gpu * layer <= host:
-        whose = range(spec.num_experts)
-        tiers = {(each, e): Tier.RESIDENT for each in spec.moe_layers[:on_gpu] for e in whose}
-        name = "experts on the GPU" if on_gpu == len(spec.moe_layers) else "experts on the CPU"
-        found.append(Way(name, _program(spec, PlacementPlan(tier_of=tiers), role)))
-    parts = next((n for n in range(1, MOST_PARTS + 1) if kept + 2 * layer / n <= vram), None)
-    if role == "prefill" and parts and experts <= host:
-        ring = PlacementPlan(Tier.STREAMED, ring_slots=2, parts_per_layer=parts)
-        found.append(Way("experts streamed", _program(spec, ring, role)))
+    found, num_layers = [], len(spec.moe_layers)
+    layer = experts / num_layers
+
+    def way(name: str, tier: Tier, ring_bytes: float, ring_slots: int = 0, parts: int = 1) -> None:
+        on_gpu = min(num_layers, int((vram - kept - ring_bytes) / layer))
+        if experts - on_gpu * layer > host:
+            return
+        spread = [spec.moe_layers[i * num_layers // on_gpu] for i in range(on_gpu)]  # else the link would idle at first
+        tiers = {(each, expert): Tier.RESIDENT for each in spread for expert in range(spec.num_experts)}
+        placed = PlacementPlan(tier, tiers, ring_slots=ring_slots, parts_per_layer=parts)
+        found.append(Way("experts on the GPU" if on_gpu == num_layers else name, _program(spec, placed, role)))
+
+    way("experts on the CPU", Tier.HOST, 0.0)
+    rings = [(n, 2 * layer / n) for n in range(1, MOST_PARTS + 1) if kept + 2 * layer / n <= vram]
+    if role == "prefill" and rings and kept + experts > vram:
+        parts, ring_bytes = rings[0]
+        way("experts streamed", Tier.STREAMED, ring_bytes, 2, parts)
     if not found:
         raise MemoryBudgetError(f"{experts / 1e9:.1f} GB of experts, {host / 1e9:.1f} GB of host memory there")
     return found
@@ -139,6 +145,23 @@ def upgrade_rows(
     return [
         row | {f"{name}_saved": 1 - row[f"{name}_s"] / own[f"{name}_s"] for name in ("ttft", "tpot")} for row in rows
     ]
+
+
+def machine_rows(
+    machines: Mapping[str, Machine], spec: ModelSpec, shape: ModelShape, *, prompt_tokens: int, context_tokens: int
+) -> list[dict[str, Any]]:
+    """One row for each machine: TTFT of a prompt, in which way, and tokens/s of one request; or why it cannot."""
+    rows: list[dict[str, Any]] = []
+    for name, machine in machines.items():
+        try:
+            way, ttft_s = _prefill(machine, spec, shape, prompt_tokens)
+            _, tpot_s = _decode(machine, spec, shape, 1, context_tokens)
+        except MemoryBudgetError as error:
+            rows.append({"machine": name, "prefill_way": f"does not fit: {error}"} | ROW)
+            continue
+        found = {"ttft_s": ttft_s, "tpot_s": tpot_s, "tokens_per_s": 1 / tpot_s}
+        rows.append({"machine": name, "prefill_way": way.name} | found | ROW)
+    return rows
 
 
 def sensitivity_rows(

@@ -92,7 +92,8 @@ class StepMap:
             def seconds(point: Any) -> Any:
                 return self._seconds([*point[:, None], *others])[0]
 
-            slope, step_s = np.asarray(jax.jit(jax.jacfwd(seconds))(point)), float(seconds(point))
+            found = jax.jit(lambda at: (jax.jacfwd(seconds)(at), seconds(at)))(point)
+            slope, step_s = np.asarray(found[0]), float(found[1])
         values = np.concatenate(given[: len(names)])
         return dict(zip(names, (slope * values / step_s).tolist(), strict=True))
 

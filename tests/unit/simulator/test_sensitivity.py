@@ -12,6 +12,7 @@ from hybridlab.simulator.machine import load_profile
 from hybridlab.simulator.sensitivity import (
     UPGRADES,
     decode_rows,
+    machine_rows,
     prefill_rows,
     sensitivity_rows,
     upgrade_rows,
@@ -33,7 +34,7 @@ def test_memory_decides_which_ways_there_are():
     assert names(MACHINE, "decode") == ["experts on the CPU"]
     assert names(replace(MACHINE, gpu_memory_gb=48.0), "decode") == ["experts on the GPU"]
     assert names(load_profile("desktop").machine) == ["all on the CPU"]
-    assert names(replace(MACHINE, host_memory_gb=20.0)) == ["experts on the CPU"]  # streamed: all stay in the host's
+    assert names(replace(MACHINE, gpu_memory_gb=48.0)) == ["experts on the GPU"]
     with pytest.raises(MemoryBudgetError, match=r"GB of VRAM needed beside the experts, 2\.0 GB there"):
         names(replace(MACHINE, gpu_memory_gb=2.0))
     with pytest.raises(MemoryBudgetError, match=r"29\.0 GB of experts, 4\.0 GB of host memory there"):
@@ -43,13 +44,14 @@ def test_memory_decides_which_ways_there_are():
 
 
 def test_vram_that_is_left_holds_whole_layers():
-    def resident(machine):
-        (way,) = ways(machine, SPEC, SHAPE, role="decode", kv_tokens=1024)
+    def resident(machine, role="decode"):
+        way = ways(machine, SPEC, SHAPE, role=role, kv_tokens=1024)[-1]
         placed = way.program.shape.placement
-        return sum(placed.tier(layer, 0) is Tier.RESIDENT for layer in SPEC.moe_layers)
+        return sum(placed.tier(layer, 127) is Tier.RESIDENT for layer in SPEC.moe_layers)
 
     counts = [resident(replace(MACHINE, gpu_memory_gb=gb)) for gb in (4.0, 8.0, 16.0, 24.0)]
     assert counts == sorted(counts) and 0 < counts[1] < counts[-1] < len(SPEC.moe_layers)
+    assert counts[-1] - 3 < resident(MACHINE, "prefill") < counts[-1]  # the ring takes two of them
     layer_gb = SHAPE.weight_bytes(SPEC)[0] / len(SPEC.moe_layers) / 1e9
     assert counts[2] - counts[1] == pytest.approx(8.0 / layer_gb, abs=1)
 
@@ -78,7 +80,7 @@ def test_upgrades_save_where_something_binds():
     assert all(row["ttft_saved"] >= -1e-12 and row["tpot_saved"] >= -1e-12 for row in rows.values())
     assert rows["twice the DRAM channels"]["tpot_saved"] > 0.2 > rows["twice the VRAM's rate"]["tpot_saved"]
     assert rows["twice the link"]["ttft_saved"] > 0.2 and rows["twice the link"]["tpot_saved"] == 0
-    assert rows["twice the VRAM"]["tpot_saved"] > 0.05
+    assert rows["twice the VRAM"]["tpot_saved"] > 0.05 and rows["twice the VRAM"]["ttft_saved"] > 0.05
     desktop = upgrade_rows(load_profile("desktop").machine, SPEC, SHAPE, prompt_tokens=512, context_tokens=512)
     assert [row["change"] for row in desktop] == ["as it is", "twice the DRAM channels", "twice the CPU cores"]
     with pytest.raises(ConfigError, match="upgrade 'more of it': a machine has no parameter 'vram'"):
@@ -97,3 +99,11 @@ def test_derivatives_are_what_a_percent_more_does():
         row = rows.get(name, {"ttft": 0.0, "tpot": 0.0})
         assert -100 * changed["ttft_saved"] == pytest.approx(row["ttft"], abs=0.02)
         assert -100 * changed["tpot_saved"] == pytest.approx(row["tpot"], abs=0.02)
+
+
+def test_machines_beside_each_other_and_why_one_cannot():
+    machines = {"small": SMALL, "tiny": replace(SMALL, gpu_memory_gb=1.0)}
+    small, tiny = machine_rows(machines, SPEC, SHAPE, prompt_tokens=4096, context_tokens=1024)
+    assert (small["machine"], small["prefill_way"]) == ("small", "experts streamed")
+    assert small["tokens_per_s"] == pytest.approx(1 / small["tpot_s"])
+    assert "ttft_s" not in tiny and "1.0 GB there" in tiny["prefill_way"]
