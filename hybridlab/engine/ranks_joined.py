@@ -1,7 +1,8 @@
 """Ranks that torchrun has started, on one host or several: the first one leads, the others follow it.
 
-The leader listens on one network interface, loopback unless the user names another; where is told through torchrun's
-own store, with a word that a follower must know.
+The leader listens on one network interface, loopback unless the user names another; where is told through the store in
+which all meet, with a word that a follower must know. That store is torchrun's own, or the leader's where processes
+have torchrun's variables from somebody else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from hybridlab.engine.channel import Channel
@@ -40,7 +41,7 @@ class Joined:
 
     def __init__(self, interface: str) -> None:
         try:
-            store, self.rank, self.size = next(iter(rendezvous("env://", timeout=timedelta(seconds=JOIN_S))))
+            store, self.rank, self.size = _meet(interface)
         except ValueError as error:
             raise ConfigError(f"ranks is 'torchrun', but this is not a process of torchrun: {error}") from None
         self._store, self._interface = PrefixStore("hybridlab", store), interface
@@ -136,6 +137,26 @@ class _Member:
         self.kill()
         if self._thread is not None:
             self._thread.join(GRACE_S)
+
+
+def _meet(interface: str) -> tuple[Store, int, int]:
+    """The store in which all ranks meet, this one's rank, and how many there are; raises `ValueError` without them."""
+    given, timeout = os.environ, timedelta(seconds=JOIN_S)
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if (
+        given.get("RANK") != "0"
+        or given.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        or not all(map(given.get, names))
+    ):
+        return next(iter(rendezvous("env://", timeout=timeout)))
+    # Torch would have this store listen on all interfaces.
+    _, size, host, port = (given[name] for name in names)
+    own = address_of(interface)
+    if socket.gethostbyname(host) != own:
+        raise ConfigError(f"MASTER_ADDR is {host!r}, expected {own}, the address of interface {interface!r} of rank 0")
+    server = socket.create_server((own, int(port)), backlog=int(size))
+    store = TCPStore(own, int(port), int(size), True, timeout, wait_for_workers=False, master_listen_fd=server.detach())
+    return store, 0, int(size)
 
 
 def address_of(interface: str) -> str:

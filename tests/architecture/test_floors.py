@@ -41,7 +41,7 @@ FLOORS = {
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 EXEMPT = {"__init__"}  # hybridlab/__init__.py re-exports from every floor, lazily
 ABOVE_PLANS = {"torch", "jax", "jaxlib"}  # not below floor 2
-ENVIRONMENT_READERS = {"calibration_files.py", "kernels.py"}
+ENVIRONMENT_READERS = {"calibration_files.py", "engine/ranks_joined.py", "kernels.py"}
 STRANGERS = ("engine", "simulator")  # the two interpreters share plans, not code
 EXTENSION_OWNER = "kernels"
 

@@ -15,7 +15,6 @@ import pytest
 import hybridlab as hl
 from hybridlab import bench_interference, step_log
 from hybridlab.bench_interference import interference
-from hybridlab.config import load_config
 from hybridlab.serving import Served
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "disaggregation"
@@ -76,8 +75,3 @@ def test_timelines_have_every_step_and_token(tmp_path):
     whole = timelines[timelines["system"] == bench_interference.WHOLE]
     assert (whole["kind"] == step_log.PROMPT).sum() == 2 and not (whole["kind"] == step_log.BOTH).any()
     assert not (timelines["kind"] == step_log.LOST).any()
-
-
-def test_its_config_has_both_systems():
-    config = load_config(FOLDER / "config.yaml")
-    assert config.sweep["engine.workers"][0] is None and set(config.sweep["engine.workers"][1]) == {"prefill", "decode"}

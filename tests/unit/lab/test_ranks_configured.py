@@ -91,7 +91,7 @@ def test_simulated_ranks_have_a_gpu_each(lab):
     workload = {**lab["workload"], "num_requests": 1, "prompt_tokens": 4000, "output_tokens": 1}
     model = {"preset": "moonshotai/Kimi-K2-Instruct", "layers": 4}
     config = {"experiment": "simulated", "model": model, "workload": workload, "simulator": TWO_GPUS}
-    config |= {"placement": {"name": "streamed", "stream_from_tokens": 64, "parts_per_layer": 2}, "overlap": "prefetch"}
+    config |= {"placement": {"name": "streamed", "stream_from_tokens": 64, "parts_per_layer": 8}, "overlap": "prefetch"}
     config |= {"sweep": {"engine.ranks": [1, 2]}}
     result = experiment.run(config, backend="simulator", progress=False)
     assert result.spans.groupby("engine.ranks")["rank"].unique().map(sorted).to_dict() == {1: [0], 2: [0, 1]}
