@@ -118,7 +118,11 @@ class NcclGroup:
     def all_to_all(self, out: torch.Tensor, given: torch.Tensor, out_rows: list[int], in_rows: list[int]) -> None:
         """Enqueue an exchange: `in_rows` of `given` to each rank, `out_rows` of `out` from each."""
         self.check()
-        work = self._group.alltoall_base(out, given, out_rows, in_rows, dist.AllToAllOptions())
+        try:
+            work = self._group.alltoall_base(out, given, out_rows, in_rows, dist.AllToAllOptions())
+        except RuntimeError:
+            self.check()  # it was given up meanwhile
+            raise
         work.wait()  # the current stream does, not this thread
         done = torch.cuda.Event()
         done.record()

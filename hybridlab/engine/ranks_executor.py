@@ -86,9 +86,10 @@ class RankExecutor:
                 states.append(_State(Running(mine, batch), shares))
             execute = self._execute_for(own, states, all_rows=all_rows)
             with self._device.around(own, [self._most_rows(program, state.shares) for state in states]):
-                spans = self._device.lanes.run(own, execute, clock_start_s)
-            self._check()
-            return states, spans
+                try:
+                    return states, self._device.lanes.run(own, execute, clock_start_s)
+                finally:
+                    self._check()  # what did not come explains whatever else went wrong
 
     def _most_rows(self, program: Program, shares: Shares) -> int:
         """That this rank's experts can be given of a microbatch."""
