@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import mmap
-from contextlib import suppress
 from typing import Any
 
 import torch
+
+from hybridlab.hardware.pinning import forget_error
 
 _READ_ONLY = 8  # cudaHostRegisterReadOnly
 
@@ -33,7 +34,7 @@ class Pins:
         runtime: Any = torch.cuda.cudart()
         status = int(runtime.cudaHostRegister(room.data_ptr(), room.nbytes, _READ_ONLY if read_only else 0))
         if status != 0:
-            _forget_error()
+            forget_error()
             raise RuntimeError(f"cudaHostRegister: error {status}")
         self._pinned.append(room)
 
@@ -43,9 +44,3 @@ class Pins:
         for room in self._pinned:
             runtime.cudaHostUnregister(room.data_ptr())
         self._pinned.clear()
-
-
-def _forget_error() -> None:
-    """CUDA keeps an error until it is asked for, and torch asks after the next kernel, whose it is not."""
-    with suppress(RuntimeError):
-        torch.empty(1, device="cuda").fill_(1.0)

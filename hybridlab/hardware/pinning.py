@@ -44,15 +44,17 @@ def pinnable_bytes() -> int | None:
     """What CUDA pins for this process at most; None: as much as there is, or there is no GPU.
 
     `cudaHostRegister` needs pages that are there, and no more: NVIDIA's kernel module pins them without counting them
-    against the memlock limit. Whether it is so here is found out by pinning a little while nothing is allowed; where
-    it counts (or pins nothing at all), the limit is what can be had.
+    against the memlock limit (os-mlock.c of its open sources). Whether it is so here is found out by pinning a little
+    while nothing is allowed; where that fails, the limit is what can be had.
     """
     import torch
 
     limit = _memlock_bytes()
-    if limit is None or not torch.cuda.is_available() or _registers_unallowed():
+    if limit is None or not torch.cuda.is_available():
         return None
-    return limit if _registers(_LITTLE_BYTES) else 0
+    if not _registers(_LITTLE_BYTES):
+        return 0
+    return None if _registers_unallowed() else limit
 
 
 def _registers_unallowed() -> bool:
@@ -91,11 +93,18 @@ def _registers(num_bytes: int) -> bool:
     room = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
     runtime = torch.cuda.cudart()
     if int(runtime.cudaHostRegister(room.data_ptr(), num_bytes, 0)) != 0:  # type: ignore[union-attr]
-        with suppress(RuntimeError):  # CUDA keeps the error for the next kernel, whose it is not
-            torch.zeros(1, device="cuda")
+        forget_error()
         return False
     runtime.cudaHostUnregister(room.data_ptr())  # type: ignore[union-attr]
     return True
+
+
+def forget_error() -> None:
+    """CUDA keeps an error until it is asked for, and torch asks after the next kernel, whose it is not."""
+    import torch
+
+    with suppress(RuntimeError):
+        torch.empty(1, device="cuda").fill_(1.0)
 
 
 def _size(num_bytes: int) -> str:
