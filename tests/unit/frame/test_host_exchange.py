@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hybridlab.checkpoint import open_checkpoint
 from hybridlab.engine import host_exchange
 from hybridlab.engine.cuda_device import cuda_device
 from hybridlab.hardware import detect
 from hybridlab.lowering import Planner
-from hybridlab.plans import StepPlan
+from hybridlab.model.base import Routed
+from hybridlab.plans import LaneKind, StepPlan
 from hybridlab.routing import RoutingStats
 from hybridlab.strategies.registry import resolve
 
@@ -53,3 +55,31 @@ def test_buffers_of_few_tokens_are_kept(exchange_and_planner, monkeypatch):
         assert kept[-1] == tokens and (sum(kept) <= 50 or len(kept) == 1)
     for tokens in range(1, 20):
         assert len(begin(tokens % 10 + 1)) <= host_exchange.KEPT_STEPS
+
+
+def test_fewer_rows_and_routes_than_there_is_room_for_are_computed_as_they_are(exchange_and_planner):
+    """What another rank sends: its rows are not known before, and may be none."""
+    exchange, planner = exchange_and_planner
+    spec = planner.model
+    program = planner.program(planner.shape("main", StepPlan("prefill", {"r": 9})))
+    ops = [op for op in program.ops if op.lane.kind is LaneKind.CPU]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, spec.hidden, generator=generator)
+    ids = torch.rand(9, spec.num_experts, generator=generator).topk(spec.top_k).indices.int()
+    weights = torch.rand(9, spec.top_k, generator=generator)
+
+    def computed(rows: slice, columns: slice, room: int) -> list[torch.Tensor]:
+        routed = Routed(x[rows], ids[rows, columns].contiguous(), weights[rows, columns].contiguous())
+        with exchange.around(program, [room]):
+            return [exchange(op, routed).clone() for op in ops]
+
+    everything = slice(None)
+    for rows in (9, 5, 0):
+        exact = computed(slice(rows), everything, rows) if rows else [x[:0]] * len(ops)
+        for roomy, expected in zip(computed(slice(rows), everything, 20), exact, strict=True):
+            assert torch.equal(roomy, expected)
+    # Each route by itself, and the sum of all.
+    parts = [computed(everything, slice(k, k + 1), 9) for k in range(spec.top_k)]
+    for whole, *routes in zip(computed(everything, everything, 9), *parts, strict=True):
+        torch.testing.assert_close(sum(routes), whole, rtol=1e-4, atol=1e-5)
+        assert whole.abs().sum() > 0
