@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hybridlab import provenance
+from hybridlab.bench_study import study
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.lowering import Planner
 from hybridlab.plans import Program, QueueView, StepPlan
@@ -71,9 +73,9 @@ class SimulatorSpeed:
     def __str__(self) -> str:
         lines = []
         for row in self.rows:
-            spread = f"{row.slowest_per_s:,.0f} to {row.fastest_per_s:,.0f}"
+            spread = f"{_count(row.slowest_per_s)} to {_count(row.fastest_per_s)}"
             compiled = f", compiled in {row.compile_s:.1f} s" if row.compile_s else ""
-            lines.append(f"{row.what}: {row.per_s:,.0f} {row.unit}/s ({spread}{compiled}; {row.about})")
+            lines.append(f"{row.what}: {_count(row.per_s)} {row.unit}/s ({spread}{compiled}; {row.about})")
         return "\n".join(lines)
 
 
@@ -95,12 +97,16 @@ class AtMost:
         return StepPlan("decode", {r.id: 1 for r in queue.running}) if queue.running else None
 
 
-def measure(*, configurations: int = 100_000, requests: int = MOST_WAITING, repeats: int = 3) -> SimulatorSpeed:
-    """DeepSeek-V3 on the paper's machine: every topology over `configurations` machines, then a trace of `requests`."""
+def measure(
+    *, configurations: int = 100_000, requests: int = MOST_WAITING, repeats: int = 3, runs: int = 200
+) -> SimulatorSpeed:
+    """DeepSeek-V3 on the paper's machine: every topology over `configurations` machines, a trace of `requests`, and
+    once a study of `runs` runs of as many requests, by as many processes as there are cores."""
     machine = load_profile(MACHINE).machine
     spec, shape = public_models()[MODEL]
     rows = [*_maps(machine, spec, shape, configurations, repeats), *_clocks(machine, spec, shape, repeats)]
     rows.append(_scheduler_steps(machine, spec, shape, requests, repeats))
+    rows.append(_study(runs, requests))
     return SimulatorSpeed(tuple(rows), provenance.machine(), provenance.code_version())
 
 
@@ -161,6 +167,16 @@ def _scheduler_steps(machine: Machine, spec: ModelSpec, shape: ModelShape, count
     return _row("serving", "scheduler steps", once, repeats, 0.0, 0, about)
 
 
+def _study(runs: int, requests: int) -> Row:
+    found = study(MODEL, MACHINE, runs=runs, requests=requests, processes=len(os.sched_getaffinity(0)))
+    about = (
+        f"{runs} runs of {requests} requests in {found.seconds:.1f} s by {found.processes} processes, the store "
+        f"included; {found.steps:,} steps, {found.saturated} runs saturated"
+    )
+    per_s = runs / found.seconds
+    return Row("study", "runs", per_s, per_s, per_s, 0.0, 0, about)
+
+
 def _programs(machine: Machine, spec: ModelSpec) -> Iterator[tuple[str, Program, StepPlan]]:
     hardware = machine.hardware(MACHINE, gpu=True)
     for name, (placement, overlap, step) in TOPOLOGIES.items():
@@ -178,6 +194,10 @@ def _row(
         start_s = perf_counter()
         speeds.append(once() / (perf_counter() - start_s))
     return Row(what, unit, median(speeds), min(speeds), max(speeds), max(0.0, compile_s), num_ops, about)
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _seconds(once: Callable[[], int]) -> float:

@@ -203,13 +203,15 @@ def bench_simulator(
     configurations: Annotated[int, typer.Option(min=1, help="Machines that a step is mapped over.")] = 100_000,
     requests: Annotated[int, typer.Option(min=1, help="Of the trace that is served.")] = 1000,
     repeats: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, help="Of the study, each of as many requests.")] = 200,
     json: Json = False,
 ) -> None:
-    """How many configurations, ops and scheduler steps a second the simulator computes here; needs jax."""
+    """How many configurations, ops and scheduler steps a second the simulator computes here, and how long a study of
+    many runs takes; needs jax."""
     from hybridlab.bench_simulator import measure
 
     with human_output():
-        result = measure(configurations=configurations, requests=requests, repeats=repeats)
+        result = measure(configurations=configurations, requests=requests, repeats=repeats, runs=runs)
     emit(result.as_dict() if json else str(result), json)
 
 

@@ -23,6 +23,8 @@ class BlockPool:
         self._free = list(range(num_blocks))
         self._is_free = bytearray(b"\x01" * num_blocks)
         self._refs = [0] * num_blocks
+        self.num_shared = 0
+        """Blocks that are in more than one table."""
         self._is_kept = bytearray(num_blocks)
         self._kept: OrderedDict[int, None] = OrderedDict()  # kept and in no table, least recently released first
 
@@ -62,6 +64,7 @@ class BlockPool:
                 raise ValueError(f"KV block {block} holds nothing to share")
             self._kept.pop(block, None)
             self._refs[block] += 1
+            self.num_shared += self._refs[block] == 2
             table.append(block)
 
     def replace(self, table: list[int], index: int, block: int) -> None:
@@ -82,6 +85,7 @@ class BlockPool:
             if self._refs[block] == 0:
                 raise ValueError(f"KV block {block} is released twice")
             self._refs[block] -= 1
+            self.num_shared -= self._refs[block] == 1
             if self._refs[block] > 0:
                 continue
             if self._is_kept[block]:

@@ -105,7 +105,7 @@ def _shared_blocks(ranked: Sequence[Live], pool: BlockPool, prefixes: Prefixes) 
             if behind and behind[0] is live:
                 behind.pop(0)
                 late = _held(behind)
-            if not live.entered:
+            if not live.entered or not pool.num_shared:
                 shared.append(0)
                 continue
             own = live.table[: live.entered]

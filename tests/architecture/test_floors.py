@@ -24,7 +24,7 @@ FLOORS = {
         "arrivals", "axes", "axes_random", "backends", "bench", "bench_contenders", "bench_decode_devices",
         "bench_devices", "bench_dslp", "bench_exchange", "bench_ggml", "bench_interference", "bench_kernels",
         "bench_kt_kernel", "bench_lost_worker", "bench_one_copy", "bench_peers", "bench_plan", "bench_prefill",
-        "bench_prefill_devices", "bench_shapes", "bench_simulator", "bench_steps", "bench_targets", "bench_timing",
+        "bench_prefill_devices", "bench_shapes", "bench_simulator", "bench_steps", "bench_study", "bench_targets", "bench_timing",
         "bench_weights", "calibration",
         "calibration_crossovers", "calibration_files", "calibration_ops", "calibration_profile",
         "calibration_steps", "columns", "config", "device_lock", "execution",
