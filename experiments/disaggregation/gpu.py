@@ -70,16 +70,26 @@ def main(words: Sequence[str] | None = None) -> int:
         about = {"machine": machine(gpu=given.device == "cuda"), "versions": versions(), "code": code_version()}
         asked = {key: str(value) for key, value in vars(given).items()}
         (given.out / "gpu.json").write_text(json.dumps({**about, "asked": asked, "gpus_of_workers": sharing}, indent=2))
-        begin_s = perf_counter()
-        held = given.device == "cuda"
-        if held:
-            hold(folder, idle_s=900.0, layout="blocks", threads=detect().num_cores)
-            log.add({"mode": "hold", "load_s": perf_counter() - begin_s})
+        holds = given.device == "cuda" and hold_experts(folder, log)
         try:
             return measure(folder, given, log, deadline_s)
         finally:
-            if held:
+            if holds:
                 weights_held.release(folder)
+
+
+def hold_experts(folder: Path, log: Log) -> bool:
+    """Whether they are held from here on; where they cannot be, each engine fills memory for its own workers."""
+    begin_s = perf_counter()
+    if weights_held.find(folder, "blocks") is not None:
+        return False
+    try:
+        hold(folder, idle_s=900.0, layout="blocks", threads=detect().num_cores)
+    except HybridlabError as error:
+        log.add({"mode": "hold", "error": f"{type(error).__name__}: {error}"})
+        return False
+    log.add({"mode": "hold", "load_s": perf_counter() - begin_s})
+    return True
 
 
 def parsed(words: Sequence[str] | None) -> argparse.Namespace:
