@@ -36,7 +36,7 @@ from hybridlab.strategies.registry import resolve
 GPUS = torch.cuda.device_count()
 SHARED = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 1, reason="torch finds no CUDA device")]
 OWN = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason=f"torch finds {GPUS} CUDA devices, two ranks want two")]
-WHERE = ("cpu", pytest.param("shared", marks=SHARED), pytest.param("own", marks=OWN))
+WHERE = ("cpu", pytest.param("one_gpu", marks=SHARED), pytest.param("nccl", marks=OWN))
 STREAMED = {"name": "streamed", "stream_from_tokens": 4, "ring_slots": 3, "parts_per_layer": 2}
 """Prompts, and decode steps of four requests or five; the last ones are left to the host."""
 
@@ -45,9 +45,9 @@ STREAMED = {"name": "streamed", "stream_from_tokens": 4, "ring_slots": 3, "parts
 def where(request) -> Iterator[str]:
     """Ranks find as many GPUs as `where` says; on "cpu" this process believes that there is one."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "shared":
+        if request.param == "one_gpu":
             patch.setenv("CUDA_VISIBLE_DEVICES", "0")  # to the ranks: this process has looked already
-        gpus = {"cpu": (Gpu(0, "made up", 2**34, (9, 0)),), "shared": detect_gpus()[:1], "own": detect_gpus()}
+        gpus = {"cpu": (Gpu(0, "made up", 2**34, (9, 0)),), "one_gpu": detect_gpus()[:1], "nccl": detect_gpus()}
         for module in ("engine.options", "loading", "hardware.detect"):
             patch.setattr(import_module(f"hybridlab.{module}"), "detect_gpus", lambda: gpus[request.param])
         yield request.param
