@@ -103,7 +103,7 @@ engine = hl.load(checkpoint, workers=workers, prefix_cache=False, quiet=True, **
 users = [hl.Request("user 0", tuple(range(32)), 320), hl.Request("user 1", tuple(range(32, 64)), 320)]
 long = hl.Request("long", tuple(range(1024)), 8, arrival_s=0.05)
 lost = lose_worker(engine, [*users, long], {"name": "paper", "short_tokens": 1024}, worker="prefill")
-lost.summary.set_index("worker").round(3).T
+lost.summary.set_index("worker").round(3)
 
 # %%
 ax = hl.figures.worker_timeline(lost.timeline)
