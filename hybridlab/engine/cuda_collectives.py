@@ -29,12 +29,20 @@ class Watch:
     """Whether exchanges that a device waits for end: one that does not, within `timeout_s` of the one before it, is
     given up by `abort`, from a thread of this. `check` raises from then on.
 
-    Ranks that give up say so in `store`; one that does not is the one to blame.
+    Ranks that give up say so in `store`; one that does not is the one to blame. `device`: the CUDA device of the events.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, timeout_s: float, abort: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        abort: Callable[[], None],
+        device: int | None = None,
+    ) -> None:
         self._store, self._rank, self._size, self._timeout_s = store, rank, size, timeout_s
-        self._abort = abort
+        self._abort, self._device = abort, device
         self._lost: str | None = None
         self._pending: deque[tuple[Event, float]] = deque()
         self._work, self._closed = threading.Event(), threading.Event()
@@ -58,6 +66,8 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
+        if self._device is not None:
+            torch.cuda.set_device(self._device)  # or this thread would take memory of the first one
         since_s = monotonic()  # when the exchange before was done
         while not self._closed.is_set():
             if not self._pending:
@@ -112,7 +122,7 @@ class NcclGroup:
             torch.cuda.synchronize()
         except RuntimeError as error:
             raise WorkerLost(f"rank {rank} of {size} did not find the others: {error}") from None
-        self._watch = Watch(store, rank, size, timeout_s, self._group.abort)
+        self._watch = Watch(store, rank, size, timeout_s, self._group.abort, torch.cuda.current_device())
         self.check = self._watch.check
 
     def all_to_all(self, out: torch.Tensor, given: torch.Tensor, out_rows: list[int], in_rows: list[int]) -> None:
