@@ -21,11 +21,11 @@ def main() -> None:
     parser.add_argument("--preset", default="qwen3-7b-a1b")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the long prompt")
-    parser.add_argument("--output", type=int, default=256, help="tokens that each decoding request draws")
+    parser.add_argument("--output", type=int, default=192, help="tokens that each decoding request draws")
     parser.add_argument("--chunk", type=int, default=128)
-    parser.add_argument("--decodes", default="0,1,2,4,6")
+    parser.add_argument("--decodes", default="0,1,2,3,4,5,6")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1, help="or call it again: rows are added")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / f"{given.preset}, {given.layers} layers"
