@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from hybridlab.checkpoint import Checkpoint, open_checkpoint
 from hybridlab.engine.collectives import LOOPBACK
+from hybridlab.engine.host_needs import kept_experts
 from hybridlab.engine.options import (
     check_accelerator_threads,
     check_device,
@@ -179,7 +180,8 @@ def load(
         shape = {"token_budget": token_budget, "kv_block_tokens": kv_block_tokens, "accelerator_threads": given_sides}
         how = {"precision": precision, "memory_gb": memory_gb, "quiet": quiet, "workers": each}
         layout = "blocks" if device == "cuda" else weight_layout
-        with sharing(checkpoint, layout, create=device == "cuda", quiet=quiet) as shared:
+        keeps = device == "cuda" and any(kept_experts(placed, checkpoint.spec).values())
+        with sharing(checkpoint, layout, create=keeps, quiet=quiet) as shared:
             free_bytes = free_beside(shared) if device == "cuda" else None
             runtime = Workers(checkpoint, hardware, placed, shared=shared, free_bytes=free_bytes, **shape, **how)
     else:

@@ -93,6 +93,16 @@ def test_each_worker_may_have_a_gpu_of_its_own(where, oracle, alone):
         assert one_by_one(oracle, engine) == alone
 
 
+def test_experts_that_live_on_the_gpu_are_not_in_host_memory_as_well(where, oracle):
+    resident = {**OPTIONS, "placement": "all_resident"}
+    with oracle.load(**resident) as engine:
+        expected = one_by_one(oracle, engine)
+    with oracle.load(**resident, workers=BOTH) as engine:
+        assert one_by_one(oracle, engine) == expected
+        assert not [name for name in engine.memory.parts if name.startswith("experts")]
+        assert [shared_kb(pid)["Size"] for pid in runtime_of(engine).pids.values() if pid is not None] == [0, 0]
+
+
 @pytest.mark.parametrize("scheduler", ["fcfs", PAPER], ids=["fcfs", "paper"])
 def test_both_workers_compute_and_every_request_ends(oracle, engine, scheduler):
     served = engine.serve(oracle.requests(), scheduler, keep_span_steps=10**6)
