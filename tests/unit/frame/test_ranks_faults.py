@@ -1,4 +1,5 @@
-"""A rank that is killed or hangs, wherever it is, ends the others with an error that names it; nothing is left."""
+"""A rank that is killed or hangs, wherever it is, ends the others with an error that names it, and all are started
+again: each request has all of its tokens, and each token once. Nothing is left."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ from faulty_rank import POINTS
 
 import hybridlab as hl
 from hybridlab.engine import ranks as ranks_module
+from hybridlab.engine import ranks_lasting
 from hybridlab.engine.ranks import Ranks
-from hybridlab.errors import ConfigError, StrategyError, WorkerLost
+from hybridlab.errors import ConfigError, HybridlabError, StrategyError, WorkerLost
+from hybridlab.plans import QueueView, StepPlan
 from hybridlab.request import Status
+from hybridlab.strategies.scheduler.chunked_prefill import ChunkedPrefill
 
 ORACLE = Path(__file__).parents[2] / "data" / "oracles" / "qwen3_bf16"
 EXPECTED = json.loads((ORACLE / "expected.json").read_text())["requests"]
@@ -56,83 +61,165 @@ def wait_until_dead(pids: list[int]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("point", [point for point in POINTS if point in ("setup", "ready")])
-def test_a_rank_killed_while_it_starts_is_named(monkeypatch, point):
-    monkeypatch.setattr(ranks_module, "COMMAND", (*FAULTY, "1", point))
+@pytest.fixture
+def fail_at(tmp_path, monkeypatch):
+    """Have a rank fail at a point, "once" or "always"; returns the plan, which is gone once that has happened."""
+
+    def plan(rank: int, point: str, times: str = "once") -> Path:
+        (tmp_path / "draft").write_text(f"{times} {point}")
+        monkeypatch.setattr(ranks_module, "COMMAND", (*FAULTY, str(tmp_path / "plan"), str(rank)))
+        return (tmp_path / "draft").rename(tmp_path / "plan")
+
+    return plan
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Chunked prefill; after each step of all ranks comes one of the first alone."""
+
+    def schedule(self, queue: QueueView) -> StepPlan | None:
+        step = ChunkedPrefill(5).schedule(queue)
+        # A step that is lost changes nothing that is seen here, and so is on the same ranks again.
+        alone = sum(request.context_tokens for request in (*queue.waiting, *queue.running)) % 2
+        return step and replace(step, ranks=queue.rank_sets[alone])
+
+
+def serve(engine: hl.Engine, scheduler: Any = "fcfs", **options: Any) -> list[hl.RequestRecord]:
+    """All of the oracle's requests; what is told of their tokens is what they have."""
+    told: dict[str, list[int]] = {}
+    given = options.pop("on_event", lambda record, token: None)
+
+    def on_event(record, token):
+        told.setdefault(record.request.id, []).append(token)
+        given(record, token)
+
+    records = engine.serve(requests(), scheduler, on_event=on_event, **options).records
+    assert {record.request.id: record.output for record in records if record.output} == told
+    return records
+
+
+def check_whole(records: list[hl.RequestRecord]) -> None:
+    assert {record.status for record in records} == {Status.FINISHED}
+    assert [record.output for record in records] == [request["greedy"] for request in EXPECTED]
+
+
+@pytest.mark.parametrize("point", ["setup", "ready"])
+def test_a_rank_killed_while_it_starts_is_named(fail_at, point):
+    fail_at(1, point)
     with pytest.raises(WorkerLost, match=KILLED.format(1, 2)):
         load(2)
 
 
-@pytest.mark.parametrize("point", [point for point in POINTS if point not in ("setup", "ready")])
-def test_a_rank_killed_at_any_point_of_a_step_is_named(monkeypatch, point):
-    monkeypatch.setattr(ranks_module, "COMMAND", (*FAULTY, "1", point))
-    # With a third rank, one of the others may be the first to see the second one go.
-    ranks = 3 if point in ("keys", "reduce") else 2
-    with load(ranks) as engine:
-        check_lost(engine, runtime_of(engine).pids, KILLED.format(1, ranks))
+@pytest.mark.parametrize(
+    ("count", "victim", "points"),
+    [
+        (2, 1, [point for point in POINTS if point not in ("setup", "ready", "alone")]),
+        (2, 0, ["alone"]),
+        (3, 1, ["keys", "reduce"]),  # one of the others may be the first to see the second one go
+    ],
+)
+def test_a_rank_killed_at_any_point_is_named_and_its_step_computed_once_more(fail_at, count, victim, points, caplog):
+    fail_at(victim, points[0])
+    with load(count) as engine:
+        for number, point in enumerate(points):
+            plan = fail_at(victim, point)
+            before = runtime_of(engine).pids
+            check_whole(serve(engine, InTurn()))
+            assert not plan.exists() and not set(before) & set(runtime_of(engine).pids)
+            wait_until_dead(before)
+            assert len(re.findall(KILLED.format(victim, count) + "; starting others", caplog.text)) == number + 1
+        last = runtime_of(engine).pids
+        check_whole(serve(engine))
+    wait_until_dead(last)
 
 
 @pytest.mark.slow
-def test_a_rank_killed_at_any_op_is_named(monkeypatch):
+def test_a_rank_killed_at_any_op_is_named_and_the_step_is_computed_once_more(fail_at, caplog):
     """Op after op, until a run completes untouched."""
-    for number in itertools.count():
-        monkeypatch.setattr(ranks_module, "COMMAND", (*FAULTY, "1", f"op:{number}"))
-        with load(2) as engine:
-            pids = runtime_of(engine).pids
-            served = engine.serve([hl.Request("r", EXPECTED[3]["prompt"], 1)])
-            if served.records[0].status is not Status.FAILED:
+    fail_at(1, "op:0")
+    with load(2) as engine:
+        for number in itertools.count():
+            plan = fail_at(1, f"op:{number}")
+            # A rank counts its ops from its start on.
+            os.kill(runtime_of(engine).pids[0], signal.SIGKILL)
+            records = engine.serve([hl.Request("r", EXPECTED[3]["prompt"], 1)]).records
+            assert records[0].output == EXPECTED[3]["greedy"][:1]
+            if plan.exists():
                 break
-            assert re.search(KILLED.format(1, 2), served.records[0].error)
-            wait_until_dead(pids)
+            assert len(re.findall(KILLED.format(1, 2) + "; starting", caplog.text)) == number + 1
     assert number == 16  # a rank's ops in the one step
-    assert served.records[0].output == EXPECTED[3]["greedy"][:1]
 
 
-def test_a_rank_that_hangs_is_named_once_the_others_have_waited(monkeypatch):
-    monkeypatch.setattr(ranks_module, "COMMAND", (*FAULTY, "2", "hang"))
+def test_a_rank_that_hangs_is_named_once_the_others_have_waited(fail_at, monkeypatch, caplog):
+    fail_at(2, "hang")
     monkeypatch.setattr(ranks_module, "TIMEOUT_S", 1.0)
     with load() as engine:
-        check_lost(engine, runtime_of(engine).pids, r"rank 2 did not answer rank \d within 1 s")
+        before = runtime_of(engine).pids
+        check_whole(serve(engine))
+        wait_until_dead(before)
+    assert re.search(r"rank 2 did not answer rank \d within 1 s; all 3 ranks were stopped; starting", caplog.text)
 
 
-def check_lost(engine: hl.Engine, pids: list[int], words: str) -> None:
-    """The first step fails, with all its requests; the ranks end, and the engine says why from then on."""
-    served = engine.serve(requests())
-    assert {record.status for record in served.records} == {Status.FAILED}
-    assert all(re.search(words, record.error) for record in served.records)
-    wait_until_dead(pids)
-    with pytest.raises(WorkerLost, match=words):
-        engine.generate([1, 2], 1)
-
-
-def test_a_rank_killed_between_steps_ends_the_engine():
-    with load() as engine:
-        pids = runtime_of(engine).pids
-        assert engine.generate(EXPECTED[2]["prompt"], 8) == EXPECTED[2]["greedy"][:8]
-        os.kill(pids[2], signal.SIGKILL)
-        wait_until_dead(pids)
-        with pytest.raises(WorkerLost, match="rank 2: worker process"):
-            engine.generate(EXPECTED[2]["prompt"], 8)
-        with pytest.raises(WorkerLost, match="rank 2: worker process"):
-            runtime_of(engine).traffic()
-
-
-def test_tokens_before_a_loss_are_right_and_requests_that_come_later_see_it():
-    given = [*requests(), hl.Request("later", (1, 2), 4, arrival_s=3600.0)]
-    outputs: dict[str, list[int]] = {}
+def test_what_fails_twice_fails_its_requests_and_what_always_does_ends_the_engine(fail_at):
+    fail_at(1, "experts", "always")
     with load(2) as engine:
+        first = runtime_of(engine).pids
+        records = serve(engine)
+        assert {record.status for record in records} == {Status.FAILED}
+        assert all(re.search(KILLED.format(1, 2), record.error) for record in records)
+        with pytest.raises(HybridlabError, match=KILLED.format(1, 2)):
+            engine.generate([1, 2], 1)
+        words = KILLED.format(1, 2) + "; started again 3 times without a step between them"
+        for call in (lambda: engine.generate([1, 2], 1), lambda: engine.logits([1, 2]), runtime_of(engine).traffic):
+            with pytest.raises(WorkerLost, match=words):
+                call()
+        wait_until_dead(first)
+
+
+def test_ranks_that_cannot_start_again_are_named(fail_at, monkeypatch):
+    monkeypatch.setattr(ranks_lasting, "MOST_STARTS", 2)
+    fail_at(1, "none")
+    with load(2) as engine:
+        fail_at(1, "ready", "always")
+        os.kill(runtime_of(engine).pids[0], signal.SIGKILL)
+        with pytest.raises(WorkerLost, match=KILLED.format(1, 2) + "; started again 2 times"):
+            engine.generate([1, 2], 1)
+
+
+def test_a_rank_killed_between_steps_is_replaced():
+    with load() as engine:
+        before = runtime_of(engine).pids
+        assert engine.generate(EXPECTED[2]["prompt"], 8) == EXPECTED[2]["greedy"][:8]
+        os.kill(before[2], signal.SIGKILL)
+        wait_until_dead(before)
+        assert engine.generate(EXPECTED[2]["prompt"], 8) == EXPECTED[2]["greedy"][:8]
+        assert len(set(runtime_of(engine).pids) - set(before)) == 3
+        runtime_of(engine).traffic()
+
+
+def test_tokens_before_a_loss_are_kept_and_each_is_told_once():
+    """Killed with tokens of all requests told: those that were in the cache are computed again, with what they drew."""
+    with load(2) as engine:
+        pids, told = runtime_of(engine).pids, itertools.count(1)
 
         def kill_late(record, token):
-            outputs.setdefault(record.request.id, []).append(token)
-            if sum(map(len, outputs.values())) == 40:
-                os.kill(runtime_of(engine).pids[0], signal.SIGKILL)
+            if next(told) == 40:
+                os.kill(pids[1], signal.SIGKILL)
+                wait_until_dead(pids)
 
-        with pytest.raises(WorkerLost, match="rank 0: worker process"):
-            engine.serve(given, on_event=kill_late)
-    assert len(outputs) == len(EXPECTED)
-    for i, request in enumerate(EXPECTED):
-        output = outputs[str(i)]
-        assert output == request["greedy"][: len(output)] and len(output) < 24
+        check_whole(serve(engine, on_event=kill_late))
+
+
+def test_an_engine_is_closed_while_its_ranks_start_again():
+    engine = load(2)
+    pids = runtime_of(engine).pids
+    os.kill(pids[0], signal.SIGKILL)
+    wait_until_dead(pids)
+    later = runtime_of(engine)._ranks
+    engine.close()
+    wait_until_dead(later.pids)
+    with pytest.raises(HybridlabError, match="closed"):
+        engine.generate([1, 2], 1)
 
 
 _PARENT = """
