@@ -29,7 +29,7 @@ class Watch:
     """Whether exchanges that a device waits for end: one that does not, within `timeout_s` of the one before it, is
     given up by `abort`, from a thread of this. `check` raises from then on.
 
-    Ranks that give up say so in `store`; one that does not is the one to blame. `device`: the CUDA device of the events.
+    Ranks that give up say so in `store`; one that does not is the one to blame. `device` is the events' CUDA device.
     """
 
     def __init__(
