@@ -16,6 +16,7 @@ from math import exp, log
 from pathlib import Path
 from statistics import fmean, median
 
+from hybridlab.errors import ConfigError
 from hybridlab.plans import Tier
 from hybridlab.simulator.cost_model import Micro, OpClass, cost_model, handoffs_s
 from hybridlab.simulator.machine import Machine
@@ -28,9 +29,16 @@ ENOUGH = 1e9  # of what does not bound a token at batch 1: memory in GB, TFLOP/s
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A published figure. `fields` are the file's columns as text."""
+    """A published figure. `fields` are the file's columns as text. Raises ConfigError for a model without a shape."""
 
     fields: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if self.fields["model"] not in public_models():
+            known = ", ".join(public_models())
+            raise ConfigError(
+                f"{self.fields['id']}: model {self.fields['model']!r} has no shape, expected one of {known}"
+            )
 
     def number(self, name: str, default: float = 0.0) -> float:
         return float(self.fields[name] or default)
@@ -134,7 +142,10 @@ def main() -> None:
     parser.add_argument("data", nargs="?", type=Path, default=DATA)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    rows = read(given.data)
+    try:
+        rows = read(given.data)
+    except (ConfigError, OSError) as error:
+        parser.error(str(error))
     found = table(rows)
     for each in found:
         print(

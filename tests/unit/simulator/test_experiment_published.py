@@ -11,6 +11,8 @@ from statistics import median
 
 import pytest
 
+from hybridlab.errors import ConfigError
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -56,3 +58,8 @@ def test_fewer_layers_on_the_host_and_fewer_bits_are_faster(predict):
     row = next(row for row in predict.read() if row.fields["id"] == "P116")
     for name, value in (("moe_layers_on_cpu", "8"), ("bits_per_expert_weight", "3"), ("dram_gb_s", "100")):
         assert replace(row, fields={**row.fields, name: value}).step_s(0.5) < row.step_s(0.5)
+
+
+def test_a_model_without_a_shape_is_named(predict):
+    with pytest.raises(ConfigError, match="X1: model 'dream' has no shape, expected one of deepseek-ai"):
+        predict.Row({"id": "X1", "model": "dream"})
