@@ -143,8 +143,8 @@ stored[["machine", "preset", "code", "evidence"]].drop_duplicates()
 ax = hl.figures.interference(stored)
 
 # %% [markdown]
-# A worker of its own keeps the gaps as short as they are without the prompt, or nearly so. Each of the two has one core
-# here, where the single worker has both: the prompt takes longer, and decodes alone do, too.
+# A worker of its own keeps nearly all gaps as short as they are without the prompt. Each of the two has one core here,
+# where the single worker has both: the prompt takes longer, and decodes alone do, too.
 #
 # The paper claims +50% throughput at less than 15% more latency, with a GPU for each worker. In percent, of the same
 # runs on two cores of one CPU:

@@ -2,7 +2,7 @@
 
 FOLDER/plan says where: a number of the plan, a worker, a point of its protocol, how often it is passed before in each
 process, and how many processes fail there. It is read at every point. FOLDER has the pids of all that were started, and
-the plan's number for each that failed.
+the plan's number for each that failed. With a file FOLDER/cuda, torch's CPU takes the place of device "cuda".
 """
 
 from __future__ import annotations
@@ -54,7 +54,17 @@ def main() -> int:
     from hybridlab.engine import worker_main
 
     plant(Plan(folder))
+    if folder.joinpath("cuda").exists():
+        on_cpu()
     return worker_main.main(sys.argv[2:])
+
+
+def on_cpu() -> None:
+    from hybridlab.engine import cuda_device, runtime
+
+    build = cuda_device.cuda_device
+    cuda_device.cuda_device = lambda *given, **options: build(*given, **{**options, "where": "cpu"})
+    runtime.free_memory_bytes = lambda index: 2**33
 
 
 def plant(plan: Plan) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from test_worker_faults import GREEDY, ORACLE, PATIENCE_S, is_dead, requests, wa
 import hybridlab as hl
 from hybridlab.engine import remote_worker, workers
 from hybridlab.engine.workers import Workers
+from hybridlab.hardware.gpu import Gpu
 from hybridlab.request import Status
 
 PAPER = {"name": "paper", "short_tokens": 7, "chunk_tokens": 4}
@@ -122,6 +124,31 @@ def test_a_killed_worker_costs_no_token_and_repeats_none(engine, caplog, worker,
     wait_until(lambda: None not in engine.runtime.pids.values())
     assert len(engine.pids) == number + 1 and "starting another" in caplog.text
     check_all_finished(engine.serve())
+
+
+def test_a_killed_worker_on_a_gpu_costs_no_token(tmp_path, monkeypatch):
+    """Both workers are told that there is one. They compute in BF16, so the drawn tokens are their own."""
+    gpus = (Gpu(0, "made up", 2**34, (9, 0)),)
+    for module in ("engine.options", "loading", "hardware.detect"):
+        monkeypatch.setattr(import_module(f"hybridlab.{module}"), "detect_gpus", lambda: gpus)
+    script = Path(__file__).with_name("faulty_workers.py")
+    monkeypatch.setattr(remote_worker, "COMMAND", (sys.executable, "-P", str(script), str(tmp_path)))
+    monkeypatch.setitem(workers.PIECE_BYTES, "cuda", 1)
+    tmp_path.joinpath("cuda").touch()
+    both = {"prefill": {"threads": 2}, "decode": {"threads": 2}}
+    streamed = {"name": "streamed", "stream_from_tokens": 6}
+    faulty = Engine(tmp_path, device="cuda", precision="bf16", placement=streamed, workers=both)
+    with faulty.engine:
+        points = [("prefill", "half left", 1), ("prefill", "op", 3), ("decode", "half taken", 0), ("decode", "op", 95)]
+        for number, (worker, point, times) in enumerate(points, 3):
+            faulty.plan(worker, point, times)
+            records = faulty.serve()
+            told = [(record.status, record.error, len(record.output)) for record in records]
+            assert told == [(Status.FINISHED, "", len(tokens)) for tokens in GREEDY]
+            assert faulty.num_failed == 1
+            wait_until(lambda: None not in faulty.runtime.pids.values())
+            assert len(faulty.pids) == number
+    assert [pid for pid in faulty.pids if not is_dead(pid)] == []
 
 
 def test_what_does_not_arrive_as_it_was_left_is_computed_again(engine, caplog):
