@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 
 GROUP = 8.0
 """Tokens that the CPU kernels multiply a weight with at once (HL_MAX_GROUP in cython_kernels/kernels.h)."""
-COPIED = 3.0
-"""Bytes of DRAM that a copy between two places of it moves: read, fetched to be written, written."""
+COPIED = 2.0
+"""Bytes of DRAM that a copy between two places of it moves: read and written."""
 PARTS = (1, 2, 8)
 """Parts of a layer's experts: copies over the link of these sizes."""
 CPU_FIT = (
@@ -229,7 +229,7 @@ def _accelerator(known: _Known, options: DeviceOptions, threads: int) -> None:
     shared = max(1.0, together.median_gb_s / known.machine.host_peak_gb_s)
     known.give("all threads reading / the CPU lane's alone", host_shared_ratio=shared)
     known.give("emulated: cores of the host", gpu_dram_bytes=1.0)
-    known.give("emulated: read, fetched and written", link_dram_bytes=COPIED)
+    known.give("emulated: read and written", link_dram_bytes=COPIED)
     known.give("group of the CPU kernels", gpu_narrow_tokens=GROUP)
     known.give("start of the fit", link_gb_s=alone.median_gb_s / 2)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,7 +40,7 @@ def calibrate(
 ) -> None:
     """Measure from how many tokens streamed experts, or a share of them, beat the CPU's, and when dual batch pays."""
     if profile is not None:
-        lanes = {"threads": threads, "accelerator_threads": accelerator_threads}
+        lanes: dict[str, Any] = {"threads": threads, "accelerator_threads": accelerator_threads}
         _measure_profile(checkpoint, device, layers, profile, lanes, link_gb_s, vram_gb, json)
         return
     if out is not None:
@@ -89,7 +89,7 @@ def _measure_profile(
     device: str,
     layers: int,
     file: Path,
-    lanes: dict[str, int | None],
+    lanes: dict[str, Any],
     link_gb_s: float | None,
     vram_gb: float | None,
     json: bool,

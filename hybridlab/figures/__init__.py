@@ -4,6 +4,7 @@ Rows of several kinds of evidence are compared only if `evidence=[...]` asks for
 """
 
 from hybridlab.calibration_files import read_calibration
+from hybridlab.figures.agreement import configuration_map, predicted_measured
 from hybridlab.figures.crossover import crossover, save_calibration
 from hybridlab.figures.decode_tradeoff import decode_table, decode_tradeoff, read_decode
 from hybridlab.figures.draw import draw_figures
@@ -31,6 +32,7 @@ __all__ = [
     "TWO_COLUMNS_IN",
     "Tables",
     "claim_table",
+    "configuration_map",
     "crossover",
     "decode_table",
     "decode_tradeoff",
@@ -45,6 +47,7 @@ __all__ = [
     "latency_cdf",
     "load_curves",
     "pareto_front",
+    "predicted_measured",
     "prefill_ways",
     "read_calibration",
     "read_decode",

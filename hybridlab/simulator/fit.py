@@ -22,8 +22,8 @@ from hybridlab.simulator.shapes import ModelShape
 
 SHARES = frozenset(f"{lane}_{what}" for lane in ("cpu", "gpu") for what in ("overlap", "wide_read", "wide_expert_read"))
 """Parameters between 0 and 1."""
-PRIOR = 0.01
-"""A parameter that is a factor e from where it started counts as much as an error of 1% in a whole step."""
+PRIOR = 0.005
+"""A parameter that is a factor e from where it started counts as much as an error of 0.5% in one whole step."""
 LEAST_WEIGHT = 0.002
 EDGE = 0.02
 """Where a share starts that is given as 0 or 1: from the very edge there is no way back."""

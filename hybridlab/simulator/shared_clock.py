@@ -56,6 +56,7 @@ class SharedStep:
         lanes, n = len(self.table.lanes), len(self.table.ops)
         self.head = list(self.table.first)
         self.on_cpu = [lane.kind is LaneKind.CPU for lane in self.table.lanes]
+        self.on_link = [lane.kind is LaneKind.H2D for lane in self.table.lanes]
         self.busy, self.left_s = [False] * lanes, [0.0] * lanes
         self.bytes_s, self.scale = [0.0] * lanes, [1.0] * lanes
         self.ready_s = [inf] * lanes
@@ -104,7 +105,7 @@ class SharedStep:
         running = [lane for lane, busy in enumerate(self.busy) if busy]
         users = [lane for lane in running if self.bytes_s[lane] > 0]
         next_s = inf
-        if len(users) > 1 and any(self.on_cpu[lane] for lane in users):
+        if len(users) > 1 and not all(self.on_link[lane] for lane in users):
             users.sort(key=lambda lane: -left_s[lane])
             scales = self.dram.scales([(left_s[lane], self.bytes_s[lane], self.on_cpu[lane]) for lane in users])
             for lane, found in zip(users, scales, strict=True):

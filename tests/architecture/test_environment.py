@@ -86,7 +86,7 @@ def test_version_is_said_once() -> None:
     [
         ("  - numpy>=2.1\n", "", "environment.yml lacks numpy>=2.1"),
         ("numpy>=2.1", "numpy>=2.0", "numpy: >=2.1 in pyproject.toml, >=2.0"),
-        ("  - pip\n", "  - pip\n  - scipy>=1\n", "pyproject.toml lacks scipy>=1"),
+        ("  - pip\n", "  - pip\n  - sympy>=1\n", "pyproject.toml lacks sympy>=1"),
     ],
 )
 def test_planted_disagreement_is_found(tmp_path: Path, old: str, new: str, message: str) -> None:
