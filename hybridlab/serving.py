@@ -78,6 +78,8 @@ def steps(
     usable. Raises `StrategyError` when the scheduler breaks its contract or waits for nothing.
     """
     name = type(scheduler).__name__
+    if (resolved := getattr(scheduler, "calibrated", None)) is not None:
+        scheduler = resolved(planner.hardware)
     try:
         planner.update(backend, 0)
         while queue.live:

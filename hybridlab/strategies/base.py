@@ -17,7 +17,11 @@ from hybridlab.spec import HardwareSpec, ModelSpec
 
 @runtime_checkable
 class Scheduler(Protocol):
-    """Which requests compute how many tokens next."""
+    """Which requests compute how many tokens next.
+
+    A scheduler may have a method `calibrated(hardware) -> Scheduler`, as an `Overlap` may: each run calls it once, and
+    takes what it returns.
+    """
 
     def schedule(self, queue: QueueView) -> StepPlan | None:
         """The next step of the idle worker `queue.worker`, or None (or an empty step) to wait.

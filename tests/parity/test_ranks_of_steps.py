@@ -117,6 +117,16 @@ def test_the_paper_computes_a_long_prompt_on_all_ranks_and_all_else_on_one(oracl
     assert {step.ranks for step in later} == {(0,)} and len(later) >= 24
 
 
+def test_a_scheduler_gets_what_was_measured_on_the_machine(oracle):
+    """The paper's, on an engine whose machine streams from a prompt's length on."""
+    longest = max(oracle.requests(), key=lambda request: len(request.prompt))
+    with oracle.load(precision="exact", ranks=2, device="emulated", placement=STREAMED) as engine:
+        engine.planner.hardware = replace(engine.planner.hardware, stream_from_tokens=len(longest.prompt))
+        served = engine.serve([longest], "paper", keep_span_steps=1000)
+        short = engine.serve([replace(longest, prompt=longest.prompt[1:])], "paper", keep_span_steps=1000)
+    assert {span.op.rank for span in served.spans} == {0, 1} and {span.op.rank for span in short.spans} == {0}
+
+
 @dataclass(frozen=True)
 class Recorded:
     """Any scheduler, and its steps."""

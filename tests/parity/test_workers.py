@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from hybridlab.errors import ConfigError, StrategyError
 from hybridlab.hardware.gpu import Gpu
 from hybridlab.plans import QueueView, RunningRequest, StepPlan, WaitingRequest
 from hybridlab.request import Status
+from hybridlab.spec import NEVER
+from hybridlab.strategies.checks import TOY_GPU
 from hybridlab.strategies.scheduler.paper import Paper
 
 BOTH: dict[str, dict[str, Any]] = {"prefill": {}, "decode": {}}
@@ -227,5 +230,9 @@ def test_the_paper_sends_prompts_where_it_says():
     assert scheduler.schedule(view("main", last_decode_s=101.0, **ranks)) == StepPlan(
         "prefill", {"long": 512}, (), (0,)
     )
+    measured = replace(TOY_GPU, stream_from_tokens=1000)
+    assert scheduler.calibrated(measured).schedule(view("decode")) is None  # both are long there
+    assert Paper(2048).calibrated(measured) == Paper(2048) and Paper().calibrated(TOY_GPU) == Paper()
+    assert Paper().calibrated(replace(TOY_GPU, stream_from_tokens=NEVER)) == Paper()
     with pytest.raises(StrategyError, match="idle_s: expected a number >= 0, got 'long'"):
         Paper(idle_s="long")  # type: ignore[arg-type]

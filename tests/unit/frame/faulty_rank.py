@@ -1,9 +1,9 @@
 """A rank that is killed on purpose: faulty_rank.py PLAN RANK DESCRIPTOR PARENT.
 
 The process that is rank RANK kills itself where the file PLAN says, as "once POINT" or "always POINT": "setup",
-"ready", an op kind, "keys" (before it has sent its keys and values), "answer", "catch_up", "alone" (an op, with no other
-rank beside it), or stops there for ever: "hang". The second layer's ops, where there is one. "op:3" is the fourth op
-that the rank computes, whatever that is. What was to happen once takes PLAN away.
+"ready", an op kind, "keys" (before it has sent its keys and values), "answer", "catch_up", "alone" (an op, with no
+other rank beside it), or stops there for ever: "hang". The second layer's ops, where there is one. "op:3" is the fourth
+op that the rank computes, whatever that is. What was to happen once takes PLAN away.
 """
 
 from __future__ import annotations

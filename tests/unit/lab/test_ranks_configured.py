@@ -73,8 +73,8 @@ def test_ranks_and_exchanges_are_swept(lab):
     kinds = result.spans.groupby("engine.ranks")["kind"].unique().map(set).to_dict()
     assert "dispatch" in kinds[2] and not kinds[1] & {"dispatch", "reduce"}
     # The long prompt that came first ran on both; what was decoded, on the first.
-    two = result.spans[result.spans["engine.ranks"] == 2]
-    assert (two["rank"] == 0).sum() > 2 * (two["rank"] == 1).sum() > 0
+    ranks = result.spans.loc[result.spans["engine.ranks"] == 2, "rank"].tolist()
+    assert ranks.count(0) > 2 * ranks.count(1) > 0
 
 
 def test_a_plan_has_the_memory_of_a_rank(lab, tmp_path):
