@@ -22,7 +22,7 @@ from hybridlab.strategies.overlap.sequential import Sequential
 
 ROUTES = Routes(MODEL)
 DEEP = replace(MODEL, num_layers=30)
-ONE = StepPlan("decode", {"a": 1})
+ONE = StepPlan("decode", {"a": 1}, ranks=(0,))
 
 
 def seconds(table, machine, sizes):
