@@ -26,6 +26,7 @@ _PUBLIC = {
     "run": "hybridlab.experiment",
     "sweep": "hybridlab.experiment",
     "plan": "hybridlab.sweep_plan",
+    "tune": "hybridlab.tuning",
     "load_config": "hybridlab.config",
     "results": "hybridlab.store",
     "export_results": "hybridlab.export",
@@ -102,5 +103,6 @@ if TYPE_CHECKING:
     from hybridlab.strategies.checks import check_placement as check_placement
     from hybridlab.strategies.checks import check_scheduler as check_scheduler
     from hybridlab.sweep_plan import plan as plan
+    from hybridlab.tuning import tune as tune
     from hybridlab.widgets import explore as explore
     from hybridlab.workload import workload_table as workload_table

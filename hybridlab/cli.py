@@ -20,6 +20,7 @@ from hybridlab.cli_checkpoint import checkpoint
 from hybridlab.cli_figures import figures
 from hybridlab.cli_output import Json, emit, human_output, note
 from hybridlab.cli_sweep import Backend, Config, Figures, Force, ResultsDir, RetryFailed, plan, results, sweep
+from hybridlab.cli_tune import tune
 from hybridlab.cli_weights import weights
 from hybridlab.errors import HybridlabError, RequestError
 
@@ -75,6 +76,7 @@ app.command()(figures)
 app.command()(plan)
 app.command()(sweep)
 app.command()(results)
+app.command()(tune)
 
 
 @app.command()
