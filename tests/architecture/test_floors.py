@@ -30,8 +30,8 @@ FLOORS = {
         "calibration_steps", "columns", "config", "device_lock", "execution",
         "experiment", "export", "figures_config", "jobs", "live_requests", "loading", "metrics", "prediction",
         "run_costs", "run_files", "summary_table", "sweep_plan", "provenance", "recording", "request_queue", "sections",
-        "serving", "session", "simulated_bench", "step_log", "store", "stored_run", "strict_yaml", "sweep_processes", "tuned",
-        "tuning", "tuning_space", "workload",
+        "serving", "session", "simulated_bench", "step_log", "store", "stored_run", "strict_yaml",
+        "sweep_processes", "tuned", "tuning", "tuning_space", "workload",
     },
     4: {
         "__main__", "cli", "cli_bench", "cli_calibrate", "cli_checkpoint", "cli_figures", "cli_output", "cli_run",
