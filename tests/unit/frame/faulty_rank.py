@@ -3,7 +3,7 @@
 The process that is rank RANK kills itself where the file PLAN says, as "once POINT" or "always POINT": "setup",
 "ready", an op kind, "keys" (before it has sent its keys and values), "answer", "catch_up", "alone" (an op, with no
 other rank beside it), or stops there for ever: "hang". The second layer's ops, where there is one. "op:3" is the fourth
-op that the rank computes, whatever that is. What was to happen once takes PLAN away.
+op of a step that the rank computes, whatever that is. What was to happen once takes PLAN away.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def main() -> int:
 
     def faulty_execute(self, *arguments, **options):
         execute = execute_for(self, *arguments, **options)
+        seen.clear()
 
         def faulty(op):
             if op.layer:
