@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import numpy as np
 from hybridlab.bench_steps import Step, decode_steps, timed
 from hybridlab.kernels import read_bandwidth_bytes
 from hybridlab.kv_blocks import BlockPool
+from hybridlab.loading import load as load_engine
 from hybridlab.metrics import SLO, summarise
 from hybridlab.prefix_cache import NoPrefixes
 from hybridlab.request import Request
@@ -27,7 +29,7 @@ from hybridlab.simulator.backend import SimulatorBackend
 from hybridlab.simulator.machine import Machine
 from hybridlab.simulator.routes import Routes
 from hybridlab.simulator.shapes import ModelShape
-from hybridlab.strategies.registry import resolve
+from hybridlab.strategies.registry import label, resolve
 
 if TYPE_CHECKING:
     from hybridlab.session import Engine
@@ -148,6 +150,25 @@ def compared(
             both = {f"predicted_{name}": expected[name] for name in METRICS}
             both |= {f"measured_{name}": found[name] for name in METRICS}
             yield {**about, "requests": load.requests, "prompt_tokens": load.prompt, **both}
+
+
+def agreement_rows(
+    checkpoint: str | Path, machine: Machine, loads: Sequence[Load], *, device: str = "cpu",
+    placement: Any = "all_host", overlap: Any = "sequential", threads: int | None = None,
+    link_gb_s: float | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """`compared` on an engine of its own, of which `machine` is the measured profile (`hl.measure_profile`)."""
+    most = max(load.requests * (load.prompt + load.answer + 48) for load in loads)
+    with load_engine(
+        checkpoint, device=device, placement=placement, overlap=overlap, threads=threads, link_gb_s=link_gb_s,
+        token_budget=2048, kv_tokens=most, prefix_cache=False, quiet=True,
+    ) as engine:  # fmt: skip
+        engine.lone_runtime.wait_mapped()
+        engine.lone_runtime.randomise_cache(0)
+        engine.serve(Load(1, 64, 2).made(engine.spec.vocab), keep_span_steps=0)  # what is set up once
+        about = {"device": device, "strategy": f"{label(engine.planner.placement)}, {label(engine.planner.overlap)}"}
+        about |= {"evidence": "emulated" if device == "emulated" else "measured"}
+        return list(compared(engine, Twin(engine, machine, link_gb_s), loads, Bracket(engine.threads), about))
 
 
 def trace(vocab: int, count: int, rate: float, prompt: int, answer: int, seed: int = 0) -> list[Request]:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
-from hybridlab.figures.style import GREY, ONE_COLUMN_IN, cycle_color, log_axis, new_axes, style
+from hybridlab.figures.style import GREY, ONE_COLUMN_IN, TWO_COLUMNS_IN, cycle_color, log_axis, new_axes, style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,7 @@ def predicted_measured(df: pd.DataFrame, ax: Axes | None = None) -> Axes:
             error = float(np.median(np.abs(y / x - 1)))
             ax.plot(
                 x, y, MARKERS[name], ms=3.5, mew=0.8, mfc="none", color=cycle_color(number),
-                label=f"{label}, {len(x)} configurations: {error:.1%}",
+                label=f"{label}: {error:.1%}",
             )  # fmt: skip
         columns = [df[f"{side}_{name}"].to_numpy(float) for side in ("measured", "predicted") for name in NAMES]
         low, high = min(map(np.min, columns)) / 1.3, max(map(np.max, columns)) * 1.3
@@ -36,28 +37,34 @@ def predicted_measured(df: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.set(xlim=(low, high), ylim=(low, high), xlabel="measured (s)", ylabel="predicted (s)")
         log_axis(ax, "x")
         log_axis(ax, "y")
-        ax.legend(loc="upper left", title="median error", alignment="left", title_fontsize=7)
+        ax.legend(loc="upper left", title=f"median error, {len(df)} configurations", alignment="left", title_fontsize=7)
         return ax
 
 
 def configuration_map(df: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """TTFT (`ttft_s`) against throughput (`output_tokens_per_s`) of very many configurations, how densely they lie,
-    and for each `strategy` the best that any of them reaches. All are `evidence` "simulated"."""
+    """Each `machine` of very many simulated ones as a point, TTFT (`ttft_s`) against `output_tokens_per_s`, coloured by
+    the `strategy` that is the fastest there: the least TTFT, among these the most throughput."""
     with style():
-        ax = ax if ax is not None else new_axes(ONE_COLUMN_IN, 3.0)
-        x, y = df["output_tokens_per_s"].to_numpy(float), df["ttft_s"].to_numpy(float)
-        cells = ax.hexbin(x, y, xscale="log", yscale="log", gridsize=55, bins="log", cmap="Greys", mincnt=1, lw=0.1)
-        cells.set_rasterized(True)
-        for number, (strategy, group) in enumerate(df.groupby("strategy", sort=False)):
-            order = group.sort_values("output_tokens_per_s", ascending=False)
-            best = order["ttft_s"].cummin()
-            front = order[order["ttft_s"] <= best]
-            ax.step(
-                front["output_tokens_per_s"], front["ttft_s"], where="post", color=cycle_color(number), label=strategy
-            )
-        ax.set(xlabel="decode throughput (tokens/s)", ylabel="TTFT (s)")
+        ax = ax if ax is not None else new_axes(TWO_COLUMNS_IN * 0.7, 2.9)
+        best = df.sort_values(["ttft_s", "output_tokens_per_s"], ascending=[True, False]).groupby("machine").head(1)
+        best = best.sample(frac=1.0, random_state=0)  # so that no strategy hides another
+        x, y = best["output_tokens_per_s"].to_numpy(float), best["ttft_s"].to_numpy(float)
+        names = list(dict.fromkeys(df["strategy"]))
+        number = np.array([names.index(name) for name in best["strategy"]])
+        colors = np.array([cycle_color(i) for i in range(len(names))])
+        ax.scatter(x, y, s=1.2, c=colors[number], lw=0, rasterized=True)
+        ax.set(
+            xlim=(x.min() / 1.1, x.max() * 1.1), ylim=(y.min() / 1.15, y.max() * 1.15),
+            xlabel="decode throughput (tokens/s)", ylabel="TTFT (s)",
+        )  # fmt: skip
         log_axis(ax, "x")
         log_axis(ax, "y")
-        ax.legend(loc="upper left", title=f"{len(df):,} simulated configurations; fronts of", alignment="left",
-                  title_fontsize=7)  # fmt: skip
+        handles = [
+            Line2D([], [], ls="", marker="o", ms=4, color=color, label=f"{name}: {np.mean(number == i):.0%}")
+            for i, (name, color) in enumerate(zip(names, colors, strict=True))
+        ]
+        title = f"{len(df):,} configurations, simulated:\nthe fastest on each of {len(best):,} machines"
+        ax.legend(
+            handles=handles, title=title, title_fontsize=7, alignment="left", loc="center left", bbox_to_anchor=(1, 0.5)
+        )
         return ax
