@@ -8,9 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from test_ranks_faults import listening
 
 import hybridlab as hl
 from hybridlab.engine.ranks_joined import address_of
@@ -19,8 +21,10 @@ from hybridlab.errors import ConfigError
 ORACLE = Path(__file__).parents[2] / "data" / "oracles" / "qwen3_bf16"
 EXPECTED = json.loads((ORACLE / "expected.json").read_text())["requests"]
 
+LOOPBACK = "0100007F"
+
 _SCRIPT = """
-import json, os, sys
+import json, os, sys, time
 import hybridlab as hl
 folder, end = sys.argv[1:]
 engine = hl.load(folder, ranks="torchrun", precision="exact", quiet=True, kv_tokens=1024, threads=1)
@@ -32,6 +36,10 @@ if end == "wait":
         engine.generate([1, 2, 3], 4)
     except hl.HybridlabError as error:
         print(error, flush=True)
+if end.startswith("/"):
+    open(end + "/there", "w").close()
+    while not os.path.exists(end + "/go"):
+        time.sleep(0.05)
 if end == "close":
     engine.close()
 print("done", flush=True)
@@ -63,6 +71,37 @@ def test_tokens_are_those_of_the_oracle(tmp_path, end, ranks):
     assert last == "done"
 
 
+def test_two_nodes_meet_and_their_ranks_listen_on_loopback_alone(tmp_path):
+    """Two torchruns; see test_ranks_two_hosts for those that are on different hosts."""
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT, encoding="utf-8")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    nodes = []
+    for node in (0, 1):
+        how = ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node), "--master-port", str(port)]
+        command = [sys.executable, "-m", "torch.distributed.run", *how, str(script), str(ORACLE), str(tmp_path)]
+        nodes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True))
+    try:
+        end_s = time.monotonic() + 90
+        while not (tmp_path / "there").exists():
+            assert time.monotonic() < end_s and all(node.poll() is None for node in nodes)
+            time.sleep(0.05)
+        ranks = [Path(f"/proc/{node.pid}/task/{node.pid}/children").read_text().split() for node in nodes]
+        assert [len(pids) for pids in ranks] == [1, 1]
+        assert {address for (pid,) in ranks for address in listening(int(pid))} == {LOOPBACK}
+        (tmp_path / "go").touch()
+        out, _ = nodes[0].communicate(timeout=60)
+        tokens, last = out.strip().split("\n")
+        assert json.loads(tokens) == [request["greedy"] for request in EXPECTED] and last == "done"
+        assert [node.wait(30) for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+
+
 def test_a_lost_follower_is_named(tmp_path):
     """Without torchrun itself, which ends the others as soon as one has ended."""
     script = tmp_path / "script.py"
@@ -79,6 +118,7 @@ def test_a_lost_follower_is_named(tmp_path):
     leader, *followers = processes
     try:
         assert json.loads(leader.stdout.readline()) == [request["greedy"] for request in EXPECTED]
+        assert {address for process in processes for address in listening(process.pid)} == {LOOPBACK}
         followers[1].kill()
         out, _ = leader.communicate("go\n", timeout=60)
         assert "rank 2" in out and "all 3 ranks were stopped" in out
@@ -94,6 +134,16 @@ def test_outside_of_torchrun_it_is_said_so(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="ranks is 'torchrun', but this is not a process of torchrun"):
+        hl.load(ORACLE, ranks="torchrun")
+
+
+def test_an_address_that_is_not_the_interfaces_is_refused(monkeypatch):
+    given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.2", "MASTER_PORT": "29578"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ConfigError, match="MASTER_ADDR is '127.0.0.2', expected 127.0.0.1, the address of interface 'lo'"
+    ):
         hl.load(ORACLE, ranks="torchrun")
 
 
