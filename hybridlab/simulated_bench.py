@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hybridlab.request import Request, RequestRecord
 from hybridlab.request_queue import RequestQueue
 from hybridlab.routing import RoutingStats
 from hybridlab.serving import Served, serve
+from hybridlab.simulated_workers import worker_machines, worker_pools
 from hybridlab.simulator.backend import SimulatorBackend
 from hybridlab.simulator.machine import Machine, load_profile
 from hybridlab.simulator.room import require_room
@@ -40,6 +41,8 @@ class Simulated:
     routing: RoutingStats
     known: RoutingStats
     gpu: bool
+    workers: Mapping[str, Machine] = field(default_factory=dict)
+    """What of the machine each worker has; empty: there is one, which has all."""
 
     @property
     def hardware(self) -> HardwareSpec:
@@ -74,18 +77,17 @@ def simulated(config: ExperimentConfig, checkpoint: Path) -> Simulated:
         raise ConfigError(f"engine.ranks is {ranks}, the simulator of {profile.name} expects at most {most}: its GPUs")
     if config.engine.interface is not None:
         raise ConfigError("engine.interface is given, the simulator expects none: nothing is sent")
-    if config.engine.workers is not None:
-        raise ConfigError("engine.workers is given, the simulator expects none: it has one worker")
     if config.engine.link_gb_s is not None:
         machine = replace(machine, link_gb_s=min(machine.link_gb_s, config.engine.link_gb_s))
     if config.engine.vram_gb is not None:
         machine = replace(machine, gpu_memory_gb=min(machine.gpu_memory_gb, config.engine.vram_gb))
+    workers = worker_machines(config.engine, machine, device)
     spec, shape = _model(config, checkpoint)
     shape = shape.with_bits(given.expert_bits or shape.expert_bits, given.dense_bits or shape.dense_bits)
     known = RoutingStats() if given.routing is None else RoutingStats.load(config.project_dir / given.routing)
     routing = known if given.routing is not None else _popularity(config, spec)
     Routes(spec, routing)  # raises for those of another model
-    return Simulated(profile.name, machine, spec, shape, routing, known, device != "cpu")
+    return Simulated(profile.name, machine, spec, shape, routing, known, device != "cpu", workers)
 
 
 def _popularity(config: ExperimentConfig, spec: ModelSpec) -> RoutingStats:
@@ -168,7 +170,13 @@ class SimulatorBench:
         if self._loaded is None:
             raise ConfigError("the bench is not loaded; call load() first")
         there, planner, token_budget, kv_tokens = self._loaded
-        backend = SimulatorBackend(there.machine, there.spec, there.shape, Routes(there.spec, there.routing))
+        about = there.machine, there.spec, there.shape, Routes(there.spec, there.routing)
+        backend = SimulatorBackend(*about, there.workers or ("main",), BLOCK_TOKENS)
+        if there.workers:
+            device = "cuda" if there.gpu else "cpu"
+            pools = worker_pools(self._config.engine, there.spec, there.shape, kv_tokens, BLOCK_TOKENS, device)
+            queue = RequestQueue(requests, pools, there.spec, token_budget)
+            return serve(backend, queue, scheduler, planner, keep_span_steps=keep_span_steps, on_event=on_event)
         pool = BlockPool(kv_tokens // BLOCK_TOKENS, BLOCK_TOKENS)
         prefixes = PrefixCache(pool) if self._config.engine.prefix_cache else NoPrefixes()
         queue = RequestQueue(requests, pool, there.spec, token_budget, prefixes, rank_sets=planner.rank_sets)

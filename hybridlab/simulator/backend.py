@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from typing import overload
@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from hybridlab.batch import Entry, StepBatch, StepResult, split
-from hybridlab.plans import Move, Program, Span, Tier
+from hybridlab.plans import LaneKind, Move, Program, Span, Tier
 from hybridlab.simulator.clock import Dram, EventClock, Run, spans_of
 from hybridlab.simulator.cost_model import Micro, cost_model, dram_bytes_s, handoffs_s
 from hybridlab.simulator.lone_clock import LoneClock, LoneRun
@@ -28,7 +28,8 @@ PLACEHOLDER = -1
 class SimulatorBackend:
     """`hybridlab.serving.Backend` on a simulated clock; make one per run.
 
-    `workers` compute side by side, each one step at a time, on one machine: its DRAM is shared by all of them.
+    `workers` compute side by side, each one step at a time, on one machine: its DRAM is shared by all of them. By name,
+    they may each have a part of the machine. KV that goes from one to another lengthens the head of a step by its copy: over the link, or twice through the host's memory.
     """
 
     def __init__(
@@ -37,8 +38,12 @@ class SimulatorBackend:
         model: ModelSpec,
         shape: ModelShape,
         routes: Routes,
-        workers: Sequence[str] = ("main",),
+        workers: Sequence[str] | Mapping[str, Machine] = ("main",),
+        kv_block_tokens: int = 16,
     ) -> None:
+        self._kv_block_tokens = kv_block_tokens
+        self._parts = workers if isinstance(workers, Mapping) else dict.fromkeys(workers, machine)
+        self._layer_kv_bytes = model.num_layers * shape.kv_bytes
         self._machine, self._shape, self._routes = machine, shape, routes
         self._workers = tuple(workers)
         clock = LoneClock if len(self._workers) == 1 else EventClock
@@ -72,12 +77,22 @@ class SimulatorBackend:
                 table = replace(table, shares=True)
             self._tables[program] = table
         micros = [_micro(entries) for entries in split(batch.entries, program.shape.num_microbatches)]
-        cost = cost_model(self._machine, self._shape, micros)
+        cost = cost_model(self._parts[worker], self._shape, micros)
         costs = [cost(one) for one in table.classes]
-        run = self._clock.submit(table, [c.alone_s for c in costs], [c.dram_bytes for c in costs])
+        alone_s = [c.alone_s for c in costs]
+        if moved := self._kv_block_tokens * hand_off_blocks(batch):
+            head = next(cls for cls in reversed(table.cls) if table.classes[cls].kind == "head")
+            alone_s[head] += self._copied_s(moved, gpu=program.shape.compute_lane is LaneKind.GPU)
+        run = self._clock.submit(table, alone_s, [c.dram_bytes for c in costs])
         self._in_flight[worker] = batch, run
         if self._routed_LE is not None:
             self._routed_LE += self._routes.share_LE * sum(micro.tokens for micro in micros)
+
+    def _copied_s(self, num_tokens: int, *, gpu: bool) -> float:
+        machine, size = self._machine, num_tokens * self._layer_kv_bytes
+        if gpu:
+            return machine.link_latency_us * 1e-6 + size / (machine.link_gb_s * 1e9)
+        return 2 * size / dram_bytes_s(machine)[0]  # read, and written
 
     def wait(self, until_s: float | None) -> Sequence[StepResult]:
         ended = self._clock.advance(inf if until_s is None else max(until_s, self._clock.now_s))
@@ -108,6 +123,12 @@ class SimulatorBackend:
         if copies:
             seconds = copies * (machine.link_latency_us * 1e-6 + size / (machine.link_gb_s * 1e9))
             self._clock.advance(self._clock.now_s + seconds)
+
+
+def hand_off_blocks(batch: StepBatch) -> int:
+    """KV blocks that a step takes from another worker or leaves for one."""
+    ends = (each for entry in (*batch.entries, *batch.brings) for each in (entry.fetch, entry.leave))
+    return sum(len(each.blocks) for each in ends if each is not None)
 
 
 class StepSpans(Sequence[Span]):

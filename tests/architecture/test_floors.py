@@ -30,7 +30,7 @@ FLOORS = {
         "calibration_steps", "columns", "config", "device_lock", "execution",
         "experiment", "export", "figures_config", "jobs", "live_requests", "loading", "metrics", "prediction",
         "run_costs", "run_files", "summary_table", "sweep_plan", "provenance", "recording", "request_queue", "sections",
-        "serving", "session", "simulated_bench", "step_log", "store", "stored_run", "strict_yaml",
+        "serving", "session", "simulated_bench", "simulated_workers", "step_log", "store", "stored_run", "strict_yaml",
         "sweep_processes", "tuned", "tuning", "tuning_space", "workload",
     },
     4: {

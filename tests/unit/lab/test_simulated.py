@@ -200,3 +200,54 @@ def test_what_processes_cannot_do_is_refused(lab, change, keys, message):
     sweep = {**lab, **change, "sweep": {"workload.rate_req_s": [50.0, 500.0]}}
     with pytest.raises(ConfigError, match=message):
         experiment.run(sweep, **{"backend": "simulator", "progress": False, **keys})
+
+
+PAIR = {"prefill": {"gpu": 0}, "decode": {"gpu": 1}}
+TWO_GPUS = {
+    "model": {"preset": "deepseek-ai/DeepSeek-V3"},
+    "simulator": {"machine": "2x_rtx5090_2x_epyc9355", "expert_bits": 4.5, "dense_bits": 4.5},
+    "engine": {"workers": PAIR, "kv_tokens": 65536, "token_budget": 8192, "prefix_cache": False},
+    "workload": {
+        "kind": "poisson", "num_requests": 12, "rate_req_s": 0.5, "prompt_tokens": [256, 4096], "output_tokens": 24,
+    },
+    "scheduler": {"name": "paper", "short_tokens": 512},
+}  # fmt: skip
+
+
+def test_prompts_and_decodes_have_workers_of_their_own(lab):
+    result = run({**lab, **TWO_GPUS})
+    (row,) = result.summary.to_dict("records")
+    assert row["completed"] == 12
+    assert {lane.split("/")[0] for lane in result.spans["lane"]} == {"prefill", "decode"}
+    alone = run({**lab, **TWO_GPUS, "engine": {**TWO_GPUS["engine"], "workers": None}, "scheduler": "fcfs"})
+    # A long prompt on the one worker stands in front of every decode.
+    assert row["p99_itl_s"] < 0.5 * alone.summary["p99_itl_s"].tolist()[0]
+    forced = run({**lab, **TWO_GPUS}, force=True)
+    times = [np.concatenate(each.requests["token_times_s"].tolist()).tolist() for each in (result, forced)]
+    assert len(times[0]) == 12 * 24 and times[0] == times[1]
+
+
+def test_a_hand_off_takes_the_time_of_its_copies(lab):
+    one = {**TWO_GPUS["workload"], "num_requests": 1, "prompt_tokens": 600}
+    found = []
+    for latency_us in (0.0, 1e6):
+        machine = {**TWO_GPUS["simulator"], "overrides": {"link_latency_us": latency_us}}
+        found += run({**lab, **TWO_GPUS, "workload": one, "simulator": machine}).summary.to_dict("records")
+    fast, late = found
+    assert late["median_ttft_s"] == pytest.approx(fast["median_ttft_s"] + 1.0, rel=1e-6)  # left with the last step
+    assert late["median_e2el_s"] == pytest.approx(fast["median_e2el_s"] + 2.0, rel=1e-6)  # and taken with the next
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"workers": {"prefill": {}, "other": {}}}, "expected names that begin with 'prefill' or 'decode', both"),
+        ({"workers": {"prefill": {}, "decode": {}}}, r"workers.decode.gpu is 0, which 'prefill' has"),
+        ({"workers": {"prefill": {}, "decode": {"gpu": 2}}}, "workers.decode.gpu is 2, the machine has 2 GPUs"),
+        ({"workers": {"prefill": {"threads": 99}, "decode": {"gpu": 1}}}, "threads, expected at most 64: the cores"),
+        ({"workers": PAIR, "ranks": 2}, "engine.ranks is 2, which does not go with workers"),
+    ],
+)
+def test_workers_that_a_machine_cannot_have_are_refused(lab, engine, message):
+    with pytest.raises(ConfigError, match=message):
+        run({**lab, **TWO_GPUS, "engine": engine})

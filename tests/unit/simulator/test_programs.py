@@ -96,8 +96,9 @@ def test_a_lone_clock_is_an_event_clock_of_one_worker(program, machine, sizes):
 
 
 @settings(deadline=None, max_examples=60)
-@given(programs(model=DEEP), machines(), st.tuples(micros, micros))
-def test_dram_shared_in_deep_models_is_as_if_no_layer_was_skipped(program, machine, sizes):
+@given(programs(model=DEEP), machines(), st.tuples(micros, micros), st.sampled_from([0.0, 1.0]))
+def test_dram_shared_in_deep_models_is_as_if_no_layer_was_skipped(program, machine, sizes, gpu_dram_bytes):
+    machine = replace(machine, gpu_dram_bytes=gpu_dram_bytes)  # 1: what computes in the GPU's place reads DRAM as well
     table = tabulate(program, Routes(DEEP))
     cost = cost_model(machine, SHAPE, sizes)
     costs = [cost(one) for one in table.classes]
