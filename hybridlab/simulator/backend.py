@@ -29,7 +29,8 @@ class SimulatorBackend:
     """`hybridlab.serving.Backend` on a simulated clock; make one per run.
 
     `workers` compute side by side, each one step at a time, on one machine: its DRAM is shared by all of them. By name,
-    they may each have a part of the machine. KV that goes from one to another lengthens the head of a step by its copy: over the link, or twice through the host's memory.
+    they may each have a part of the machine. KV that goes from one to another lengthens the head of a step by its
+    copy: over the link, or read and written in the host's memory.
     """
 
     def __init__(
