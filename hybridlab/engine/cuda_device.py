@@ -11,7 +11,7 @@ import torch
 from hybridlab.checkpoint import Checkpoint
 from hybridlab.engine.cuda_capture import GraphCapture, PlainCapture
 from hybridlab.engine.cuda_lanes import CudaLanes
-from hybridlab.engine.cuda_memory import CONTEXT_BYTES, captured_bytes, captured_token_bytes
+from hybridlab.engine.cuda_memory import captured_bytes, captured_token_bytes, outside_allocator_bytes
 from hybridlab.engine.cuda_ring import CudaRing, ResidentExperts
 from hybridlab.engine.devices import Capture, Device, TierExperts, no_link, nothing_to_bring
 from hybridlab.engine.host_exchange import HostExchange
@@ -59,7 +59,7 @@ def cuda_device(
     device = torch.device(where)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        least = min(total, total if vram_bytes is None else vram_bytes - CONTEXT_BYTES)
+        least = min(total, total if vram_bytes is None else vram_bytes - outside_allocator_bytes(placed))
         torch.cuda.set_per_process_memory_fraction(least / total, device)
         torch.cuda.reset_peak_memory_stats(device)
     model = build_model(checkpoint, CudaBf16(where), threads)

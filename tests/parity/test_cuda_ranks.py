@@ -126,7 +126,7 @@ def test_each_rank_has_its_experts_in_any_tier(where, oracle, placement):
 
 
 def test_kv_that_finds_no_room_on_the_gpu_is_in_the_hosts_memory(where, oracle):
-    with load(oracle, vram_gb=1.2, kv_tokens=190_000) as engine:
+    with load(oracle, vram_gb=2.0, kv_tokens=190_000) as engine:
         assert engine.memory.kv_offloaded
         check_near(oracle, engine)
         assert first_tokens(oracle, engine.serve(oracle.requests(), InTurn()).records) >= 0.5
