@@ -174,6 +174,8 @@ def _measured_pair(cut: Checkpoint, options: DeviceOptions, threads: int, progre
     on_cpu = [point for point in ops if point.cls.on_cpu]
     known.fit("experts on the CPU", shape, on_cpu, HOST_FIT)
     known.fit("copies over the link", shape, copies, LINK_FIT)
+    if emulated and options.link_gb_s is None:
+        known.give("emulated: a core copies, at the link's rate", link_core_gb_s=known.machine.link_gb_s)
     on_gpu = [point for point in ops if not point.cls.on_cpu]
     with suppress(MemoryBudgetError), _loaded(cut, placement=AllResident(), **given) as engine:
         on_gpu += list(_shown(compute_points(engine, engine.planner, routes, LaneKind.GPU), "experts", progress))
@@ -228,7 +230,7 @@ def _accelerator(known: _Known, options: DeviceOptions, threads: int) -> None:
     known.give(f"read loop, {alone}", gpu_read_gb_s=alone.median_gb_s)
     shared = max(1.0, together.median_gb_s / known.machine.host_peak_gb_s)
     known.give("all threads reading / the CPU lane's alone", host_shared_ratio=shared)
-    known.give("emulated: cores of the host", gpu_dram_bytes=1.0)
+    known.give("emulated: cores of the host", gpu_dram_bytes=1.0, gpu_cores=float(cores))
     known.give("emulated: read and written", link_dram_bytes=COPIED)
     known.give("group of the CPU kernels", gpu_narrow_tokens=GROUP)
     known.give("start of the fit", link_gb_s=alone.median_gb_s / 2)

@@ -9,6 +9,9 @@ import numpy as np
 PIECE_BYTES = 1 << 20
 """What is copied between two looks at the clock."""
 
+LATE_S = 1e-3
+"""Later than this, the link was idle: time that is not made up for."""
+
 
 class CopyLink:
     """Copies one thing after another; `gb_s` (1e9 bytes/s) caps the rate, None leaves it to the memory."""
@@ -23,7 +26,7 @@ class CopyLink:
             target[...] = source
             return
         # The time is kept over many small copies, so that a late wake-up is made up for by the next ones.
-        self._free_s = max(self._free_s, perf_counter())
+        self._free_s = max(self._free_s, perf_counter() - LATE_S)
         for at in range(0, len(source), PIECE_BYTES):
             piece = source[at : at + PIECE_BYTES]
             target[at : at + len(piece)] = piece

@@ -260,11 +260,22 @@ def cost_model(machine: Machine, shape: ModelShape, micros: Sequence[Micro], xp:
         "head": head,
     }
 
+    # Where cores of the host are the GPU, and copy: what an op holds of them counts as as much of the DRAM, so that
+    # ops side by side slow down by what is scarcer. Nothing of that with a real GPU.
+    emulated = xp.minimum(1.0, m.gpu_cores)
+    core_bytes_s = emulated * dram_bytes_s(m)[1] / (m.cpu_cores + m.gpu_cores)
+    copying = xp.minimum(1.0, m.link_gb_s / xp.maximum(m.link_core_gb_s, 1e-9)) * xp.minimum(1.0, m.link_core_gb_s)
+    held_bytes_s = {
+        "gpu": core_bytes_s * m.gpu_cores, "cpu": core_bytes_s * m.cpu_cores, "link": core_bytes_s * copying,
+    }  # fmt: skip
+
     def cost(one: OpClass) -> Cost:
         if one.kind not in kinds:
             raise PlanError(f"op kind {one.kind!r} is unknown to the cost model, expected one of {', '.join(kinds)}")
         micro = micros[one.microbatch]
-        return kinds[one.kind](one, micro if one.all_tokens else micro.shared(one.ranks))
+        found = kinds[one.kind](one, micro if one.all_tokens else micro.shared(one.ranks))
+        held = held_bytes_s["link" if one.kind == "load" else "cpu" if one.on_cpu else "gpu"]
+        return Cost(found.alone_s, xp.maximum(found.dram_bytes, found.alone_s * held))
 
     return cost
 

@@ -79,12 +79,16 @@ class Machine:
     gpu_dram_bytes: float = _parameter(
         "bytes of host DRAM per byte that the GPU reads", "0: memory of its own; 1: cores of the host (emulated)", 0.0
     )
+    gpu_cores: float = _parameter("cores of the host in the GPU's place", "0: a GPU; above: emulated", 0.0)
     gpu_op_us: float = _parameter("us per op on the GPU's lane: its launches", ASSUMED, 10.0)
     gpu_expert_bytes: float = _parameter(
         "bytes moved in GPU memory per stored byte of an expert", "1: multiplied as stored; 5: FP8 widened to BF16", 1.0
     )
     link_latency_us: float = _parameter("us per copy", ASSUMED, 10.0)
     link_dram_bytes: float = _parameter("bytes of host DRAM per byte copied", "1: read once, by the GPU", 1.0)
+    link_core_gb_s: float = _parameter(
+        "GB/s that a core of the host copies, with gpu_cores", "0: copies take no core", 0.0
+    )
     step_us: float = _parameter("us per step beside its ops: planned, handed to a worker, embedded", NOT_COUNTED, 0.0)
     row_us: float = _parameter("us per token that a step draws: gathered, sampled, told", NOT_COUNTED, 0.0)
     handoff_gpu_to_cpu_us: float = _parameter("us from a GPU queue to the CPU's lane", ASSUMED, 10.0)

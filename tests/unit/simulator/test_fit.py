@@ -10,7 +10,7 @@ import pytest
 from hybridlab.checkpoint.presets import preset_spec
 from hybridlab.errors import ConfigError
 from hybridlab.plans import Tier
-from hybridlab.simulator.cost_model import Micro, OpClass, cost_model
+from hybridlab.simulator.cost_model import Micro, OpClass, cost_model, dram_bytes_s
 from hybridlab.simulator.fit import Observed, fit
 from hybridlab.simulator.machine import Machine, Profile, parse_profile, profile_dict, profile_text
 from hybridlab.simulator.routes import Routes
@@ -116,3 +116,23 @@ def test_impossible_intervals_are_refused_by_name(interval):
     with pytest.raises(ConfigError, match=r"cpu_overlap\.interval"):
         parse_profile(profile_text(Profile("", "", START, dict.fromkeys(START.__dataclass_fields__, "x")), [
             "host_memory_gb", "host_peak_gb_s", "cpu_cores", "cpu_tflops"]) + entry, "mine")  # fmt: skip
+
+
+def test_an_emulated_accelerator_takes_cores_of_the_host_and_its_copies_too():
+    """Two lanes that multiply leave each other alone on their cores; a copy is a third that they share them with."""
+    pair = replace(
+        START, cpu_cores=1.0, host_shared_ratio=1.3, gpu_memory_gb=64.0, gpu_read_gb_s=40.0, gpu_tflops=1.0,
+        link_gb_s=5.0, gpu_dram_bytes=1.0, gpu_cores=1.0, link_dram_bytes=2.0, link_core_gb_s=10.0,
+    )  # fmt: skip
+    total = dram_bytes_s(pair)[1]
+
+    def share(machine: Machine, kind: str, on_cpu: bool, tokens: float = 4096.0) -> float:
+        cls = OpClass(kind, on_cpu, 0, 8 if kind == "load" else 0)
+        cost = cost_model(machine, SHAPE, [Micro.prefill(tokens)])(cls)
+        return float(cost.dram_bytes / cost.alone_s / total)
+
+    assert share(pair, "attention", True) == pytest.approx(0.5) == share(pair, "attention", False)
+    assert share(pair, "load", False) == pytest.approx(0.25, rel=0.05)  # half of a core
+    assert share(replace(pair, link_gb_s=10.0), "load", False) == pytest.approx(0.5, rel=0.05)
+    assert share(replace(pair, gpu_cores=0.0), "attention", True) < 0.2
+    assert share(replace(pair, gpu_cores=0.0, gpu_dram_bytes=0.0), "attention", False) == 0.0
