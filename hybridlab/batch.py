@@ -53,7 +53,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """A step as a worker receives it. Before it, pieces of caches come for `brings`, of which nothing is computed yet."""
+    """A step as a worker receives it. Pieces of caches come for `brings` first, of which nothing is computed yet."""
 
     worker: str
     step: StepPlan

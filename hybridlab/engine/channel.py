@@ -14,6 +14,8 @@ MAGIC = b"hlw1"
 MOST_BYTES = 2**34
 """Of one message: more is a header that was read at the wrong place."""
 _HEADER = struct.Struct("<4sIQ")
+_DESCRIPTOR = b"d"
+"""The byte that a descriptor travels with."""
 
 
 class Kind(IntEnum):
@@ -85,6 +87,29 @@ class Channel:
         if magic != MAGIC or kind not in Kind._value2member_map_ or length > MOST_BYTES:
             raise ProtocolError(f"a header of {bytes(magic)!r}, kind {kind}, {length} bytes")
         return Kind(kind), self._read(length)
+
+    def send_descriptor(self, descriptor: int) -> None:
+        """Behind a message that says so: the other side gets a descriptor of the same open file."""
+        try:
+            socket.send_fds(self._socket, [_DESCRIPTOR], [descriptor])
+        except OSError as error:
+            raise ChannelClosed(os.strerror(error.errno or 0)) from None
+
+    def receive_descriptor(self) -> int:
+        """What `send_descriptor` sent, which the caller then owns; raises as `receive` does."""
+        try:
+            if self._poll is not None:
+                self._await()
+            body, descriptors, _, _ = socket.recv_fds(self._socket, len(_DESCRIPTOR), 1, socket.MSG_CMSG_CLOEXEC)
+        except OSError as error:
+            raise ChannelClosed(os.strerror(error.errno or 0)) from None
+        if not body:
+            raise ChannelClosed("the other side has closed the connection")
+        if body != _DESCRIPTOR or len(descriptors) != 1:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise ProtocolError(f"{body!r} with {len(descriptors)} descriptors, expected one")
+        return descriptors[0]
 
     def close(self) -> None:
         self._socket.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +15,7 @@ from hybridlab.engine.cuda_lanes import CudaLanes
 from hybridlab.engine.cuda_memory import captured_bytes, captured_token_bytes, outside_allocator_bytes
 from hybridlab.engine.cuda_ring import CudaRing, ResidentExperts
 from hybridlab.engine.devices import Capture, Device, TierExperts, no_link, nothing_to_bring
+from hybridlab.engine.gpu_copy import SharedOnGpu, device_index, resident_pool
 from hybridlab.engine.host_exchange import HostExchange
 from hybridlab.engine.host_needs import kept_experts
 from hybridlab.engine.host_store import HostStore
@@ -27,6 +29,7 @@ from hybridlab.engine.staging import Staging
 from hybridlab.model import build_model
 from hybridlab.model.cuda_blocks import triton_module
 from hybridlab.model.cuda_numerics import CudaBf16
+from hybridlab.model.device_weights import DeviceWeights, OwnWeights
 from hybridlab.model.expert_block import ExpertBlock, experts_of
 from hybridlab.model.fp8_experts import expert_format
 from hybridlab.plans import PlacementPlan, Tier
@@ -45,6 +48,7 @@ def cuda_device(
     where: str = CUDA,
     vram_bytes: int | None = None,
     shared: SharedWeights | None = None,
+    on_gpu: SharedOnGpu | None = None,
     quiet: bool = True,
     poison: bool = False,
 ) -> Device:
@@ -54,26 +58,31 @@ def cuda_device(
     With `shared` they are those that other processes pin as well, if CUDA takes memory that cannot be written.
     With `poison`, ring slots are filled with NaN before each load.
     With `precision` "fp8" experts on the device quantise their activations too.
-    The process may take no more than `vram_bytes` of the device, its context included (None: all of it).
+    The process may take no more than `vram_bytes` of the device, its context included (None: all of it); with
+    `on_gpu`, projections and experts that stay there are those of other processes too, and one of them pays for them.
     """
-    device = torch.device(where)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        least = min(total, total if vram_bytes is None else vram_bytes - outside_allocator_bytes(placed))
-        torch.cuda.set_per_process_memory_fraction(least / total, device)
-        torch.cuda.reset_peak_memory_stats(device)
-    model = build_model(checkpoint, CudaBf16(where), threads)
-    spec = model.spec
-    layers = {layer: experts_of(model.expert_weights(layer)) for layer in spec.moe_layers}
-    block = ExpertBlock.of(next(iter(layers.values()))[0])
-    pin = device.type == "cuda"
-    kept = kept_experts(placed, spec)
-    store = host_store(checkpoint, layers, block, shared, kept, pin=pin, threads=threads, progress=not quiet)
+    device, spec = torch.device(where), checkpoint.spec
     resident: dict[int, list[int]] = defaultdict(list)
     for layer, own in own_experts(placed, spec).items():
         for expert in own:
             if placed.tier(layer, expert) is Tier.RESIDENT:
                 resident[layer].append(expert)
+    weights: DeviceWeights = OwnWeights(device)
+    if on_gpu is not None:
+        weights = on_gpu.weights(device_index(checkpoint, {} if placed.movable else resident), device)
+    if device.type == "cuda":
+        paid_bytes = on_gpu.num_bytes if on_gpu is not None and on_gpu.pays else 0
+        total = torch.cuda.get_device_properties(device).total_memory
+        elsewhere = outside_allocator_bytes(placed) + paid_bytes
+        least = min(total, total if vram_bytes is None else vram_bytes - elsewhere)
+        torch.cuda.set_per_process_memory_fraction(least / total, device)
+        torch.cuda.reset_peak_memory_stats(device)
+    model = build_model(checkpoint, CudaBf16(where, weights), threads)
+    layers = {layer: experts_of(model.expert_weights(layer)) for layer in spec.moe_layers}
+    block = ExpertBlock.of(next(iter(layers.values()))[0])
+    pin = device.type == "cuda"
+    kept = kept_experts(placed, spec)
+    store = host_store(checkpoint, layers, block, shared, kept, pin=pin, threads=threads, progress=not quiet)
     size = slot_experts(placed, spec)
     largest = max([size, *map(len, resident.values())])
     # One core is left to the thread that launches steps: threads that spin on all of them delay it by milliseconds.
@@ -87,13 +96,21 @@ def cuda_device(
         passing = max((len(own) for layer, own in resident.items() if not store.has(layer, own)), default=0)
         with Staging(layers, block, passing, pin=pin, threads=threads) as staging:
             bring = staging.copy if passing else store.copy
-            on_device = ResidentExperts(resident, bring, store, make_group, spec.num_experts, device)
+            pools = OwnWeights(device) if on_gpu is None or placed.movable else weights
+
+            def pool_of(layer: int, experts: Sequence[int]) -> torch.Tensor:
+                return resident_pool(pools, layer, experts, block, lambda pool: bring(layer, experts, pool))
+
+            on_device = ResidentExperts(resident, pool_of, store, make_group, spec.num_experts, device)
         experts[Tier.RESIDENT], move = on_device, on_device.move
         held.append(on_device)
         if size:
             ring = CudaRing(placed.ring_slots, size, store, make_group, spec.num_experts, device, poison=poison)
             experts[Tier.STREAMED], load = ring.experts, ring.load
             held.append(ring)
+
+    if on_gpu is not None:
+        on_gpu.filled()
 
     def close() -> None:
         lanes.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hybridlab.engine.memory import GIB, Needs
 from hybridlab.engine.own_experts import own_experts
 from hybridlab.engine.ring import block_bytes, slot_experts, slots_bytes
@@ -20,6 +22,7 @@ CAPTURED_TOKENS = 256
 """Of all captured decode steps together, whose memory is planned: 16 steps of 1 to 16 requests have 136."""
 CAPTURED_LEAST = 64 * 2**20
 """What torch's allocator takes of the device at least, in pieces of 2 and 20 MiB."""
+PROJECTIONS, RESIDENT = "projections (BF16)", "resident experts"
 OFFLOAD_BUFFERS = 2
 """Layers whose KV is on the device at once, where the KV cache is offloaded."""
 
@@ -50,8 +53,8 @@ def gpu_needs(
     if kv_offloaded:
         kv, kv_bytes = "KV cache (offloaded)", OFFLOAD_BUFFERS * kv_bytes // model.num_layers
     fixed = {
-        "projections (BF16)": _projection_bytes(model),
-        "resident experts": len(resident) * block_bytes(model),
+        PROJECTIONS: _projection_bytes(model),
+        RESIDENT: len(resident) * block_bytes(model),
         "ring": slots_bytes(placed, model),
         "widened experts": widened,
         kv: 0,
@@ -67,6 +70,16 @@ def gpu_needs(
     if any(placed.rank_of.values()):
         per_token += _net_bytes(model)
     return Needs("GPU memory", budget_bytes, fixed, per_token, kv_bytes, "activations", kv)
+
+
+def beside_others(needs: Needs, placed: PlacementPlan, *, pays: bool) -> Needs:
+    """`needs` of one of several workers of a GPU, which have once what none of them writes to; one `pays` for it."""
+    names = (PROJECTIONS,) if placed.movable else (PROJECTIONS, RESIDENT)
+    fixed = {}
+    for name, size in needs.fixed.items():
+        is_shared = name in names
+        fixed[f"{name}, of all workers" if is_shared else name] = size if pays or not is_shared else 0
+    return replace(needs, fixed=fixed)
 
 
 def outside_allocator_bytes(placed: PlacementPlan) -> int:

@@ -14,8 +14,8 @@ from hybridlab.model.base import Routed
 from hybridlab.model.cuda_experts import ExpertGroup, MakeGroup
 from hybridlab.plans import Move, Op, Tier
 
-Bring = Callable[[int, Sequence[int], torch.Tensor], None]
-"""(a layer, experts of it, uint8 [experts, block bytes] on the device): enqueue their copies, as `HostStore.copy`."""
+Pool = Callable[[int, Sequence[int]], torch.Tensor]
+"""(a layer, experts of it) -> uint8 [experts, block bytes] on the device, which holds them once the stream is done."""
 
 
 class CudaRing:
@@ -62,12 +62,12 @@ class ResidentExperts:
     """Experts that live on the device, in a pool per layer: as many places as there are experts of it in `resident`.
 
     Those there are lie in the first places, in any order; `move` takes one in or gives one up. Pools and the tables of
-    places stay where they are, so that what was captured of a step reads what there is now. `bring` fetches the first
-    ones, `store` those that move.
+    places stay where they are, so that what was captured of a step reads what there is now. `pool_of` gives
+    them with the first ones, `store` those that move.
     """
 
     def __init__(
-        self, resident: Mapping[int, Sequence[int]], bring: Bring, store: HostStore, make_group: MakeGroup,
+        self, resident: Mapping[int, Sequence[int]], pool_of: Pool, store: HostStore, make_group: MakeGroup,
         num_experts: int, device: torch.device,
     ) -> None:  # fmt: skip
         self._store, self._num_experts = store, num_experts
@@ -78,8 +78,7 @@ class ResidentExperts:
         """Layer -> the place of each expert."""
         self._experts: dict[int, ExpertGroup] = {}
         for layer, experts in resident.items():
-            pool = torch.empty(len(experts), store.block.num_bytes, dtype=torch.uint8, device=device)
-            bring(layer, experts, pool)
+            pool = pool_of(layer, experts)
             self._pools[layer], self._places[layer] = pool, list(experts)
             self._tables[layer] = table_of(experts, num_experts).to(device)
             self._experts[layer] = make_group(pool)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hybridlab.engine.cuda_memory import gpu_needs
+from hybridlab.engine.cuda_memory import RESIDENT, beside_others, gpu_needs
 from hybridlab.engine.host_needs import OFFLOADED, PINNED, host_needs, host_needs_beside_gpu
 from hybridlab.engine.memory import GIB, MemoryPlan, Needs
 from hybridlab.engine.ring import slots_bytes
@@ -41,13 +41,15 @@ def plan_load(
     free_bytes: int | None = None,
     pinnable_bytes: int | None = None,
     shared: bool = False,
+    pays: bool | None = None,
     weight_layout: str = "rows",
     precision: str = "bf16",
 ) -> MemoryPlan:
     """The plan of the host's memory, with that of the GPU's where there is one; `numerics` are the host's.
 
     `memory_gb` (GiB) replaces what the machine has, `free_bytes` is what of it (and of its cgroup's) nobody uses now,
-    where it will be pinned; no more than `pinnable_bytes` are. `shared`: experts lie in memory of several processes. A
+    where it will be pinned; no more than `pinnable_bytes` are. `shared`: experts lie in memory of several processes;
+    `pays` (None: nobody does): so do this process' weights on the GPU, which its share of that counts or not. A
     `kv_tokens` of None takes `DEFAULT_KV_TOKENS` or what there is room for, but at least one step's tokens; it is
     rounded up to blocks. Raises `MemoryBudgetError` with needed, there and what to lower.
     """
@@ -68,7 +70,7 @@ def plan_load(
             )
             vram = hardware.gpu_memory_bytes
             gpu = gpu_needs(model, placed, budget_bytes=vram, kv_offloaded=offloaded, precision=precision)
-            return [gpu, host]
+            return [gpu if pays is None else beside_others(gpu, placed, pays=pays), host]
         precision_bytes = numerics.workspace_bytes(model, threads)
         if hardware.device == "emulated" and isinstance(numerics, Exact):
             precision_bytes += WIDE_CACHE_BYTES  # each side keeps its own
@@ -176,7 +178,7 @@ def _advice(plan: MemoryPlan, needs: Needs, more: str | None) -> str:
         can.append(f"take a smaller checkpoint (the weights alone take {plan.shown(weights)})")
     if "ring" in plan.parts:
         can.append("lower the placement's ring_slots or raise its parts_per_layer")
-    if "resident experts" in plan.parts:
+    if any(part.startswith(RESIDENT) for part in plan.parts):
         can.append("take a placement with fewer resident experts (a lower gpu_gb, or 'streamed')")
     if needs.free_bytes > 0 or not can:
         can.append(f"lower kv_tokens ({plan.kv_tokens}) or token_budget ({plan.token_budget})")

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from hybridlab.batch import Entry, OnRoute, StepBatch
+from hybridlab.engine.answers import read_array, read_error
 from hybridlab.engine.channel import Channel, ChannelClosed, Kind, ProtocolError, pack_json, unpack_json
 from hybridlab.engine.child import Child
 from hybridlab.engine.collectives import BLAME_S, Traffic
 from hybridlab.engine.program_messages import pack_program
 from hybridlab.engine.ranks_blocks import LoneBlocks
 from hybridlab.engine.ranks_share import drawn_by, rows_of
-from hybridlab.engine.remote_worker import read_array, read_error
 from hybridlab.engine.step_messages import pack_blocks, pack_step, unpack_result
 from hybridlab.engine.worker import StepOutput
 from hybridlab.engine.worker_main import MOST_PROGRAMS

@@ -14,10 +14,11 @@ from weakref import WeakSet
 import numpy as np
 import torch
 
-from hybridlab import errors
 from hybridlab.batch import Entry, HandOff, OnRoute, StepBatch
+from hybridlab.engine.answers import read_array, read_error
 from hybridlab.engine.channel import ChannelClosed, Kind, ProtocolError, pack_json, unpack_json
 from hybridlab.engine.child import COMMAND, Child
+from hybridlab.engine.gpu_copy import GpuCopy
 from hybridlab.engine.hand_off_messages import pack_hand_off
 from hybridlab.engine.program_messages import pack_moves, pack_program
 from hybridlab.engine.route_hook import RouteHook
@@ -26,7 +27,7 @@ from hybridlab.engine.step_messages import pack_step, unpack_result
 from hybridlab.engine.worker import HandOffLost, StepFailed, StepOutput
 from hybridlab.engine.worker_main import MOST_PROGRAMS
 from hybridlab.engine.worker_thread import WorkerThread, closed
-from hybridlab.errors import HybridlabError, WorkerLost
+from hybridlab.errors import WorkerLost
 from hybridlab.plans import Move, Program, Tier
 from hybridlab.spec import ModelSpec
 
@@ -38,9 +39,9 @@ MOST_STARTS = 3
 class RemoteWorker:
     """`engine.worker.Worker` in a child process, made from the plain data of `setup`.
 
-    Each child has the weights of `shared`, which this object then owns. All messages are exchanged on `thread`, which
-    starts each child too. What ends a child is noticed by its channel while it computes and by its process descriptor
-    while it is idle.
+    Each child has the weights of `shared`, which this object then owns, and, as worker `name`, those of `on_gpu`. All
+    messages are exchanged on `thread`, which starts each child too. What ends a child is noticed by its channel while
+    it computes and by its process descriptor while it is idle.
     """
 
     def __init__(
@@ -49,9 +50,12 @@ class RemoteWorker:
         model: ModelSpec,
         shared: SharedWeights | None = None,
         keep: Sequence[int] = (),
+        on_gpu: GpuCopy | None = None,
+        name: str = "",
     ) -> None:
         self._setup, self._model, self._shared = setup, model, shared
-        self._keep = keep
+        self._keep, self._on_gpu, self._name = keep, on_gpu, name
+        self.on_gpu_state: str | None = None
         self.losses = self.num_packed = 0
         self.ready = False
         self.gone: WorkerLost | None = None
@@ -86,7 +90,7 @@ class RemoteWorker:
         child.on_end(self._note_loss)
         self._numbers.clear()
         try:
-            ready = self._exchange(child, Kind.SETUP, pack_json(self._setup), unpack_json, answer=Kind.READY)
+            ready = self._set_up(child)
             if self._counting:
                 self._exchange(child, Kind.ROUTES, b"")
             if self._moved:
@@ -104,6 +108,21 @@ class RemoteWorker:
         sizes = {name: ready["memory"][name] for name in ("token_budget", "kv_tokens")}
         self._setup = {**self._setup, "options": {**self._setup["options"], **sizes, "quiet": True}}
         return ready
+
+    def _set_up(self, child: Child) -> dict[str, Any]:
+        if self._on_gpu is None:
+            return self._exchange(child, Kind.SETUP, pack_json(self._setup), unpack_json, answer=Kind.READY)
+        on_gpu = self._on_gpu
+        with on_gpu.turn():
+            body = pack_json({**self._setup, "on_gpu": on_gpu.setup(self._name)})
+
+            def read(content: memoryview) -> dict[str, Any]:
+                ready = unpack_json(content)
+                self.on_gpu_state = on_gpu.take(ready["on_gpu"], child.channel)
+                return ready
+
+            give = on_gpu.give
+            return self._exchange(child, Kind.SETUP, body, read, answer=Kind.READY, after=lambda: give(child.channel))
 
     def run(self, program: Program, batch: StepBatch, clock_start_s: float, on_route: OnRoute | None) -> StepOutput:
         child, entries = self._there(), batch.entries
@@ -214,10 +233,15 @@ class RemoteWorker:
         hook: RouteHook | None = None,
         *,
         answer: Kind = Kind.DONE,
+        after: Callable[[], None] = lambda: None,
     ) -> T:
-        """Send a message and read its answer. Raises what the child raised, and `WorkerLost` if it is lost over it."""
+        """Send a message, with what comes `after` it, and read its answer.
+
+        Raises what the child raised, and `WorkerLost` if it is lost over it.
+        """
         try:
             child.channel.send(kind, body)
+            after()
             got, content = child.channel.receive()
             while got is Kind.CHOICE and hook is not None:
                 child.channel.send(*hook.reply(content))
@@ -281,25 +305,6 @@ class RemoteWorker:
             child, self._child, self.ready = self._child, None, False
         if child is not None:
             child.close()
-
-
-def read_array(content: memoryview, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """An answer that is an array; raises `ProtocolError` for one of another size."""
-    if len(content) != np.dtype(dtype).itemsize * int(np.prod(shape)):
-        raise ProtocolError(f"{len(content)} bytes, expected {dtype} {list(shape)}")
-    return np.frombuffer(content, dtype).reshape(shape)
-
-
-def read_error(plain: Any) -> Exception:
-    """The error that a worker tells of: one of ours as it was, any other one as `StepFailed`."""
-    if not isinstance(plain, dict) or not all(isinstance(plain.get(key), str) for key in ("class", "message")):
-        raise ProtocolError("an error without class and message")
-    cls = getattr(errors, plain["class"], None)
-    if isinstance(cls, type) and issubclass(cls, HybridlabError):
-        return cls(plain["message"])
-    error = StepFailed(f"{plain['class']}: {plain['message']}")
-    error.add_note(f"In the worker:\n{plain.get('traceback', '')}")
-    return error
 
 
 _REMOTES: WeakSet[RemoteWorker] = WeakSet()

@@ -12,6 +12,7 @@ from hybridlab.batch import Entry, OnRoute, StepBatch
 from hybridlab.checkpoint import Checkpoint
 from hybridlab.engine.devices import Device, cpu_device, emulated_device
 from hybridlab.engine.executor import Executor
+from hybridlab.engine.gpu_copy import SharedOnGpu
 from hybridlab.engine.kv_cache import KVCache, KVStorage
 from hybridlab.engine.link import CopyLink
 from hybridlab.engine.load_plan import plan_load
@@ -34,7 +35,7 @@ class Runtime:
     """Owns what a run needs on this machine. Close it to end the worker thread and free the KV cache.
 
     With `shared`, which stays the caller's, weights in "tiles" (on "cuda": experts) are the one copy of several
-    processes. `gpu` is the index of a CUDA device.
+    processes. `gpu` is the index of a CUDA device, `on_gpu` what other workers have on it as well.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Runtime:
         quiet: bool,
         shared: SharedWeights | None = None,
         gpu: int = 0,
+        on_gpu: SharedOnGpu | None = None,
     ) -> None:
         self._shared = None if shared is None else shared.duplicate()
         packed = None if hardware.device == "cuda" else self._shared
@@ -62,7 +64,8 @@ class Runtime:
         self._source = source = tiles or weight_source(weight_layout, threads)
         numerics = make_numerics(host_precision(precision), threads, source)
         if hardware.device == "cuda":  # others may be at work on it
-            free = free_memory_bytes(gpu)
+            paid_bytes = on_gpu.there_bytes if on_gpu is not None and on_gpu.pays else 0  # its own share's already
+            free = free_memory_bytes(gpu) + paid_bytes
             hardware = replace(hardware, gpu_memory_bytes=min(hardware.gpu_memory_bytes, free))
         self.memory: MemoryPlan = plan_load(
             checkpoint.spec,
@@ -78,6 +81,7 @@ class Runtime:
             free_bytes=free_bytes,
             pinnable_bytes=pinnable_bytes() if hardware.device == "cuda" else None,
             shared=hardware.device == "cuda" and self._shared is not None,
+            pays=None if on_gpu is None else on_gpu.pays,
             weight_layout=weight_layout,
             precision=precision,
         )
@@ -93,7 +97,7 @@ class Runtime:
         elif hardware.device == "cuda":
             from hybridlab.engine.cuda_device import cuda_device
 
-            where = {"where": f"cuda:{gpu}", "vram_bytes": hardware.gpu_memory_bytes}
+            where = {"where": f"cuda:{gpu}", "vram_bytes": hardware.gpu_memory_bytes, "on_gpu": on_gpu}
             self._device = cuda_device(
                 checkpoint, placed, threads, precision=precision, shared=self._shared, quiet=quiet, **where
             )

@@ -39,7 +39,7 @@ class WeightIndex:
     @cached_property
     def places(self) -> dict[str, tuple[int, int]]:
         """Name -> (first byte, last byte + 1) in the memory."""
-        found, at = {}, _round_up(_HEADER.size + len(self._text), HUGE_PAGE)
+        found, at = {}, self.head_bytes
         for name, size in self.sizes.items():
             found[name] = (at, at + size)
             at = _round_up(at + size, ALIGNMENT)
@@ -48,15 +48,22 @@ class WeightIndex:
     @cached_property
     def num_bytes(self) -> int:
         """Of the whole memory."""
-        start = _round_up(_HEADER.size + len(self._text), HUGE_PAGE)
-        return _round_up(max([start, *(end for _, end in self.places.values())]), HUGE_PAGE)
+        return _round_up(max([self.head_bytes, *(end for _, end in self.places.values())]), HUGE_PAGE)
 
     def written(self) -> bytes:
         """Header and index: the first bytes of the memory."""
         return _HEADER.pack(MAGIC, FORMAT, len(self._text), hashlib.sha256(self._text).digest()) + self._text
 
-    def check(self, memory: memoryview) -> None:
-        """Raises `WeightsError`, naming what differs, unless `memory` begins with this index."""
+    @cached_property
+    def head_bytes(self) -> int:
+        """What lies before the first weight: all that `check` reads."""
+        return _round_up(_HEADER.size + len(self._text), HUGE_PAGE)
+
+    def check(self, memory: memoryview, num_bytes: int | None = None) -> None:
+        """Raises `WeightsError`, naming what differs, unless `memory` begins with this index.
+
+        `num_bytes` is how long it is, where `memory` is its first `head_bytes` alone.
+        """
         found = _read(memory)
         if found.layout != self.layout:
             raise WeightsError(f"shared weights: they are in layout {found.layout!r}, expected {self.layout!r}")
@@ -74,8 +81,8 @@ class WeightIndex:
             raise WeightsError(f"shared weights: {what if name else 'the order of the weights differs'}")
         if list(found.sizes) != list(self.sizes):
             raise WeightsError("shared weights: the weights lie in another order than expected")
-        if len(memory) != self.num_bytes:
-            raise WeightsError(f"shared weights: {len(memory):,} bytes, expected {self.num_bytes:,}")
+        if (length := len(memory) if num_bytes is None else num_bytes) != self.num_bytes:
+            raise WeightsError(f"shared weights: {length:,} bytes, expected {self.num_bytes:,}")
 
     @cached_property
     def _text(self) -> bytes:

@@ -24,6 +24,7 @@ import torch
 from hybridlab.batch import Entry
 from hybridlab.checkpoint import open_checkpoint
 from hybridlab.engine.channel import Channel, ChannelClosed, Kind, ProtocolError, pack_json, unpack_json
+from hybridlab.engine.gpu_copy import SharedOnGpu
 from hybridlab.engine.hand_off_messages import unpack_hand_off
 from hybridlab.engine.kv_region import KVRegion
 from hybridlab.engine.program_messages import placement, unpack_moves, unpack_program
@@ -95,8 +96,10 @@ def first_message(channel: Channel, who: str, keys: set[str], *optional: str) ->
 
 
 def _setup(channel: Channel) -> tuple[Runtime, ModelSpec, KVRegion | None] | None:
-    given = first_message(channel, "worker", SETUP_KEYS, "beside")
-    beside = given.get("beside")
+    given = first_message(channel, "worker", SETUP_KEYS, "beside", "on_gpu")
+    beside, on_gpu = given.get("beside"), given.get("on_gpu")
+    if on_gpu is not None:
+        on_gpu = SharedOnGpu(channel.receive_descriptor() if on_gpu["there_bytes"] else None, **on_gpu)
     try:
         if beside is not None and beside["cores"]:
             os.sched_setaffinity(0, beside["cores"])
@@ -105,7 +108,7 @@ def _setup(channel: Channel) -> tuple[Runtime, ModelSpec, KVRegion | None] | Non
         if hardware.device == "cuda" and torch.cuda.is_available():
             torch.cuda.set_device(given["options"].get("gpu", 0))  # Triton's kernels run on the current one
         shared = None if given["shared"] is None else SharedWeights(given["shared"])
-        runtime = Runtime(checkpoint, hardware, placed, shared=shared, **given["options"])
+        runtime = Runtime(checkpoint, hardware, placed, shared=shared, on_gpu=on_gpu, **given["options"])
         region = None
         if beside is not None:
             stored = runtime.cache.stored(0)[0]
@@ -116,7 +119,10 @@ def _setup(channel: Channel) -> tuple[Runtime, ModelSpec, KVRegion | None] | Non
         return None
     memory = dataclasses.asdict(runtime.memory)
     sizes = {name: getattr(runtime, name) for name in ("num_kv_blocks", "kv_block_tokens", "num_packed")}
-    channel.send(Kind.READY, pack_json({"memory": memory, **sizes}))
+    told = None if on_gpu is None else on_gpu.told()
+    channel.send(Kind.READY, pack_json({"memory": memory, "on_gpu": told, **sizes}))
+    if on_gpu is not None:
+        on_gpu.hand_over(channel)
     return runtime, checkpoint.spec, region
 
 

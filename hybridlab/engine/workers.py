@@ -14,6 +14,7 @@ import torch
 
 from hybridlab.batch import Entry, OnRoute
 from hybridlab.checkpoint import Checkpoint
+from hybridlab.engine.gpu_copy import GpuCopy, gpu_copies
 from hybridlab.engine.host_needs import PINNED, SHARED, host_needs_beside_gpu
 from hybridlab.engine.kv_region import create_region, region_bytes
 from hybridlab.engine.load_plan import plan_load
@@ -44,8 +45,9 @@ class Workers:
 
     The pages of the weights are shared: all map the same files. On device "cuda", `workers` also say `gpu` and
     `gpu_bytes` of each, and the experts are those of `shared`, which stays the caller's; without it each has its own.
-    `free_bytes` is what of the host's memory nobody uses. Raises what `Runtime` raises, and `WorkerLost` if a process
-    ends before it is ready.
+    What all workers of one GPU only read there is there once, where its driver can (`engine.gpu_copy`), and counts for
+    the first of them. `free_bytes` is what of the host's memory nobody uses. Raises what `Runtime` raises, and
+    `WorkerLost` if a process ends before it is ready.
     """
 
     def __init__(
@@ -75,9 +77,11 @@ class Workers:
                 budget = min(budget, free_bytes)
         # A share for each worker beside the weights, and one for what is between them.
         share = (budget - copies * weights) // (len(workers) + 1)
+        self._copies = gpu_copies(workers) if hardware.device == "cuda" else {}
         plans: dict[str, MemoryPlan] = {}
         its_hardware: dict[str, HardwareSpec] = {}
         for name, own in workers.items():
+            copy = self._copies.get(name)
             its_hardware[name] = dataclasses.replace(
                 hardware, gpu_memory_bytes=own.get("gpu_bytes", hardware.gpu_memory_bytes)
             )
@@ -94,6 +98,7 @@ class Workers:
                 kv_block_tokens=kv_block_tokens,
                 memory_gb=max(1, weights + share) / GIB,
                 shared=hardware.device == "cuda" and shared is not None,
+                pays=None if copy is None else copy.payer == name,
                 precision=precision,
             )
             if not quiet:
@@ -110,7 +115,7 @@ class Workers:
         self._woken = threading.Event()
         self._remotes: dict[str, RemoteWorker] = {}
         self._descriptor = descriptor = create_region(size)
-        self._finalizer = weakref.finalize(self, _discard, self._remotes, descriptor)
+        self._finalizer = weakref.finalize(self, _discard, self._remotes, descriptor, self._copies)
         self._finalizer.atexit = False  # the children are killed at exit by themselves
         cores = share_cores({name: own["threads"] for name, own in workers.items()})
         try:
@@ -140,7 +145,9 @@ class Workers:
                     "shared": None if mine is None else mine.fileno(),
                     "beside": {"descriptor": descriptor, "num_blocks": self.num_kv_blocks, "cores": cores[name]},
                 }
-                remote = self._remotes[name] = RemoteWorker(setup, spec, mine, keep=(descriptor,))
+                remote = self._remotes[name] = RemoteWorker(
+                    setup, spec, mine, keep=(descriptor,), on_gpu=self._copies.get(name), name=name
+                )
                 remote.thread.woken = self._woken
             starting = [remote.thread.call(remote.start) for remote in self._remotes.values()]
             for future in starting:
@@ -156,6 +163,12 @@ class Workers:
     def pids(self) -> dict[str, int | None]:
         """Of the processes by worker; None while another one is started."""
         return {name: remote.pid for name, remote in self._remotes.items()}
+
+    @property
+    def on_gpu(self) -> dict[str, str]:
+        """Whether each worker that shares a GPU has "made" or "attached" what all of it only read, or has its "own"."""
+        states = {name: self._remotes[name].on_gpu_state for name in self._copies}
+        return {name: state for name, state in states.items() if state is not None}
 
     def pools(self) -> WorkerPools:
         """Empty KV pools for a run."""
@@ -182,6 +195,8 @@ class Workers:
             return
         for remote in self._remotes.values():
             remote.close()
+        for copy in self._copies.values():
+            copy.close()
         os.close(self._descriptor)
 
 
@@ -201,8 +216,10 @@ def _together(plans: Mapping[str, MemoryPlan], copies: int, region: int, budget:
     return MemoryPlan(parts, budget, *sizes, gpu=gpu, kv_offloaded=offloaded)
 
 
-def _discard(remotes: Mapping[str, RemoteWorker], descriptor: int) -> None:
+def _discard(remotes: Mapping[str, RemoteWorker], descriptor: int, copies: Mapping[str, GpuCopy]) -> None:
     """For an engine that nobody holds any more: as `close`, without waiting."""
     for remote in remotes.values():
         remote.discard()
+    for copy in copies.values():
+        copy.close()
     os.close(descriptor)

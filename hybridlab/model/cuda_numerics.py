@@ -20,23 +20,31 @@ from hybridlab.errors import HybridlabError
 from hybridlab.model.base import DecodeBatch, MicroBatch
 from hybridlab.model.cuda_attention import decode_attention
 from hybridlab.model.cuda_blocks import triton_module, widen_blocks
+from hybridlab.model.device_weights import DeviceWeights, OwnWeights
 from hybridlab.model.numerics import ExpertsFn, LinearFn, RouterFn, StepFn
 from hybridlab.spec import ModelSpec
 
+EMBEDDING = "model.embed_tokens"
+"""Of the table that a tied head multiplies by as well."""
+
 
 class CudaBf16:
-    """`hybridlab.model.numerics.Numerics` on one CUDA device (or, to be tested without one, on "cpu")."""
+    """`hybridlab.model.numerics.Numerics` on one CUDA device (or, to be tested without one, on "cpu").
+
+    Matrices come from `weights`, by default a copy of its own; norms and biases are small, and always its own.
+    """
 
     kv_dtype = torch.bfloat16
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, weights: DeviceWeights | None = None) -> None:
         self.device = torch.device(device)
+        self._weights = weights or OwnWeights(self.device)
 
     def place(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.device)
 
     def embedding(self, table: np.ndarray) -> LinearFn:
-        weight = self._bf16(table)
+        weight = self._weights.make(EMBEDDING, table.shape, torch.bfloat16, lambda room: _copy_bf16(room, table))
         return lambda ids_T: functional.embedding(ids_T.to(self.device, non_blocking=True), weight).float()
 
     def workspace_bytes(self, model: ModelSpec, threads: int) -> int:
@@ -48,11 +56,8 @@ class CudaBf16:
 
     def matrix(self, weights: LinearWeights) -> torch.Tensor:
         """A weight [N, K] on the device as BF16."""
-        if weights.scale is None:
-            return self._bf16(weights.weight)
-        codes = torch.from_numpy(np.array(weights.weight)).to(self.device)
-        scale = torch.from_numpy(np.array(weights.scale)).to(self.device)
-        return widen_blocks(codes[None], scale[None])[0]
+        shape = weights.weight.shape
+        return self._weights.make(weights.name, shape, torch.bfloat16, lambda room: self._widen(weights, room))
 
     def experts(
         self, gate: Sequence[LinearWeights], up: Sequence[LinearWeights], down: Sequence[LinearWeights]
@@ -94,7 +99,12 @@ class CudaBf16:
         return out
 
     def router(self, gate: LinearWeights, norm: torch.Tensor, eps: float, top_k: int, normalise: bool) -> RouterFn:
-        weight = self.matrix(gate).float()
+        def fill(room: torch.Tensor) -> None:
+            wide = torch.empty(room.shape, dtype=torch.bfloat16, device=self.device)
+            self._widen(gate, wide)
+            room.copy_(wide)
+
+        weight = self._weights.make(gate.name, gate.weight.shape, torch.float32, fill)
 
         def apply(x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             normed = self.rms_norm(x_TH, norm, eps)
@@ -127,8 +137,16 @@ class CudaBf16:
     ) -> torch.Tensor:
         raise HybridlabError("attend() computes every request of a CUDA device")
 
-    def _bf16(self, bits: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.array(bits)).view(torch.bfloat16).to(self.device)
+    def _widen(self, weights: LinearWeights, room: torch.Tensor) -> None:
+        if weights.scale is None:
+            return _copy_bf16(room, weights.weight)
+        codes = torch.from_numpy(np.array(weights.weight)).to(self.device)
+        scale = torch.from_numpy(np.array(weights.scale)).to(self.device)
+        widen_blocks(codes[None], scale[None], room[None])
+
+
+def _copy_bf16(room: torch.Tensor, bits: np.ndarray) -> None:
+    room.copy_(torch.from_numpy(np.array(bits)).view(torch.bfloat16))
 
 
 def _not_here(x_TH: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import hybridlab as hl
-from hybridlab.engine import remote_worker
+from hybridlab.engine import gpu_copy, remote_worker
 from hybridlab.engine.shared_weights import NAME
 from hybridlab.engine.workers import Workers
 from hybridlab.hardware.gpu import Gpu
@@ -40,6 +40,7 @@ def where(request) -> Iterator[str]:
         if request.param == "cpu":
             script = Path(__file__).with_name("cuda_on_cpu_worker.py")
             patch.setattr(remote_worker, "COMMAND", (sys.executable, "-P", str(script)))
+            patch.setattr(gpu_copy, "can_share", lambda index: True)
             gpus = tuple(Gpu(index, "made up", 2**34, (9, 0)) for index in range(2))
             for module in ("engine.options", "loading", "hardware.detect"):
                 patch.setattr(import_module(f"hybridlab.{module}"), "detect_gpus", lambda: gpus)
