@@ -10,7 +10,7 @@ PIECE_BYTES = 1 << 20
 """What is copied between two looks at the clock."""
 
 LATE_S = 1e-3
-"""Later than this, the link was idle: time that is not made up for."""
+"""After so long, the link was idle: time that is not made up for."""
 
 
 class CopyLink:
@@ -26,7 +26,9 @@ class CopyLink:
             target[...] = source
             return
         # The time is kept over many small copies, so that a late wake-up is made up for by the next ones.
-        self._free_s = max(self._free_s, perf_counter() - LATE_S)
+        now_s = perf_counter()
+        if now_s - self._free_s > LATE_S:
+            self._free_s = now_s
         for at in range(0, len(source), PIECE_BYTES):
             piece = source[at : at + PIECE_BYTES]
             target[at : at + len(piece)] = piece
