@@ -139,6 +139,8 @@ class StepMap:
 
     def _checked(self, machine: Machine, shape: ModelShape, micros: Sequence[Micro]) -> tuple[list[np.ndarray], int]:
         """Every field as float64 [N], by name checked, and N."""
+        if self.on_gpu and np.any(np.asarray(machine.gpu_dram_bytes, float) > 0):
+            raise ConfigError("step map: gpu_dram_bytes is above 0; expected a GPU with a memory of its own, not cores")
         wanted = self.program.shape.num_microbatches
         if len(micros) != wanted:
             raise ConfigError(f"step map: {len(micros)} microbatches given, the program has {wanted}")

@@ -10,9 +10,10 @@ import pytest
 from hybridlab.checkpoint.presets import preset_spec
 from hybridlab.errors import ConfigError
 from hybridlab.plans import Tier
+from hybridlab.simulator.configurations import configuration_rows
 from hybridlab.simulator.cost_model import Micro, OpClass, cost_model, dram_bytes_s
 from hybridlab.simulator.fit import Observed, fit
-from hybridlab.simulator.machine import Machine, Profile, parse_profile, profile_dict, profile_text
+from hybridlab.simulator.machine import Machine, Profile, load_profile, parse_profile, profile_dict, profile_text
 from hybridlab.simulator.routes import Routes
 from hybridlab.simulator.shapes import ModelShape
 
@@ -136,3 +137,18 @@ def test_an_emulated_accelerator_takes_cores_of_the_host_and_its_copies_too():
     assert share(replace(pair, link_gb_s=10.0), "load", False) == pytest.approx(0.5, rel=0.05)
     assert share(replace(pair, gpu_cores=0.0), "attention", True) < 0.2
     assert share(replace(pair, gpu_cores=0.0, gpu_dram_bytes=0.0), "attention", False) == 0.0
+
+
+def test_step_maps_refuse_an_emulated_accelerator():
+    machine = replace(load_profile("rtx4090_desktop").machine, gpu_dram_bytes=1.0)
+    with pytest.raises(ConfigError, match="gpu_dram_bytes"):
+        configuration_rows(machine, SPEC, SHAPE, 4)
+
+
+def test_every_drawn_machine_is_there_under_every_strategy():
+    rows = configuration_rows(load_profile("rtx4090_desktop").machine, SPEC, SHAPE, 3)
+    assert {len(column) for column in rows.values()} == {12}
+    assert sorted(rows["machine"]) == sorted([0, 1, 2] * 4) and len(set(rows["strategy"])) == 4
+    assert np.isfinite(rows["ttft_s"]).all() and (rows["output_tokens_per_s"] > 0).all()
+    of_first = rows["ttft_s"][rows["machine"] == 0]
+    assert len(set(of_first.tolist())) == 2  # prompts do not know how tokens are decoded
