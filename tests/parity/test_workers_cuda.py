@@ -19,7 +19,9 @@ import pytest
 import torch
 
 import hybridlab as hl
+from hybridlab.checkpoint.writer import make_checkpoint
 from hybridlab.engine import gpu_copy, remote_worker
+from hybridlab.engine.device_memory import NAME as DEVICE
 from hybridlab.engine.shared_weights import NAME
 from hybridlab.engine.workers import Workers
 from hybridlab.hardware.gpu import Gpu
@@ -124,13 +126,75 @@ def test_there_is_one_copy_of_the_experts(oracle, engine):
     assert gpu.total_bytes <= gpu.budget_bytes <= OPTIONS["vram_gb"] * 1e9
 
 
-def shared_kb(pid: int) -> dict[str, int]:
+@pytest.mark.parametrize("placement", [STREAMED, "all_resident"], ids=["streamed", "resident"])
+def test_what_a_gpu_keeps_for_both_is_there_once(where, oracle, placement):
+    with oracle.load(**{**OPTIONS, "placement": placement}, workers=BOTH) as engine:
+        workers = runtime_of(engine)
+        assert sorted(workers.on_gpu.values()) == ["attached", "made"]
+        assert engine.memory.gpu is not None
+        parts = {name: size for name, size in engine.memory.gpu.parts.items() if name.endswith(", of all workers")}
+        assert {name.partition(":")[0] for name in parts} == {"prefill"}
+        assert len(parts) == (1 if placement == STREAMED else 2)
+        if where == "cpu":
+            maps = [shared_kb(pid, DEVICE) for pid in workers.pids.values() if pid is not None]
+            assert all(found["Rss"] > 0 for found in maps), maps
+            assert sum(found["Pss"] for found in maps) <= 1.05 * maps[0]["Size"], maps
+
+
+@NO_GPU
+@pytest.mark.gpu
+def test_two_workers_take_the_weights_of_one_on_a_gpu(tmp_path, monkeypatch):
+    """By what is free of its memory, with and without: 1.2 GB of resident experts and 1.3 of projections."""
+    make_checkpoint(tmp_path / "two layers", "qwen3-30b-a3b", layers=2, progress=False)
+    sizes: dict[str, Any] = {"token_budget": 64, "kv_tokens": 512, "vram_gb": 24.0}
+    how = {"device": "cuda", "placement": "all_resident", "quiet": True, "workers": BOTH, **sizes}
+    request = hl.Request("a", (1, 2, 3, 4, 5, 6, 7, 8), 8)
+    taken, outputs, shared_bytes = [], [], 0
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr(gpu_copy, "can_share", lambda index: False)
+        before, _ = torch.cuda.mem_get_info(0)
+        with hl.load(tmp_path / "two layers", **how) as engine:
+            outputs.append(engine.serve([request], PAPER).records[0].output)
+            taken.append(before - torch.cuda.mem_get_info(0)[0])
+            assert sorted(runtime_of(engine).on_gpu.values()) == (["attached", "made"] if shares else [])
+            assert engine.memory.gpu is not None
+            parts = engine.memory.gpu.parts
+            shared_bytes += sum(size for name, size in parts.items() if name.endswith(", of all workers"))
+    assert outputs[0] == outputs[1] and len(outputs[0]) == 8
+    assert shared_bytes > 2e9
+    assert abs(taken[1] - taken[0] - shared_bytes) < 0.05 * shared_bytes
+
+
+def test_the_end_of_who_made_it_takes_nothing(where, oracle):
+    options = {**OPTIONS, "placement": "all_resident"}
+    with oracle.load(**options) as engine:
+        expected = one_by_one(oracle, engine)
+    with oracle.load(**options, workers=BOTH) as engine:
+        workers = runtime_of(engine)
+        maker = next(name for name, state in workers.on_gpu.items() if state == "made")
+        pid, told = workers.pids[maker], []
+        assert pid is not None
+
+        def kill(record, token):
+            told.append(token)
+            if len(told) == 5:
+                os.kill(pid, signal.SIGKILL)
+
+        (record,) = engine.serve(oracle.requests()[:1], PAPER, on_event=kill).records
+        assert (record.status, record.error, len(record.output)) == (Status.FINISHED, "", 24)
+        wait_until_all_are_there(workers)
+        assert set(workers.on_gpu.values()) == {"attached"}
+        assert one_by_one(oracle, engine) == expected
+
+
+def shared_kb(pid: int, name: str = NAME) -> dict[str, int]:
     """/proc/PID/smaps of the shared weights, kB."""
     found: dict[str, int] = {"Size": 0, "Rss": 0, "Pss": 0}
     inside = False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = f"/memfd:{NAME}" in line
+            inside = f"/memfd:{name}" in line
         elif inside and (field := re.match(r"(\w+): +(\d+) kB", line)) and field[1] in found:
             found[field[1]] += int(field[2])
     return found
