@@ -299,7 +299,7 @@ def test_a_capped_link_takes_the_time_of_its_bytes(monkeypatch):
     assert now_s[0] == pytest.approx(100.0005 + 5 * 3e6 / 2e9, rel=1e-7)
     now_s[0] += 50  # idle: no credit for it
     link.copy(target, source)
-    assert now_s[0] == pytest.approx(150 + 6 * 3e6 / 2e9)
+    assert now_s[0] == pytest.approx(150.0005 + 6 * 3e6 / 2e9, rel=1e-7)
     CopyLink().copy(target, source[::-1].copy())
     np.testing.assert_array_equal(target, source[::-1])
 
