@@ -94,7 +94,8 @@ def load(
     their own `kv_tokens` or this one's) compute side by side, on cores of their own where there are enough. Those whose
     names begin with "prefill" compute prompts for the others; the scheduler "paper" says which. The requests of a step
     that is lost with a worker are computed once more. Nothing is found in a prefix cache then. With device "cuda" they
-    share one copy of the experts in host memory; each has its own `vram_gb` (an even share) of its own `gpu` (0).
+    share one copy of the experts in host memory; each has its own `vram_gb` (an even share) of its own `gpu` (0). What
+    all workers of a GPU only read there is there once, if its driver can, and counts for the first one.
     Raises `CheckpointError`, `ConfigError`, `StrategyError` or `MemoryBudgetError`, each in one line.
     """
     starter = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -143,12 +144,13 @@ def measure(folder: Path, given: argparse.Namespace, log: Log, deadline_s: float
         left_s = deadline_s - perf_counter()
         until_s = perf_counter() + left_s / (len(engines) - number)
         try:
-            begin_s = perf_counter()
+            begin_s, before = perf_counter(), gpu_used_gb(given.gpus)
             with hl.load(folder, **options, **how) as engine:
                 log.add({"system": " / ".join(schedulers), "mode": "load", "load_s": perf_counter() - begin_s})
                 for row in runs(engine, schedulers, given, until_s):
                     log.add(row)
                 log.add({"system": " / ".join(schedulers), "mode": "memory", **memory(engine)})
+                log.add({"system": " / ".join(schedulers), "mode": "GPU memory", **gpu_memory(engine, given, before)})
         except HybridlabError as error:
             log.add({"system": " / ".join(schedulers), "error": f"{type(error).__name__}: {error}"})
             status = 1
@@ -205,6 +207,35 @@ def memory(engine: hl.Engine) -> dict[str, Any]:
     private_gb = sum(map(private, found.values())) / 1e9
     copies = sum(pss.values()) / size
     return {**shares, "weights_gb": size, "weights_private_gb": private_gb, "copies": copies}
+
+
+def gpu_memory(engine: hl.Engine, given: argparse.Namespace, before_gb: float | None) -> dict[str, Any]:
+    """What the workers have taken of their GPUs together, contexts included, beside the plan of it.
+
+    `gpu_shared_gb` of that are there once for workers of one GPU, if one has "made" and the others "attached" them.
+    """
+    planned, runtime, now_gb = engine.memory.gpu, engine.runtime, gpu_used_gb(given.gpus)
+    row: dict[str, Any] = {}
+    if before_gb is not None and now_gb is not None:
+        row["gpu_taken_gb"] = now_gb - before_gb
+    if planned is not None:
+        shared = sum(size for name, size in planned.parts.items() if name.endswith(", of all workers"))
+        row |= {"gpu_planned_gb": planned.total_bytes / 1e9, "gpu_shared_gb": shared / 1e9}
+    if isinstance(runtime, Workers):
+        row["on_gpu"] = ", ".join(f"{name} {state}" for name, state in runtime.on_gpu.items())
+    return row
+
+
+def gpu_used_gb(gpus: Sequence[int]) -> float | None:
+    """Of these GPUs by all processes, as nvidia-smi has it: asking torch would take a context on each."""
+    words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(
+            [*words, f"--id={','.join(map(str, sorted(set(gpus))))}"], capture_output=True, text=True, check=True
+        )
+        return sum(map(int, told.stdout.split())) * 2**20 / 1e9
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
 
 
 if __name__ == "__main__":

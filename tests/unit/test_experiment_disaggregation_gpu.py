@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from hybridlab import weights_held
-from hybridlab.engine import remote_worker
+from hybridlab.engine import gpu_copy, remote_worker
 from hybridlab.hardware.gpu import Gpu
 
 TESTS = Path(__file__).parents[1]
@@ -46,7 +46,9 @@ def test_every_system_is_measured_alone_and_mixed(script, tmp_path, monkeypatch,
         gpus = tuple(Gpu(index, "made up", 2**34, (9, 0)) for index in range(2))
         for name in ("engine.options", "loading", "hardware.detect"):
             monkeypatch.setattr(import_module(f"hybridlab.{name}"), "detect_gpus", lambda: gpus)
-    where = ["--preset", "tiny", "--layers", "2", "--device", device, "--gpus", "0,1"]
+        monkeypatch.setattr(gpu_copy, "can_share", lambda index: True)
+    gpus_of = "0,0" if device == "cuda" else "0,1"
+    where = ["--preset", "tiny", "--layers", "2", "--device", device, "--gpus", gpus_of]
     assert script.main([str(tmp_path), *SIZES, *where]) == 0
     rows = rows_of(tmp_path)
     assert [row["mode"] for row in rows if "repeat" in row] == 3 * MODES
@@ -55,8 +57,13 @@ def test_every_system_is_measured_alone_and_mixed(script, tmp_path, monkeypatch,
     assert all(row["long_ttft_s"] > 0 and row["long_second_token_s"] > 0 and row["p99_itl_s"] > 0 for row in mixed)
     (_, both) = [row for row in rows if row["mode"] == "memory"]
     assert both["copies"] <= 1.05 and both["weights_gb"] > 0
+    (_, on_gpu) = [row for row in rows if row["mode"] == "GPU memory"]
+    if device == "cuda":
+        assert 0 < on_gpu["gpu_shared_gb"] < on_gpu["gpu_planned_gb"]
+        assert sorted(word.split()[1] for word in on_gpu["on_gpu"].split(", ")) == ["attached", "made"]
     about = json.loads((tmp_path / "gpu.json").read_text())
-    assert about["gpus_of_workers"] == "GPUs 0 and 1" and about["code"]
+    told = "both workers share GPU 0" if device == "cuda" else "GPUs 0 and 1"
+    assert about["gpus_of_workers"] == told and about["code"]
     assert not [held for held in weights_held.list_held() if held.folder.endswith("tiny")]
 
 
