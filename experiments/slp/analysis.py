@@ -44,7 +44,7 @@ def main() -> None:
     print(f"\nTFLOP/s at {best['tokens'].iloc[0]:.0f} tokens, and of a dense BF16 product's in the same run:")
     for row in best.to_dict("records"):
         print(f"  {row['variant']}: {row['tflop_s']:.0f}, {row['mfu']:.2f}")
-    for name in ("vram24", "worth"):
+    for name in ("vram24", "worth", "cpu"):
         _print_runs(name)
     _print_gemm()
     _print_cpus()
@@ -57,11 +57,11 @@ def _print_runs(name: str) -> None:
     print(f"\n{name}.jsonl: floor = max(link alone, all resident), each run's own")
     for row in rows[rows["floor_s"] > 0].to_dict("records"):
         limit = f", --vram-gb {row['vram_gb']:g}" if row["vram_gb"] > 0 else ""
-        rate = row["load_bytes"] / row["link_s"] / 1e9
+        rate = f" ({row['load_bytes'] / row['link_s'] / 1e9:.1f} GB/s)" if row["load_bytes"] else ""
         print(
             f"  {row['variant']}{limit}, {row['tokens']:.0f} tokens: {row['ttft_s']:.3f} s "
             f"({row['ttft_s_min']:.3f} to {row['ttft_s_max']:.3f}), {row['fraction']:.2f}; link alone "
-            f"{row['link_s']:.3f} s ({rate:.1f} GB/s), all resident {row['resident_s']:.3f}; code {row['code']}"
+            f"{row['link_s']:.3f} s{rate}, all resident {row['resident_s']:.3f}; code {row['code']}"
         )
 
 
