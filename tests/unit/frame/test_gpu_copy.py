@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -24,7 +22,6 @@ from hybridlab.checkpoint import open_checkpoint
 from hybridlab.engine import gpu_copy, remote_worker
 from hybridlab.engine.channel import Channel, ChannelClosed, Kind, ProtocolError
 from hybridlab.engine.cuda_device import cuda_device
-from hybridlab.engine.cuda_mapped import CudaMemory, can_share
 from hybridlab.engine.cuda_memory import beside_others, gpu_needs
 from hybridlab.engine.device_memory import NAME
 from hybridlab.engine.gpu_copy import GpuCopy, MappedDeviceWeights, SharedOnGpu, gpu_copies
@@ -37,7 +34,6 @@ from hybridlab.plans import PlacementPlan, Tier
 ORACLE = Path(__file__).parents[2] / "data" / "oracles" / "qwen3_fp8_128"
 CPU = torch.device("cpu")
 INDEX = WeightIndex("device", {"config.json": (3, 7)}, {"a float32 [2, 3]": 512, "b uint8 [5]": 512})
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 
 
 def ask(weights, value: float = 1.0) -> list[torch.Tensor]:
@@ -277,65 +273,3 @@ def test_a_maker_that_is_killed_before_it_has_exported_ends_the_load(tmp_path, m
     with hl.load(ORACLE, workers=workers, **options) as engine:  # nobody fails now
         runtime: Any = engine.runtime
         assert sorted(runtime.on_gpu.values()) == ["attached", "made"]
-
-
-@NO_GPU
-@pytest.mark.gpu
-def test_memory_of_a_gpu_outlives_who_made_it():
-    assert can_share(0)
-    device, size = torch.device("cuda:0"), 3 * 2**21 + 5
-    ours, theirs = socket.socketpair()
-    program = (
-        "import socket, sys, time, torch\n"
-        "from hybridlab.engine.channel import Channel\n"
-        "from hybridlab.engine.cuda_mapped import CudaMemory\n"
-        f"memory = CudaMemory.create({size}, torch.device('cuda:0'))\n"
-        "memory.whole.copy_(torch.arange(len(memory.whole)) % 251)\n"
-        "torch.cuda.synchronize()\n"
-        "Channel(socket.socket(fileno=int(sys.argv[1]))).send_descriptor(memory.export())\n"
-        "time.sleep(600)\n"
-    )
-    maker = subprocess.Popen([sys.executable, "-c", program, str(theirs.fileno())], pass_fds=[theirs.fileno()])
-    theirs.close()
-    try:
-        descriptor = Channel(ours).receive_descriptor()
-        before = CudaMemory.attach(descriptor, size, device)
-        maker.send_signal(signal.SIGKILL)
-        maker.wait()
-        after = CudaMemory.attach(descriptor, size, device)
-    finally:
-        maker.kill()
-        maker.wait()
-        ours.close()
-    os.close(descriptor)
-    expected = (torch.arange(size) % 251).to(torch.uint8)
-    for memory in (before, after):
-        assert memory.whole.is_cuda and torch.equal(memory.whole.cpu(), expected)
-    third = after.whole[7:]
-    del after, memory, before
-    assert torch.equal(third.cpu(), expected[7:])  # a view keeps the mapping
-
-
-@NO_GPU
-@pytest.mark.gpu
-def test_memory_of_a_gpu_is_given_back():
-    device = torch.device("cuda:0")
-    torch.empty(1, device=device)
-    free, _ = torch.cuda.mem_get_info(device)
-    memory = CudaMemory.create(2**30, device)
-    view = memory.whole[2**20 :].view(torch.bfloat16).view(-1, 64)
-    view.fill_(1.5)
-    torch.cuda.synchronize()
-    assert free - torch.cuda.mem_get_info(device)[0] >= 2**30
-    del memory, view
-    assert free - torch.cuda.mem_get_info(device)[0] < 2**27
-
-
-@NO_GPU
-@pytest.mark.gpu
-def test_what_is_no_memory_of_a_gpu_is_refused():
-    with (
-        open(os.devnull, "rb") as file,
-        pytest.raises(RuntimeError, match="cuMemImportFromShareableHandle: CUDA_ERROR"),
-    ):
-        CudaMemory.attach(file.fileno(), 2**21, torch.device("cuda:0"))
