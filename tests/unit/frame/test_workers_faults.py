@@ -16,7 +16,7 @@ import pytest
 from test_worker_faults import GREEDY, ORACLE, PATIENCE_S, is_dead, requests, wait_until
 
 import hybridlab as hl
-from hybridlab.engine import remote_worker, workers
+from hybridlab.engine import gpu_copy, remote_worker, workers
 from hybridlab.engine.workers import Workers
 from hybridlab.hardware.gpu import Gpu
 from hybridlab.request import Status
@@ -134,6 +134,7 @@ def test_a_killed_worker_on_a_gpu_costs_no_token(tmp_path, monkeypatch):
     script = Path(__file__).with_name("faulty_workers.py")
     monkeypatch.setattr(remote_worker, "COMMAND", (sys.executable, "-P", str(script), str(tmp_path)))
     monkeypatch.setitem(workers.PIECE_BYTES, "cuda", 1)
+    monkeypatch.setattr(gpu_copy, "can_share", lambda index: True)
     tmp_path.joinpath("cuda").touch()
     both = {"prefill": {"threads": 2}, "decode": {"threads": 2}}
     streamed = {"name": "streamed", "stream_from_tokens": 6}
