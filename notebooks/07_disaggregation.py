@@ -91,9 +91,9 @@ ax = hl.figures.interference(found.rows)
 # %% [markdown]
 # ## A worker is killed
 #
-# Two users and a prompt again; now the prefill worker gets a SIGKILL in the middle of the prompt. Its memory is gone, and
-# the step with it. The other worker does not notice. The engine starts another process, which maps the weights again,
-# and the prompt is computed once more.
+# Two users and a prompt again; now the prefill worker gets a SIGKILL in the middle of the prompt. Its memory is gone,
+# and the step with it. The other worker does not notice. The engine starts another process, which maps the weights
+# again, and the prompt is computed once more.
 
 # %%
 workers = {"prefill": {"threads": 1}, "decode": {"threads": 1}}
@@ -118,10 +118,10 @@ lost.requests.set_index("request").round(3)
 # %% [markdown]
 # ## One copy of the weights
 #
-# Both workers map the same files, and the new process does so too; this one had them, when it computed for the first two
-# systems. The kernel counts: `weights_mb` is what a process has mapped of them, `weights_pss_mb` its part of that, each
-# page divided by the number of processes that have it. So the sum of the parts is what the weights take in memory, and
-# `copies` how many of them there are. `experiments/shared_weights` does the same with packed weights.
+# Both workers map the same files, and the new process does so too; this one had them, when it computed for the first
+# two systems. The kernel counts: `weights_mb` is what a process has mapped of them, `weights_pss_mb` its part of that,
+# each page divided by the number of processes that have it. So the sum of the parts is what the weights take in memory,
+# and `copies` how many of them there are. `experiments/shared_weights` does the same with packed weights.
 
 # %%
 one_copy(engine).round(2)
@@ -132,8 +132,8 @@ engine.close()
 # %% [markdown]
 # ## With layers of real size
 #
-# What `experiments/disaggregation/mixed.py` measured and `results/paper/disaggregation` holds: six layers of the size of
-# Qwen3-30B-A3B's, a prompt of 2,048 tokens beside a few decodes.
+# What `experiments/disaggregation/mixed.py` measured and `results/paper/disaggregation` holds: six layers of the size
+# of Qwen3-30B-A3B's, a prompt of 2,048 tokens beside a few decodes.
 
 # %%
 stored = hl.figures.read_interference()

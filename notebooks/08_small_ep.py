@@ -65,8 +65,8 @@ ax = hl.figures.exchange_bytes(counted)
 # ## Two links against one
 #
 # Distributed stream-loading prefill (DSLP): each rank streams its own half of the experts, over a link of its own. The
-# links are emulated and slow enough that loading takes sixteen times as long as computing, for both ranks share the cores
-# of this machine.
+# links are emulated and slow enough that loading takes sixteen times as long as computing, for both ranks share the
+# cores of this machine.
 
 # %%
 found = dslp(checkpoint, tokens=256, ratio=16.0, repeats=3)
@@ -114,8 +114,8 @@ stored[["machine", "preset", "tokens", "code", "evidence"]].drop_duplicates()
 ax = hl.figures.dslp(stored, width_in=hl.figures.TWO_COLUMNS_IN)
 
 # %% [markdown]
-# Where the link is the limit, two of them take half the time, whichever way tokens are exchanged. `exchange_s` is what a
-# rank spends in all exchanges, waiting for the other one included, `router_s` in routers:
+# Where the link is the limit, two of them take half the time, whichever way tokens are exchanged. `exchange_s` is what
+# a rank spends in all exchanges, waiting for the other one included, `router_s` in routers:
 
 # %%
 stored.set_index("system")[["step_s", "load_s", "over_one_rank", "exchange_s", "router_s"]].round(4)

@@ -20,9 +20,9 @@
 #
 # ## This machine, measured
 #
-# `measure_profile` (on the command line: `hybridlab calibrate CHECKPOINT --profile FILE`) runs steps of the real engine,
-# takes the time of each op, and fits the parameters of a machine to them. Each comes with a 95% interval. Here with the
-# layers of Qwen3-30B-A3B's size, two of them, on the CPU alone.
+# `measure_profile` (on the command line: `hybridlab calibrate CHECKPOINT --profile FILE`) runs steps of the real
+# engine, takes the time of each op, and fits the parameters of a machine to them. Each comes with a 95% interval. Here
+# with the layers of Qwen3-30B-A3B's size, two of them, on the CPU alone.
 
 # %%
 import tempfile
