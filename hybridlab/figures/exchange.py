@@ -144,18 +144,21 @@ def dslp(
     """A bar per system: seconds of a prompt whose experts are streamed by one rank and by two, with their gains.
 
     The black tick is the loads alone, which no order of things beats; whiskers span the repeats; the dotted line is
-    half of what one rank takes. Raises ConfigError for a missing column or kinds mixed unasked.
+    half of what one rank takes. A column `tokens` with several lengths makes a group of bars of each. Raises
+    ConfigError for a missing column or kinds mixed unasked.
     """
     what = "dslp"
     check_target(ax, width_in, what)
     rows: Any = chosen(rows_of(df, "rows", DSLP_COLUMNS, what), where, evidence, what)
-    if len(twice := rows[rows.duplicated(["system", "evidence"])]):
+    rows = rows.assign(tokens=rows["tokens"] if "tokens" in rows.columns else 0)
+    if len(twice := rows[rows.duplicated(["system", "evidence", "tokens"])]):
         raise ConfigError(f"{what}: {twice['system'].iloc[0]!r} is there twice; choose with where=")
-    kinds, at = list(dict.fromkeys(rows["evidence"])), np.arange(len(rows))
+    rows = rows.sort_values("tokens", kind="stable")
+    kinds, sizes = list(dict.fromkeys(rows["evidence"])), list(dict.fromkeys(rows["tokens"]))
+    at = np.arange(len(rows)) + 0.6 * rows["tokens"].map(sizes.index).to_numpy()
     with style():
         own = ax is None
-        ax = new_axes(width_in, 0.6 + 0.22 * len(rows)) if ax is None else ax
-        one = rows[rows["ranks"] == 1]
+        ax = new_axes(width_in, 0.6 + 0.22 * (at[-1] + 1)) if ax is None else ax
         for y, row in zip(at, rows.to_dict("records"), strict=True):
             ends = np.clip([[row["step_s"] - row["step_s_min"]], [row["step_s_max"] - row["step_s"]]], 0, None)
             alpha = 0.9 if row["evidence"] == "measured" else 0.55
@@ -164,14 +167,16 @@ def dslp(
                     error_kw={"elinewidth": 0.7, "capsize": 2})  # fmt: skip
             ax.plot([row["load_s"]] * 2, [y - 0.36, y + 0.36], color="black", linewidth=1.6, label="_loads")
             if row["ranks"] > 1:
-                ax.annotate(
-                    f"{row['over_one_rank']:.2f}x", (0, y), (4, 0), textcoords="offset points", va="center", fontsize=6
-                )
-        for half_s in one["step_s"] / 2:
-            ax.axvline(half_s, color=GREY, linewidth=0.7, linestyle=":", label="_half")
-        ax.set_yticks(at, rows["system"])
-        ax.set_ylim(len(rows) - 0.5, -0.5)
-        ax.set_xlim(0, 1.04 * rows["step_s_max"].max())
+                beside: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 6}
+                ax.annotate(f"{row['over_one_rank']:.2f}x", (row["step_s_max"], y), (4, 0), **beside)
+        for size in sizes:
+            ends = at[rows["tokens"] == size][[0, -1]] + [-0.5, 0.5]
+            for half_s in rows[(rows["tokens"] == size) & (rows["ranks"] == 1)]["step_s"] / 2:
+                ax.plot([half_s] * 2, ends, color=GREY, linewidth=0.7, linestyle=":", label="_half")
+        names = [f"{size:,} tokens: {name}" for size, name in zip(rows["tokens"], rows["system"], strict=True)]
+        ax.set_yticks(at, names if len(sizes) > 1 else rows["system"])
+        ax.set_ylim(at[-1] + 0.5, -0.5)
+        ax.set_xlim(0, 1.15 * rows["step_s_max"].max())  # room for the gains
         ax.set_xlabel("TTFT of the prompt (s)")
         ax.grid(visible=False, axis="y")
         marks: list[Any] = [

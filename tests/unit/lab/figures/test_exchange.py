@@ -95,6 +95,16 @@ def test_a_bar_a_system_and_the_loads_alone(width_in: float, legend_texts: Calla
     assert min(label.get_window_extent().x0 for label in ax.get_yticklabels()) >= 0
 
 
+def test_prompts_of_several_lengths_are_groups_of_bars() -> None:
+    ax: Any = dslp(pd.concat([make_dslp(tokens=2000, step_s=8.0), make_dslp(tokens=1000)]))
+    assert [bar.get_width() for bar in ax.patches] == [4.0, 2.0, 2.5, 8.0, 8.0, 8.0]
+    halves = [line for line in ax.get_lines() if line.get_label() == "_half"]
+    assert [line.get_xdata()[0] for line in halves] == [2.0, 4.0]
+    assert max(halves[0].get_ydata()) < min(halves[1].get_ydata())
+    names = [text.get_text() for text in ax.get_yticklabels()]
+    assert names[0] == "1,000 tokens: one rank" and names[3] == "2,000 tokens: one rank"
+
+
 @pytest.mark.parametrize(
     ("draw", "rows", "words"),
     [
