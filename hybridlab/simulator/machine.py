@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib.resources import files
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ OVERLAP = "share of the shorter one, of reading and multiplying, that hides behi
 NARROW = "tokens that a weight is read for at the full rate"
 
 
-def _parameter(unit: str, source: str, default: float | None = None, *, least: float = 0.0, above: bool = False) -> Any:
-    """A field: `least` is allowed unless `above`. Without a default, a profile must give it."""
-    about = {"unit": unit, "source": source, "least": least, "above": above}
+def _parameter(
+    unit: str, source: str, default: float | None = None, *, least: float = 0.0, above: bool = False, most: float = inf
+) -> Any:
+    """A field: `least` is allowed unless `above`, and `most`. Without a default, a profile must give it."""
+    about = {"unit": unit, "source": source, "least": least, "above": above, "most": most}
     return field(metadata=about) if default is None else field(default=default, metadata=about)
 
 
@@ -58,7 +60,7 @@ class Machine:
     )
     cpu_dense_flop_ratio: float = _parameter("rate of dense ops / rate of experts, multiplying", ALIKE, 1.0, above=True)
     cpu_attention_flop_ratio: float = _parameter("the same of scores and values", ALIKE, 1.0, above=True)
-    cpu_overlap: float = _parameter(OVERLAP, ROOFLINE, 1.0)
+    cpu_overlap: float = _parameter(OVERLAP, ROOFLINE, 1.0, most=1.0)
     cpu_narrow_tokens: float = _parameter(NARROW, NO_LIMIT, 1e9, above=True)
     cpu_wide_read: float = _parameter(
         "share of the read rate, dense weights of more tokens than that", ALIKE, 1.0, above=True
@@ -70,7 +72,7 @@ class Machine:
     gpu_flop_efficiency: float = _parameter("share of gpu_tflops", ASSUMED + " (usual for large GEMM)", 0.6, above=True)
     gpu_attention_efficiency: float = _parameter("share of gpu_tflops in scores and values", ASSUMED, 0.6, above=True)
     gpu_dense_flop_ratio: float = _parameter("rate of dense ops / rate of experts, multiplying", ALIKE, 1.0, above=True)
-    gpu_overlap: float = _parameter(OVERLAP, ROOFLINE, 1.0)
+    gpu_overlap: float = _parameter(OVERLAP, ROOFLINE, 1.0, most=1.0)
     gpu_narrow_tokens: float = _parameter(NARROW, NO_LIMIT, 1e9, above=True)
     gpu_wide_read: float = _parameter(
         "share of the read rate, dense weights of more tokens than that", ALIKE, 1.0, above=True
@@ -106,10 +108,11 @@ class Machine:
         """Raises `ConfigError` naming a parameter that is no finite number in its range, or a GPU without a rate."""
         for each in fields(self):
             value = getattr(self, each.name)
-            least, above, unit = (each.metadata[key] for key in ("least", "above", "unit"))
+            least, above, most, unit = (each.metadata[key] for key in ("least", "above", "most", "unit"))
             number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-            if not number or value < least or (above and value == least):
-                wanted = f"a finite number {'above' if above else 'of at least'} {least:g} ({unit})"
+            if not number or not least <= value <= most or (above and value == least):
+                bound = f" and at most {most:g}" if most < inf else ""
+                wanted = f"a finite number {'above' if above else 'of at least'} {least:g}{bound} ({unit})"
                 raise ConfigError(f"{name}: {each.name} is {value!r}, expected {wanted}")
         for rate in ("gpu_read_gb_s", "gpu_tflops", "link_gb_s"):
             if self.has_gpu and getattr(self, rate) <= 0:

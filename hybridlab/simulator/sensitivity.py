@@ -47,8 +47,9 @@ def ways(machine: Machine, spec: ModelSpec, shape: ModelShape, *, role: Role, kv
 
     Experts on the CPU; and for prompts, experts streamed through a ring of two slots, of whole layers or the largest
     parts that fit. Either way those of as many layers as the VRAM still holds stay there. Of one GPU. Raises
-    MemoryBudgetError if none fits.
+    MemoryBudgetError if none fits, ConfigError naming a parameter of the machine that is out of its range.
     """
+    machine.check()
     experts, others = shape.weight_bytes(spec)
     kept = others + kv_tokens * spec.num_layers * shape.kv_bytes
     host, vram = machine.host_memory_gb * 1e9, machine.gpu_memory_gb * 1e9
@@ -100,6 +101,7 @@ def prefill_rows(
     """One row for each length of a prompt and each way to prefill it: way, ttft_s (no queue), tokens_per_s."""
     rows = []
     for tokens in prompt_tokens:
+        _from_one(prompt_tokens=tokens)
         for way in ways(machine, spec, shape, role="prefill", kv_tokens=tokens):
             seconds = way_s(way, machine, spec, shape, Micro.prefill(float(tokens)))
             rows.append({"way": way.name, "prompt_tokens": tokens, "ttft_s": seconds, "tokens_per_s": tokens / seconds})
@@ -190,11 +192,19 @@ def sensitivity_rows(
     return [{"parameter": name, "ttft": ttft[name], "tpot": tpot[name]} | ROW for name in names]
 
 
+def _from_one(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}, expected a whole number from 1")
+
+
 def _prefill(machine: Machine, spec: ModelSpec, shape: ModelShape, tokens: int) -> tuple[Way, float]:
+    _from_one(prompt_tokens=tokens)
     return _fastest(machine, spec, shape, Micro.prefill(float(tokens)), "prefill", tokens)
 
 
 def _decode(machine: Machine, spec: ModelSpec, shape: ModelShape, count: int, context: int) -> tuple[Way, float]:
+    _from_one(num_requests=count, context_tokens=context)
     return _fastest(machine, spec, shape, Micro.decode(float(count), float(context)), "decode", count * context)
 
 

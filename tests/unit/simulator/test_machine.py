@@ -44,6 +44,7 @@ def test_the_machines_of_the_question_are_there():
         ("gpu_op_us", -1.0),
         ("net_gb_s", "fast"),
         ("cpu_cores", 0),
+        ("cpu_overlap", 1.5),
     ],
 )
 def test_an_impossible_number_is_refused_by_name(name, value):

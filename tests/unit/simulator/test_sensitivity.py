@@ -43,6 +43,21 @@ def test_memory_decides_which_ways_there_are():
         names(replace(load_profile("desktop").machine, host_memory_gb=16.0))
 
 
+def test_what_cannot_be_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"host_peak_gb_s is 0\.0"):
+        prefill_rows(replace(MACHINE, host_peak_gb_s=0.0), SPEC, SHAPE, [512])
+    with pytest.raises(ConfigError, match=r"link_gb_s is 0\.0"):
+        decode_rows(replace(MACHINE, link_gb_s=0.0), SPEC, SHAPE, [1], 512)
+    with pytest.raises(ConfigError, match=r"link_gb_s is 0\.0"):
+        upgrade_rows(MACHINE, SPEC, SHAPE, prompt_tokens=512, context_tokens=512, upgrades={"none": {"link_gb_s": 0.0}})
+    with pytest.raises(ConfigError, match="prompt_tokens is 0, expected a whole number from 1"):
+        prefill_rows(MACHINE, SPEC, SHAPE, [0])
+    with pytest.raises(ConfigError, match="num_requests is 0"):
+        decode_rows(MACHINE, SPEC, SHAPE, [0], 512)
+    with pytest.raises(ConfigError, match="context_tokens is -3"):
+        decode_rows(MACHINE, SPEC, SHAPE, [1], -3)
+
+
 def test_vram_that_is_left_holds_whole_layers():
     def resident(machine, role="decode"):
         way = ways(machine, SPEC, SHAPE, role=role, kv_tokens=1024)[-1]
