@@ -88,6 +88,8 @@ def tune_config(
     complete = True
     try:
         walk(search.space, most_simulated, search.simulate)
+        if not search.predicted:
+            raise ConfigError(f"tune: nothing of the space can be simulated; the first: {search.failed}")
         for place in search.to_verify(most_runs):
             search.verify(place)
     except KeyboardInterrupt:
@@ -110,9 +112,10 @@ class _Search:
     seen: list[Place] = field(default_factory=list)
     predicted: dict[Place, Mapping[str, Any]] = field(default_factory=dict)
     measured: dict[Place, Mapping[str, Any]] = field(default_factory=dict)
+    failed: HybridlabError | None = None
 
-    def simulate(self, places: Sequence[Place]) -> Place:
-        """Predict `places`; returns the best of all so far."""
+    def simulate(self, places: Sequence[Place]) -> Place | None:
+        """Predict `places`; returns the best of all so far, None if none could be simulated."""
         swept = self._config({"list": [self._settings(place) for place in places]})
         ids = [job.run_id for job in identify(make_drafts(swept, self.results), "simulator")]
         how: Any = {"results_dir": self.results, "progress": self.progress}
@@ -121,9 +124,8 @@ class _Search:
             try:
                 rows = run(swept, backend="simulator", processes=self.processes, **how).summary
             except HybridlabError as error:
-                if not self.predicted:
-                    raise ConfigError(f"tune: nothing of the space can be simulated; the first: {error}") from None
-                return self._ranked(self.predicted)[0]
+                self.failed = self.failed or error
+                return self._ranked(self.predicted)[0] if self.predicted else None
         by_id = {row["run_id"]: row for row in rows.to_dict("records")}
         self.predicted |= {place: by_id[run_id] for place, run_id in zip(places, ids, strict=True) if run_id in by_id}
         return self._ranked(self.predicted)[0]

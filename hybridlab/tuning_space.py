@@ -58,11 +58,11 @@ def size_of(space: Space) -> int:
     return math.prod(len(values) for values in space.values())
 
 
-def walk(space: Space, most: int, best_of: Callable[[Sequence[Place]], Place]) -> None:
+def walk(space: Space, most: int, best_of: Callable[[Sequence[Place]], Place | None]) -> None:
     """Look at every place if there are at most `most`; else go from the first along one axis after the other.
 
-    `best_of` looks at some places and says which is the best of all seen so far. The walk ends when no axis leads to a
-    better place, or `most` were looked at.
+    `best_of` looks at some places and says which is the best of all seen so far; None if none of them can be. The walk
+    ends when no axis leads to a better place, or `most` were looked at.
     """
     sizes = [len(values) for values in space.values()]
     if math.prod(sizes) <= most:
@@ -80,5 +80,5 @@ def walk(space: Space, most: int, best_of: Callable[[Sequence[Place]], Place]) -
             if not new:
                 continue
             seen.update(new)
-            best = best_of(new)
+            best = best_of(new) or here
             moved, here = moved or best != here, best

@@ -122,6 +122,10 @@ def test_candidates_that_fail_are_none(standing: type[Standing], monkeypatch: py
     with pytest.raises(ConfigError, match=r"nothing of the space can be simulated; the first: .*MemoryBudgetError"):
         tuned(space={"engine.kv_tokens": [10**9]})
 
+    first = {"engine.kv_tokens": [10**9, 4096], "scheduler": ["fcfs", "chunked_prefill"]}
+    found = tuned(space=first, most_simulated=3, most_runs=0)  # the walk starts at one of them
+    assert found.config.engine.kv_tokens == 4096 and len(found.table) == 2
+
     def broken(self: Standing) -> None:
         raise ConfigError("no such device")
 
