@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from hybridlab.errors import ConfigError
 from hybridlab.figures.style import GREY, ONE_COLUMN_IN, TWO_COLUMNS_IN, cycle_color, log_axis, new_axes, style
 
 if TYPE_CHECKING:
@@ -19,7 +21,11 @@ MARKERS = {"step_s": "s", "ttft_s": "o", "tpot_s": "^"}
 
 
 def predicted_measured(df: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Each pair of columns `predicted_X` and `measured_X` of `NAMES` as points, in seconds; the band is +-10%."""
+    """Each pair of columns `predicted_X` and `measured_X` of `NAMES` as points, in seconds; the band is +-10%.
+
+    Raises ConfigError naming a column that is missing or has a value that is no finite number above 0.
+    """
+    _check(df, [f"{side}_{name}" for name in NAMES for side in ("measured", "predicted")], "predicted_measured")
     with style():
         ax = ax if ax is not None else new_axes(ONE_COLUMN_IN, 3.0)
         for number, (name, label) in enumerate(NAMES.items()):
@@ -43,7 +49,11 @@ def predicted_measured(df: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 def configuration_map(df: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Each `machine` of very many simulated ones as a point, TTFT (`ttft_s`) against `output_tokens_per_s`, coloured by
-    the `strategy` that is the fastest there: the least TTFT, among these the most throughput."""
+    the `strategy` that is the fastest there: the least TTFT, among these the most throughput.
+
+    Raises ConfigError as `predicted_measured` does.
+    """
+    _check(df, ["ttft_s", "output_tokens_per_s"], "configuration_map", ["machine", "strategy"])
     with style():
         ax = ax if ax is not None else new_axes(TWO_COLUMNS_IN * 0.7, 2.9)
         best = df.sort_values(["ttft_s", "output_tokens_per_s"], ascending=[True, False]).groupby("machine").head(1)
@@ -68,3 +78,15 @@ def configuration_map(df: pd.DataFrame, ax: Axes | None = None) -> Axes:
             handles=handles, title=title, title_fontsize=7, alignment="left", loc="center left", bbox_to_anchor=(1, 0.5)
         )
         return ax
+
+
+def _check(df: pd.DataFrame, columns: Sequence[str], what: str, others: Sequence[str] = ()) -> None:
+    if missing := [name for name in (*columns, *others) if name not in df.columns]:
+        raise ConfigError(f"{what}: no column {missing[0]!r}")
+    if not len(df):
+        raise ConfigError(f"{what}: no rows to draw")
+    for name in columns:
+        values = df[name].to_numpy(float)
+        wrong = ~(np.isfinite(values) & (values > 0))
+        if wrong.any():
+            raise ConfigError(f"{what}: {name} is {values[wrong][0]} in a row, expected finite numbers above 0")

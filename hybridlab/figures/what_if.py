@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from hybridlab.figures.arguments import check_target
+from hybridlab.errors import ConfigError
+from hybridlab.figures.arguments import check_target, is_number
 from hybridlab.figures.marks import evidence_handle, line_of, put_legend, series_handles
 from hybridlab.figures.origin import note_origin
 from hybridlab.figures.style import GREY, ONE_COLUMN_IN, axis_label, cycle_color, log_axis, new_axes, style
@@ -76,12 +77,14 @@ def upgrades(
 ) -> Axes:
     """Share of TPOT and of TTFT that each upgrade saves, in percent, of `upgrade_rows`: two bars per upgrade.
 
-    Raises ConfigError naming a missing column, or kinds of evidence mixed unasked.
+    Raises ConfigError naming a missing column, for what is no finite number, or kinds of evidence mixed unasked.
     """
     what = "upgrades"
     check_target(ax, width_in, what)
     frame: Any = chosen(rows_of(df, "table", ("change", *SAVED), what), where, evidence, what)
     frame = frame[frame["change"] != "as it is"].iloc[::-1]
+    if not frame[list(SAVED)].map(is_number).all(axis=None):
+        raise ConfigError(f"{what}: expected finite numbers in {' and '.join(SAVED)}")
     with style():
         own = ax is None
         ax = new_axes(width_in, 0.8 + 0.28 * len(frame)) if ax is None else ax
