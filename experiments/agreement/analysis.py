@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,26 +22,26 @@ SAME_LOAD = ["device", "requests", "prompt_tokens"]
 
 
 def score(steps: Any, traces: Any = None) -> dict[str, Any]:
-    """Errors are |predicted / measured - 1|. `order`: of pairs of strategies under one load that differ by more than
-    10%, the share in which the simulator has them the same way round. `regret`: by what share the best measured
-    strategy among those that the simulator puts on its front (of all metrics) is slower than the best of all."""
+    """Errors are |predicted / measured - 1|. `order`: of pairs of strategies under one load and link that differ by
+    more than 10%, the share in which the simulator has them the same way round. `regret`: by what share the best
+    measured strategy among those that the simulator puts on its front (of all metrics) is slower than the best."""
     errors = {name: (steps[f"predicted_{name}"] / steps[f"measured_{name}"] - 1).abs() for name in METRICS}
     found: dict[str, Any] = {"configurations": len(steps)}
     for name, each in {**errors, "all": pd.concat(errors.values())}.items():
         found[f"{name} median error"], found[f"{name} p90 error"] = float(each.median()), float(each.quantile(0.9))
-    right, pairs, regrets = 0, 0, []
-    for _, group in steps.groupby(SAME_LOAD):
+    right, regrets = {}, []
+    for group in _alternatives(steps):
         for name in METRICS:
             expected, real = group[f"predicted_{name}"].to_numpy(), group[f"measured_{name}"].to_numpy()
             for i, j in combinations(range(len(group)), 2):
                 if max(real[i], real[j]) > (1 + DIFFER) * min(real[i], real[j]):
-                    pairs += 1
-                    right += (expected[i] < expected[j]) == (real[i] < real[j])
+                    right[name, group.index[i], group.index[j]] = (expected[i] < expected[j]) == (real[i] < real[j])
         if len(group) > 1:
             front = _front(group[[f"predicted_{name}" for name in METRICS]].to_numpy())
             real = group[[f"measured_{name}" for name in METRICS]].to_numpy()
             regrets.append(float((real[front].min(0) / real.min(0) - 1).max()))
-    found |= {"pairs that differ": pairs, "in the right order": right / pairs if pairs else float("nan")}
+    pairs = len(right)
+    found |= {"pairs that differ": pairs, "in the right order": sum(right.values()) / pairs if pairs else float("nan")}
     found["largest regret on the front"] = max(regrets, default=float("nan"))
     if traces is not None and len(traces):
         for name in ("p99_ttft_s", "goodput_req_s"):
@@ -49,6 +50,16 @@ def score(steps: Any, traces: Any = None) -> dict[str, Any]:
     found["repeated"] = int(max(steps["repeated"].max(), 0 if traces is None else traces["repeated"].max()))
     found["dropped"] = int(max(steps["dropped"].max(), 0 if traces is None else traces["dropped"].max()))
     return found
+
+
+def _alternatives(steps: Any) -> Iterator[Any]:
+    """Strategies that one could choose from, under one load and one cap of the link. Those that were measured with one
+    cap only do not use the link."""
+    for _, group in steps.groupby(SAME_LOAD):
+        cap = group["link_gb_s"].fillna(np.inf)
+        alone = cap.groupby(group["strategy"]).transform("nunique") == 1
+        for one in cap.unique():
+            yield group[alone | (cap == one)]
 
 
 def _front(points: Any) -> Any:

@@ -100,7 +100,8 @@ def table(predicted: list[float], measured: list[float]) -> pd.DataFrame:
         for side, values in (("predicted", predicted), ("measured", measured))
         for name in METRICS
     }
-    return pd.DataFrame({"device": "cpu", "requests": 1, "prompt_tokens": 8, "repeated": 0, "dropped": 0, **rows})
+    about = {"device": "cpu", "requests": 1, "prompt_tokens": 8, "repeated": 0, "dropped": 0, "link_gb_s": np.nan}
+    return pd.DataFrame({**about, "strategy": list("abc")[: len(measured)], **rows})
 
 
 def test_the_score_of_errors_order_and_regret(analysis):
@@ -112,6 +113,13 @@ def test_the_score_of_errors_order_and_regret(analysis):
     assert found["in the right order"] == pytest.approx(2 / 3)
     assert found["largest regret on the front"] == pytest.approx(0.5)
     assert analysis.score(table([1.0, 2.0], [1.0, 1.05]))["pairs that differ"] == 0  # too close to count
+
+
+def test_one_strategy_over_another_link_is_no_choice(analysis):
+    links = table([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]).assign(strategy=["a", "b", "b"], link_gb_s=[np.nan, 4.0, 2.0])
+    assert analysis.score(links)["pairs that differ"] == 2 * len(METRICS)
+    links = table([2.0, 1.0, 3.0], [1.0, 1.5, 3.0]).assign(strategy=["a", "b", "b"], link_gb_s=[np.nan, 4.0, 2.0])
+    assert analysis.score(links)["largest regret on the front"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
