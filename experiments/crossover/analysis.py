@@ -34,6 +34,7 @@ def main() -> None:
     mixed = mixed.assign(share_of_need=mixed["step_s"] / (mixed["share"] * link_s))
     print(f"\nmixed: step / (share x {link_s:.3f} s of streaming all); below 1 is less than the loads need; tokens:")
     print(_table(mixed, "share_of_need", 2))
+    _print_first_layers(calibration)
     decode = rows[rows["kind"] == "decode"].pivot(index="tokens", columns="path", values="step_s")
     ratios = (decode[DUAL] / decode[PLAIN]).items()
     print("\ndual batch over plain, steps of", ", ".join(f"{requests}: {ratio:.2f}" for requests, ratio in ratios))
@@ -47,8 +48,17 @@ def _print_whole(rows: Any) -> None:
     measured = _rows(whole)
     print(_table(measured, "step_s"))
     both = measured.merge(rows, on=["kind", "name", "tokens"], suffixes=("", "_few"))
-    print("over the same by the layers measured above:")
+    _print_first_layers(whole)
+    print("steps over the same by the layers measured above:")
     print(_table(both.assign(ratio=both["step_s"] / both["step_s_few"]), "ratio", 2))
+
+
+def _print_first_layers(calibration: Calibration) -> None:
+    rows = _rows(calibration)
+    mixed = rows[rows["path"] == MIXED]
+    first_s = mixed["step_s"] - (int(calibration.subject.model["num_layers"]) - 1) * mixed["layer_s"]
+    print("mixed: end of the first layer, in loads of a layer; tokens:")
+    print(_table(mixed.assign(loads=first_s / mixed["link_s"]), "loads", 2))
 
 
 def _rows(calibration: Calibration) -> Any:
