@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -34,7 +35,7 @@ from hybridlab.hardware.read_bandwidth import read_bandwidth_gb_s
 from hybridlab.loading import load
 from hybridlab.lowering import Planner
 from hybridlab.plans import LaneKind
-from hybridlab.simulator.fit import Fitted, Observed, fit
+from hybridlab.simulator.fit import Observed, fit
 from hybridlab.simulator.machine import Machine, Profile
 from hybridlab.simulator.machine import profile_text as text_of
 from hybridlab.simulator.routes import Routes
@@ -52,6 +53,8 @@ GROUP = 8.0
 """Tokens that the CPU kernels multiply a weight with at once (HL_MAX_GROUP in cython_kernels/kernels.h)."""
 COPIED = 2.0
 """Bytes of DRAM that a copy between two places of it moves: read and written."""
+POOR = 0.25
+"""Median error of a fit beyond which it says little of the machine."""
 PARTS = (1, 2, 8)
 """Parts of a layer's experts: copies over the link of these sizes."""
 CPU_FIT = (
@@ -74,20 +77,24 @@ class _Known:
     machine: Machine
     sources: dict[str, str] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    errors: dict[str, np.ndarray] = field(default_factory=dict)
 
     def give(self, source: str, **values: float) -> None:
         self.machine = replace(self.machine, **values)
         self.sources |= dict.fromkeys(values, source)
 
-    def fit(self, what: str, shape: ModelShape, points: Sequence[Observed], names: Sequence[str]) -> Fitted:
+    def fit(self, what: str, shape: ModelShape, points: Sequence[Observed], names: Sequence[str]) -> None:
         found = fit(self.machine, shape, points, names)
         self.machine = found.machine
-        source = f"fitted to {len(points)} measured {what}, median error {np.median(np.abs(found.errors)):.1%}"
+        error = float(np.median(np.abs(found.errors)))
+        source = f"fitted to {len(points)} measured {what}, median error {error:.1%}"
         self.sources |= dict.fromkeys(names, source)
         self.intervals |= {name: each for name, each in found.intervals.items() if np.isfinite(each).all()}
-        self.errors[what] = found.errors
-        return found
+        if error > POOR:
+            warnings.warn(
+                f"calibrate: half of the {what} are {error:.0%} off or more: other programs compute here, or the model "
+                "is too small to tell reading from launching; measure again, or with a larger one",
+                stacklevel=2,
+            )
 
     def median(self, source: str, **values: Sequence[float]) -> None:
         """Medians, with the interval that their quartiles give."""

@@ -13,9 +13,12 @@ import hybridlab as hl
 from hybridlab import agreement, calibration_ops, calibration_profile
 from hybridlab.agreement import METRICS, Bracket, Load, Twin, compared, compared_trace
 from hybridlab.calibration_profile import measure_profile, write_profile
+from hybridlab.checkpoint import open_checkpoint
 from hybridlab.errors import ConfigError
 from hybridlab.hardware.read_bandwidth import read_bandwidth_gb_s
+from hybridlab.simulator.fit import Fitted
 from hybridlab.simulator.machine import load_profile
+from hybridlab.simulator.shapes import ModelShape
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -54,6 +57,15 @@ def test_a_measured_machine_is_one_that_the_simulator_takes(tiny, short, tmp_pat
     }
     (row,) = hl.run(config, backend="simulator", results_dir=tmp_path, progress=False).summary.to_dict("records")
     assert np.isfinite(row["mean_ttft_s"]) and row["completed"] == 2
+
+
+def test_a_fit_that_says_little_is_told(tiny, monkeypatch):
+    machine = load_profile("desktop").machine
+    monkeypatch.setattr(calibration_profile, "fit", lambda m, *_: Fitted(m, {}, np.array([-0.1, 0.6, -0.5])))
+    known = calibration_profile._Known(machine)
+    with pytest.warns(UserWarning, match="half of the copies are 50% off or more: other programs"):
+        known.fit("copies", ModelShape.of(open_checkpoint(tiny).spec), [], ["link_gb_s"])
+    assert "median error 50.0%" in known.sources["link_gb_s"]
 
 
 def test_engine_and_simulator_serve_the_same_requests(tiny, short):
