@@ -93,8 +93,12 @@ def cuda_device(
     held: list[CudaRing | ResidentExperts | HostStore] = [store]
     if largest:
         make_group = expert_format(precision, block, largest, device)
-        passing = max((len(own) for layer, own in resident.items() if not store.has(layer, own)), default=0)
-        with Staging(layers, block, passing, pin=pin, threads=threads) as staging:
+        passing = max((len(own) for layer, own in resident.items() if not set(own) <= set(kept[layer])), default=0)
+        # Shared memory has them too, not pinned, and CUDA refuses to copy what is pinned in part: neighbours may be.
+        source = {
+            layer: store.experts(layer) if store.has(layer, own) else layers[layer] for layer, own in resident.items()
+        }
+        with Staging(source, block, passing, pin=pin, threads=threads) as staging:
             bring = staging.copy if passing else store.copy
             pools = OwnWeights(device) if on_gpu is None or placed.movable else weights
 

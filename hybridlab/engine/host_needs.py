@@ -54,8 +54,8 @@ def host_needs_beside_gpu(
 ) -> Needs:
     """Beside a CUDA device: a pinned copy of `kept_experts`, and what the host's cores need to compute some of them.
 
-    Of rank 0, if other ranks have some. Experts that are not kept pass through a staging buffer, a layer at a time; in
-    `shared` memory they lie beside the others. Once copied, the mapped checkpoint is page cache. `kv_token_bytes` is 0
+    Of rank 0, if other ranks have some. Experts that are not kept pass through a staging buffer, a layer at a time;
+    `shared` memory has them beside the others. Once copied, the mapped checkpoint is page cache. `kv_token_bytes` is 0
     unless the KV cache is offloaded.
     """
     kept = kept_experts(placed, model)
@@ -63,7 +63,7 @@ def host_needs_beside_gpu(
     fixed = {
         PINNED: sum(map(len, kept.values())) * block_bytes(model),
         SHARED: shared * sum(passing) * block_bytes(model),
-        "staging": max(2 * model.vocab * model.hidden, (not shared) * max(passing) * block_bytes(model)),
+        "staging": max(2 * model.vocab * model.hidden, max(passing) * block_bytes(model)),
         "workspace": LOGITS_OF * 4 * model.vocab,
         "reserve": RESERVE_BYTES,
     }

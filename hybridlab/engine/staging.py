@@ -1,4 +1,4 @@
-"""Experts that live on the device alone, on their way there from the checkpoint."""
+"""Experts that live on the device for good, on their way there from the checkpoint or from shared memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ class Staging:
     """
 
     def __init__(
-        self, layers: Mapping[int, Sequence[Expert]], block: ExpertBlock, most: int, *, pin: bool, threads: int
+        self,
+        layers: Mapping[int, Mapping[int, Expert] | Sequence[Expert]],
+        block: ExpertBlock,
+        most: int,
+        *,
+        pin: bool,
+        threads: int,
     ) -> None:
         self._layers, self._block, self._pins = layers, block, Pins()
         self._room = pages(max(1, most) * block.num_bytes).view(-1, block.num_bytes)
