@@ -41,7 +41,7 @@ table = hl.figures.slp_table(rows)
 table.pivot(index="variant", columns="tokens", values="fraction").round(2)
 
 # %% [markdown]
-# Fractions of the floor: 1 is all that overlap can give. A ring of two layers has 0.97 and more at every length; 16K,
+# Fractions of the floor: 1 is all that overlap can give. A ring of two layers has 0.96 and more at every length; 16K,
 # where loading and computing take about equally long, is the hardest. With one buffer a layer's experts are loaded once
 # the last ones were used, beside the next layer's attention: at 32K tokens that is long enough to lose nothing, at 16K
 # it costs a third. `sequential` waits for every copy and every op. Two slots of half a layer take no more memory than
@@ -51,20 +51,20 @@ table.pivot(index="variant", columns="tokens", values="fraction").round(2)
 ax = hl.figures.slp(rows)
 
 # %% [markdown]
-# Up to 8K tokens the link decides: TTFT is the same for 1K and for 8K, and only fewer bytes would lower it. At 16K both
+# Up to 8K tokens the link decides: TTFT is the same for 512 tokens and for 8K, and only fewer bytes would lower it. At 16K both
 # take about as long, at 32K computing decides, and a GPU with room for the experts of two layers is nearly as fast as
-# one that holds them all. What the link itself needs is pinned memory: with pageable memory the same ring took 3.6 s at
+# one that holds them all. What the link itself needs is pinned memory: with pageable memory the same ring took 3.5 s at
 # 16K (`experiments/slp/README.md`).
 #
 # ### From how many tokens on?
 #
 # Short prompts are faster with the experts on the CPU. `hybridlab calibrate` found from where streaming them pays on
-# this machine. (The file has mixed steps, too, in which a share of the experts is streamed; they are left out, for
-# their times cannot be right: `experiments/crossover/README.md`.)
+# this machine, and where in between mixed steps do: half of the experts cross the link while the CPU computes the
+# others.
 
 # %%
 calibration = hl.figures.read_calibration(project_dir() / "results/paper/crossover/calibration.json")
-ax = hl.figures.crossover(calibration, where={"path": ["cpu", "streamed"]})
+ax = hl.figures.crossover(calibration)
 
 # %% [markdown]
 # ## The same plans without a GPU
