@@ -12,13 +12,14 @@ import numpy as np
 
 from hybridlab.batch import Entry, StepBatch, StepResult, split
 from hybridlab.plans import LaneKind, Move, Program, Span, Tier
-from hybridlab.simulator.clock import Dram, EventClock, Run, spans_of
+from hybridlab.simulator.clock import Dram, spans_of
 from hybridlab.simulator.cost_model import Micro, cost_model, dram_bytes_s, handoffs_s
 from hybridlab.simulator.lone_clock import LoneClock, LoneRun
 from hybridlab.simulator.machine import Machine
 from hybridlab.simulator.programs import Table, tabulate
 from hybridlab.simulator.routes import Routes
 from hybridlab.simulator.shapes import ModelShape
+from hybridlab.simulator.shared_clock import SharedClock, SharedStep
 from hybridlab.spec import ModelSpec
 
 PLACEHOLDER = -1
@@ -47,9 +48,9 @@ class SimulatorBackend:
         self._layer_kv_bytes = model.num_layers * shape.kv_bytes
         self._machine, self._shape, self._routes = machine, shape, routes
         self._workers = tuple(workers)
-        clock = LoneClock if len(self._workers) == 1 else EventClock
-        self._clock: LoneClock | EventClock = clock(handoffs_s(machine), Dram(*dram_bytes_s(machine)))
-        self._in_flight: dict[str, tuple[StepBatch, Run | LoneRun]] = {}
+        clock = LoneClock if len(self._workers) == 1 else SharedClock
+        self._clock: LoneClock | SharedClock = clock(handoffs_s(machine), Dram(*dram_bytes_s(machine)))
+        self._in_flight: dict[str, tuple[StepBatch, SharedStep | LoneRun]] = {}
         self._tables: WeakKeyDictionary[Program, Table] = WeakKeyDictionary()
         self._num_layers = len(model.moe_layers)
         self._routed_LE: np.ndarray | None = None
@@ -58,6 +59,11 @@ class SimulatorBackend:
     @property
     def now_s(self) -> float:
         return self._clock.now_s
+
+    @property
+    def num_events(self) -> int:
+        """Times at which anything on the clock changed, as far as they were looked at; 0 for one worker."""
+        return self._clock.num_events if isinstance(self._clock, SharedClock) else 0
 
     @property
     def workers(self) -> tuple[str, ...]:
@@ -135,7 +141,7 @@ def hand_off_blocks(batch: StepBatch) -> int:
 class StepSpans(Sequence[Span]):
     """The spans of a step, made when somebody looks: most steps' are never looked at."""
 
-    def __init__(self, run: Run | LoneRun) -> None:
+    def __init__(self, run: SharedStep | LoneRun) -> None:
         self._run = run
 
     def __len__(self) -> int:

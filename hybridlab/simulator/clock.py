@@ -115,20 +115,21 @@ class EventClock:
         while True:
             next_s = self._start_ops()
             self._share_dram()
-            next_s = min(next_s, self._next_change_s())
+            next_s = min(next_s, self._next_change_s())  # from now on: what is short is lost in a sum with a late now
             if next_s == inf and any(self._queues.values()):
                 run, i = next(queue[0] for queue in self._queues.values() if queue)
                 op = run.table.ops[i]
                 raise PlanError(f"op {op.id} ({op.kind} on {op.lane}) can never start: a cycle across lanes")
-            if next_s > until_s or next_s == inf:
+            if self.now_s + next_s > until_s or next_s == inf:
                 if until_s < inf:
-                    self._pass(until_s)
+                    self._pass(until_s - self.now_s)
+                    self.now_s = until_s
                 return []
             if ended := self._pass(next_s):
                 return ended
 
     def _start_ops(self) -> float:
-        """Start what can start now; returns when the next idle lane can start its op (inf: after a need only)."""
+        """Start what can start now; returns seconds until the next idle lane can start its op (inf: after a need)."""
         next_s = inf
         for lane, queue in self._queues.items():
             if not queue or lane in self._busy:
@@ -143,7 +144,7 @@ class EventClock:
                 alone_s, size = run.alone_s[cls], run.dram_bytes[cls]
                 self._busy[lane] = _Busy(run, i, lane, self.now_s, alone_s, size / alone_s if alone_s > 0 else 0.0)
             else:
-                next_s = min(next_s, ready_s)
+                next_s = min(next_s, ready_s - self.now_s)
         return next_s
 
     def _share_dram(self) -> None:
@@ -158,32 +159,32 @@ class EventClock:
             busy.scale = scale
 
     def _next_change_s(self) -> float:
-        """When the next op ends, or has as little left as one that it had to wait for."""
+        """Seconds until the next op ends, or has as little left as one that it had to wait for."""
         next_s = inf
         for busy in self._busy.values():
             if busy.scale > 0:
-                next_s = min(next_s, self.now_s + busy.left_s / busy.scale)
+                next_s = min(next_s, busy.left_s / busy.scale)
         users = sorted((b for b in self._busy.values() if b.bytes_s > 0), key=lambda busy: -busy.left_s)
         for more, less in pairwise(users):
             if more.scale > less.scale and more.left_s > less.left_s:
-                next_s = min(next_s, self.now_s + (more.left_s - less.left_s) / (more.scale - less.scale))
+                next_s = min(next_s, (more.left_s - less.left_s) / (more.scale - less.scale))
         return next_s
 
-    def _pass(self, to_s: float) -> list[Run]:
-        passed_s, self.now_s = to_s - self.now_s, to_s
+    def _pass(self, seconds: float) -> list[Run]:
+        self.now_s += seconds
         ended = []
         for lane, busy in list(self._busy.items()):
-            left_s = busy.left_s - busy.scale * passed_s
+            left_s = busy.left_s - busy.scale * seconds
             if left_s > TIE * busy.run.alone_s[busy.run.table.cls[busy.index]]:
                 busy.left_s = left_s
                 continue
             run = busy.run
             del self._busy[lane]
-            run.done_s[busy.index] = to_s
-            run.spans[busy.index] = (busy.start_s, to_s)
+            run.done_s[busy.index] = self.now_s
+            run.spans[busy.index] = (busy.start_s, self.now_s)
             run.left -= 1
             if not run.left:
-                run.end_s = to_s
+                run.end_s = self.now_s
                 ended.append(run)
         return ended
 

@@ -111,15 +111,29 @@ def test_a_long_prefill_does_not_block_the_decoding_worker():
 def test_two_workers_slow_each_other_by_the_dram_they_share():
     given = [Request("short", (1,) * 8, 200, 0.0), Request("long", (1,) * 240, 2, 0.0)]
     machine = replace(SLOW, host_peak_gb_s=0.2, cpu_tflops=0.01)
-    served, _ = simulate(Apart(), workers=("prefill", "decode"), machine=machine, given=given)
-    short, long = served.records
-    gaps = np.diff(short.token_times_s)
-    at = np.array(short.token_times_s[1:])
+    both, alone = (
+        simulate(Apart(), workers=("prefill", "decode"), machine=machine, given=g)[0] for g in (given, given[:1])
+    )
+    short, long = both.records
+    ends = np.array(short.token_times_s)
+    slower = np.diff(ends) / np.diff(alone.records[0].token_times_s)  # by step: each computes the same in both
     assert long.first_scheduled_s is not None and long.finished_s is not None
-    beside = (at - gaps > long.first_scheduled_s) & (at < long.token_times_s[0])
-    after = at - gaps > long.finished_s
+    beside = (ends[:-1] >= long.first_scheduled_s) & (ends[1:] <= long.token_times_s[0])
+    after = ends[:-1] >= long.finished_s
     assert beside.sum() >= 2 and after.sum() >= 2
-    assert gaps[beside].max() > 1.05 * np.median(gaps[after])
+    assert (slower[beside] > 1.1).all()
+    assert slower[after] == pytest.approx(1.0, rel=1e-6)
+
+
+def test_workers_that_begin_late_end_in_as_many_events_as_early_ones():
+    counts = []
+    for arrival_s in (0.0, 1e5):
+        given = [Request(f"r{i}", (1,) * 60 * (i + 1), 20, arrival_s + 0.01 * i) for i in range(4)]
+        served, backend = simulate(Apart(), workers=("prefill", "decode"), given=given)
+        assert all(record.status is Status.FINISHED for record in served.records)
+        counts.append(backend.num_events)
+    assert counts[1] == pytest.approx(counts[0], rel=0.05)
+    assert counts[0] < 30 * MODEL.num_layers * served.num_steps
 
 
 def test_a_load_is_on_the_link_and_experts_where_their_tier_is():

@@ -17,7 +17,7 @@ from hybridlab.simulator.cost_model import Micro, cost_model, dram_bytes_s, hand
 from hybridlab.simulator.lone_clock import LoneClock
 from hybridlab.simulator.programs import end_s, finish_times, tabulate
 from hybridlab.simulator.routes import Routes
-from hybridlab.simulator.shared_clock import SharedStep, shared_end_s
+from hybridlab.simulator.shared_clock import SharedClock, shared_end_s
 from hybridlab.strategies.overlap.sequential import Sequential
 
 ROUTES = Routes(MODEL)
@@ -120,9 +120,10 @@ def test_layers_of_a_mixed_step_are_skipped(parts):
     cost = cost_model(SLOW, SHAPE, [Micro.decode(64.0, 100.0)])
     costs = [cost(each) for each in table.classes]
     hand, dram = handoffs_s(SLOW), Dram(*dram_bytes_s(SLOW))
-    step = SharedStep(table, [c.alone_s for c in costs], [c.dram_bytes for c in costs], hand, dram)
-    step.end_s()
-    assert table.shares and step.skipped
+    clock = SharedClock(hand, dram)
+    step = clock.submit(table, [c.alone_s for c in costs], [c.dram_bytes for c in costs])
+    assert clock.advance() == [step]
+    assert table.shares and step.skips
     assert step.done_s.count(float("inf")) > len(table.ops) / 2  # ops that nobody looked at
 
 
