@@ -49,7 +49,7 @@ class SizedGroupedExperts:
     """In BF16, few tokens read the experts that they are routed to (coded), many are worth widening all of them first.
 
     Measured on an H100 (results/paper/slp/gemm.jsonl): a layer of qwen3-30b-a3b takes 0.56 ms coded and 1.23 widened
-    for 512 tokens, 1.27 and 1.53 for 2,048, 3.81 and 2.47 for 8,192.
+    for 512 tokens, 1.27 and 1.52 for 2,048, 3.81 and 2.47 for 8,192.
     """
 
     MANY_TOKENS = 2048
