@@ -73,6 +73,7 @@ class EngineBench:
         from hybridlab.checkpoint import open_checkpoint
         from hybridlab.engine.options import check_accelerator_threads, check_device, check_threads
         from hybridlab.engine.ranks import check_ranks, threads_of_rank
+        from hybridlab.engine.worker_options import check_workers
         from hybridlab.hardware import detect
 
         given, ranks, hardware = self._given, self._given.get("ranks", 1), detect()
@@ -81,6 +82,12 @@ class EngineBench:
         check_ranks(ranks, placement=self._loaded_with["placement"], **set_names)
         device = check_device(given.get("device", "auto"))
         threads = check_threads(threads_of_rank(given.get("threads"), ranks, device, hardware.num_cores), hardware)
+        unused = {
+            "ranks": ranks if ranks > 1 else None,
+            "worker": None if given.get("worker") == "auto" else given.get("worker"),
+            "weight_layout": None if given.get("weight_layout") == "rows" else given.get("weight_layout"),
+        }
+        check_workers(given.get("workers"), threads, device, unused=unused, in_files=True)
         if device == "emulated":
             check_accelerator_threads(self._given.get("accelerator_threads"), threads)
         if is_made(self._checkpoint):

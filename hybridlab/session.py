@@ -181,9 +181,13 @@ class Engine:
         s, hardware = self.spec, self.planner.hardware
         origin = f"calibrated {hardware.calibrated}" if hardware.calibrated else "not calibrated, the paper's"
         thresholds = "" if hardware.device == "cpu" else f", thresholds={origin}"
+        count = len(self.planner.rank_sets[0])
+        ranks = "" if count == 1 else f" on each of {count} ranks"
+        split = f", workers {', '.join(self._runtime.pids)}" if isinstance(self._runtime, Workers) else ""
         return (
             f"Engine({self.checkpoint.folder.name}: {s.family}, {s.num_layers} layers, {s.num_experts} experts top-"
-            f"{s.top_k}, {s.weight_dtype} weights, precision={self.precision}, threads={self.threads}{thresholds})"
+            f"{s.top_k}, {s.weight_dtype} weights, precision={self.precision}, threads={self.threads}{ranks}{split}"
+            f"{thresholds})"
         )
 
     def _repr_html_(self) -> str:

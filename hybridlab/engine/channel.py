@@ -7,7 +7,7 @@ import os
 import select
 import socket
 import struct
-from enum import IntEnum
+from enum import IntEnum, unique
 from typing import Any
 
 MAGIC = b"hlw1"
@@ -18,6 +18,7 @@ _DESCRIPTOR = b"d"
 """The byte that a descriptor travels with."""
 
 
+@unique
 class Kind(IntEnum):
     """What a message is. The worker answers each one of the first group with one of the second."""
 
@@ -37,8 +38,7 @@ class Kind(IntEnum):
     """Of workers that share a region (`engine.kv_region`): a request's KV cache goes there, or comes from there."""
     CATCH_UP = 12
     """Of ranks alone: KV blocks that the first one gives the others."""
-
-    PEAK = 12
+    PEAK = 13
     """Of a lone worker: what it has had of its GPU."""
 
     READY = 32

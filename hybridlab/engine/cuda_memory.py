@@ -35,6 +35,7 @@ def gpu_needs(
     kv_element_bytes: int = 2,
     kv_offloaded: bool = False,
     context_bytes: int = CONTEXT_BYTES,
+    nccl_bytes: int = NCCL_BYTES,
     captures: bool = True,
     precision: str = "bf16",
 ) -> Needs:
@@ -61,7 +62,7 @@ def gpu_needs(
         "activations": 0,
         "logits": HEAD_ROWS * model.vocab * (4 + 2),
         "captured steps": captured_bytes(model) if captures and not kv_offloaded else 0,
-        "NCCL": NCCL_BYTES if any(placed.rank_of.values()) else 0,
+        "NCCL": nccl_bytes if any(placed.rank_of.values()) else 0,
         "context": context_bytes,
     }
     per_token = _activation_bytes(model)

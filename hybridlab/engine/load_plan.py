@@ -91,6 +91,7 @@ def plan_load(
             budget_bytes=min(hardware.gpu_memory_bytes, budget_bytes),  # it is the host's memory
             kv_element_bytes=numerics.kv_dtype.itemsize,
             context_bytes=0,
+            nccl_bytes=0,
             captures=False,
         )
         return [gpu, host]

@@ -186,7 +186,7 @@ def plan_ranks(
 def check_ranks(
     ranks: Any,
     exchange: Any = "small_ep",
-    interface: str = LOOPBACK,
+    interface: Any = LOOPBACK,
     *,
     weight_layout: str = "rows",
     worker: str = "auto",
@@ -213,6 +213,8 @@ def check_ranks(
     if getattr(placement, "update_every_steps", 0):
         name = type(placement).__name__
         raise StrategyError(f"placement {name} moves experts between steps, which several ranks ({ranks}) cannot")
+    if not isinstance(interface, str):
+        raise ConfigError(f"interface is {interface!r:.60}, expected the name of a network interface")
     if interface != LOOPBACK:
         address_of(interface)
 

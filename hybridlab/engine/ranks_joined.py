@@ -30,6 +30,8 @@ from hybridlab.errors import ConfigError, WorkerLost
 
 JOIN_S = 300.0
 """How long ranks wait for each other at the start."""
+HELLO_S = 10.0
+"""How long one that has connected has to say who it is; it does so at once."""
 _HELLO = struct.Struct("<32sI")
 _SIOCGIFADDR = 0x8915
 
@@ -93,8 +95,10 @@ class Joined:
                 except TimeoutError:
                     missing = sorted(set(range(self.size)) - found.keys())
                     raise WorkerLost(f"rank {missing[0]} of {self.size} did not join within {JOIN_S:g} s") from None
-                connection.settimeout(JOIN_S)
-                hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
+                connection.settimeout(HELLO_S)
+                hello = b""
+                with contextlib.suppress(OSError):  # a stranger that says nothing, or breaks off
+                    hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
                 said, rank = _HELLO.unpack(hello) if len(hello) == _HELLO.size else (b"", 0)
                 if not secrets.compare_digest(said, word.encode()) or not 0 < rank < self.size or rank in found:
                     connection.close()
@@ -152,9 +156,14 @@ def _meet(interface: str) -> tuple[Store, int, int]:
     # Torch would have this store listen on all interfaces.
     _, size, host, port = (given[name] for name in names)
     own = address_of(interface)
-    if socket.gethostbyname(host) != own:
-        raise ConfigError(f"MASTER_ADDR is {host!r}, expected {own}, the address of interface {interface!r} of rank 0")
-    server = socket.create_server((own, int(port)), backlog=int(size))
+    try:
+        if socket.gethostbyname(host) != own:
+            raise ConfigError(
+                f"MASTER_ADDR is {host!r}, expected {own}, the address of interface {interface!r} of rank 0"
+            )
+        server = socket.create_server((own, int(port)), backlog=int(size))
+    except OSError as error:  # a name that nobody knows, a port that somebody has
+        raise ConfigError(f"MASTER_ADDR is {host!r}, MASTER_PORT {port!r}, where none can listen: {error}") from None
     store = TCPStore(own, int(port), int(size), True, timeout, wait_for_workers=False, master_listen_fd=server.detach())
     return store, 0, int(size)
 

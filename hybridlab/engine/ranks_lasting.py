@@ -102,13 +102,14 @@ class LastingRanks:
         try:
             while True:
                 lost.close()
-                if (starter := lost.starter.again()) is None:
-                    raise WorkerLost(why)
                 if self._starts == MOST_STARTS:
                     raise WorkerLost(f"{why}; started again {MOST_STARTS} times without a step between them")
+                if (starter := lost.starter.again()) is None:
+                    raise WorkerLost(why)
                 self._starts += 1
                 with self._lock:
                     if self._closing:
+                        starter.close()
                         raise closed()
                     lost = self._group = self._new(starter)
                 log.warning("%s; starting others", why)

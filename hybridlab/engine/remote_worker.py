@@ -284,6 +284,8 @@ class RemoteWorker:
         self._drop()
         try:
             while True:
+                if self._closing:
+                    raise closed()
                 if self._starts == MOST_STARTS:
                     again = f"started again {MOST_STARTS} times without a step between them"
                     raise WorkerLost(f"{self._why}; {again}")

@@ -147,7 +147,19 @@ def test_an_address_that_is_not_the_interfaces_is_refused(monkeypatch):
         hl.load(ORACLE, ranks="torchrun")
 
 
+def test_a_port_that_somebody_has_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=f"MASTER_PORT '{port}', where none can listen: .*in use"):
+            hl.load(ORACLE, ranks="torchrun")
+
+
 def test_an_interface_has_an_address_or_is_refused():
     assert address_of("lo") == "127.0.0.1"
     with pytest.raises(ConfigError, match=r"interface 'nowhere0' has no address .* this machine has .*lo"):
         address_of("nowhere0")
+    with pytest.raises(ConfigError, match="interface is 3, expected the name of a network interface"):
+        hl.load(ORACLE, ranks=2, interface=3)  # type: ignore[arg-type]

@@ -52,6 +52,8 @@ def test_bad_keys_are_named(lab, engine, words):
         ({"ranks": 2, "interface": "nowhere0"}, ConfigError, "interface 'nowhere0' has no address"),
         ({"ranks": 2, "worker": "thread"}, ConfigError, "ranks is 2, expected 1 with worker 'thread'"),
         ({"ranks": 2, "weight_layout": "tiles"}, ConfigError, "expected 1 with weight_layout 'tiles'"),
+        ({"workers": {"prefil": {}, "decode": {}}}, ConfigError, "workers has .*names that begin with 'prefill' or"),
+        ({"workers": {"prefill": {}, "decode": {}}, "ranks": 2}, ConfigError, "ranks is 2, which does not go with"),
         ({"ranks": 2, "device": "emulated"}, StrategyError, "LruCache moves experts between steps"),
     ],
 )
