@@ -148,7 +148,8 @@ class RowLog:
 class DeviceBench:
     """What `what` measured: `records` are the rows, in the order in which they were made.
 
-    `notes` say what is missing and why; `complete` is False if it was interrupted. `shown` are the columns to print.
+    `notes` say what is missing and why; `complete` is False if it was interrupted; `failed`: of what was asked for, no
+    row is there, the yardstick's alone. `shown` are the columns to print.
     """
 
     what: str
@@ -156,6 +157,7 @@ class DeviceBench:
     shown: tuple[str, ...]
     notes: tuple[str, ...] = ()
     complete: bool = True
+    failed: bool = False
     machine: Mapping[str, Any] = field(default_factory=lambda: machine(gpu=True))
     versions: Mapping[str, str] = field(default_factory=versions)
     code: Mapping[str, str] = field(default_factory=code_version)
@@ -167,7 +169,7 @@ class DeviceBench:
         return pd.DataFrame(list(self.records))
 
     def as_dict(self) -> dict[str, Any]:
-        told = {name: getattr(self, name) for name in ("what", "complete", "machine", "versions", "code")}
+        told = {name: getattr(self, name) for name in ("what", "complete", "failed", "machine", "versions", "code")}
         return {**told, "notes": list(self.notes), "rows": [dict(record) for record in self.records]}
 
     def __str__(self) -> str:

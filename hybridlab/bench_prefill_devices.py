@@ -121,7 +121,9 @@ def prefill(
             run.notes.append(f"interrupted after {len(log.records)} rows")
     if not log.records:
         raise run.errors[0]
-    return DeviceBench("prefill", tuple(log.records), SHOWN, tuple(run.notes), complete)
+    wanted = {one.name for one in chosen[1:]}
+    failed = complete and bool(wanted) and wanted.isdisjoint(record["variant"] for record in log.records)
+    return DeviceBench("prefill", tuple(log.records), SHOWN, tuple(run.notes), complete, failed)
 
 
 def _variants(given: Sequence[str | Variant] | None) -> list[Variant]:

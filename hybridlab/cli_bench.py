@@ -243,6 +243,8 @@ def _emit_devices(measure: Callable[[], DeviceBench], json: bool) -> None:
     emit(result.as_dict() if json else str(result), json)
     if not result.complete:
         raise typer.Exit(130)
+    if result.failed:
+        raise typer.Exit(1)
 
 
 def _numbers(text: str | None, option: str) -> list[int] | None:

@@ -142,6 +142,17 @@ def test_cli_prefill_on_a_device(tiny: Path, tmp_path: Path) -> None:
     assert len((tmp_path / "new" / "slp.jsonl").read_text(encoding="utf-8").splitlines()) == len(found)
 
 
+def test_cli_prefill_that_measures_only_the_yardstick_has_failed(tiny: Path) -> None:
+    """It has room in any case; what was asked for has none."""
+    words = ["--device", "emulated", "--checkpoint", tiny, "--tokens", "16", "--steps", 1, "--threads", 2]
+    done = invoke("bench", "prefill", *words, "--variants", "one buffer", "--vram-gb", "0.001", "--json")
+    found = json.loads(done.stdout)
+    assert (done.exit_code, found["failed"], found["complete"]) == (1, True, True)
+    assert [row["variant"] for row in found["rows"]] == [RESIDENT] and "of GPU memory needed" in found["notes"][0]
+    asked_for = invoke("bench", "prefill", *words, "--variants", RESIDENT)
+    assert asked_for.exit_code == 0, asked_for.output
+
+
 def test_cli_decode_on_a_device(tiny: Path) -> None:
     words = ["--device", "emulated", "--checkpoint", tiny, "--batch", "2", "--depth", 0, "--steps", 1, "--threads", 2]
     done = invoke("bench", "decode", *words)
