@@ -50,7 +50,7 @@ class Live:
 
     @property
     def is_running(self) -> bool:
-        return self.may_decode and len(self.record.output) > 0 and self.computed == len(self.tokens) - 1
+        return self.may_decode and self.computed + 1 == len(self.tokens) and bool(self.record.output)
 
     @property
     def deadline_s(self) -> float:
@@ -84,11 +84,15 @@ class Live:
 def views(lives: Iterable[Live], pool: BlockPool, prefixes: Prefixes) -> list[WaitingRequest | RunningRequest]:
     """The requests that are not in flight: running before waiting, each by arrival."""
     # Those in flight count as ahead of all others.
-    ranked = sorted(lives, key=lambda live: (not live.in_flight, not live.is_running, live.rank))
+    ranked = sorted(lives, key=_place_in_view)
     shared = _shared_blocks(ranked, pool, prefixes)
     size = pool.block_tokens
     pairs = zip(ranked, shared, strict=True)
     return [_view(live, blocks * size, size) for live, blocks in pairs if not live.in_flight]
+
+
+def _place_in_view(live: Live) -> tuple[bool, bool, float, int]:
+    return not live.in_flight, not live.is_running, live.record.arrival_s or 0.0, live.number
 
 
 def _shared_blocks(ranked: Sequence[Live], pool: BlockPool, prefixes: Prefixes) -> list[int]:
@@ -97,6 +101,8 @@ def _shared_blocks(ranked: Sequence[Live], pool: BlockPool, prefixes: Prefixes) 
     Whoever holds a known block holds those before it, so the first that nobody ahead holds can be bisected.
     """
     shared = []
+    if not pool.num_shared and all(live.table for live in ranked):
+        return [0] * len(ranked)
     ahead: set[int] = set()  # blocks of requests ahead that others hold too
     behind = [live for live in ranked if live.table and not live.is_running and not live.in_flight]
     late = _held(behind)

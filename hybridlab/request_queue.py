@@ -118,25 +118,27 @@ class RequestQueue:
             return None
         self._preempt(step.preempt)
         step = replace(step, preempt=planned.preempt + step.preempt)
-        if not self._pools.decodes(view.worker) and (step := self._that_can_leave(step)) is None:
+        decodes = self._pools.decodes(view.worker)
+        if not decodes and (step := self._that_can_leave(step)) is None:
             return None
         starting, pool = [self._live[rid] for rid in step.tokens], self._pools.of(view.worker)
         for live in starting:  # all of them before any grows: growing may evict what was found
             self._lives.touch(live)
             if not live.table and live.left is None:
                 live.start(pool, self._prefixes)
-            live.home, live.may_decode = pool, self._pools.decodes(view.worker)
+            live.home, live.may_decode = pool, decodes
             if live.record.first_scheduled_s is None:
                 live.record.first_scheduled_s, live.record.cached_tokens = view.now_s, live.computed
         self._num_steps += 1
         shares = zip(starting, step.tokens.values(), strict=True)
-        entries = tuple(self._entry(live, num_tokens, view.worker) for live, num_tokens in shares)
+        entries = tuple(self._entry(live, num_tokens, pool, decodes=decodes) for live, num_tokens in shares)
         return self._in_pieces(StepBatch(view.worker, step, entries))
 
     def apply(self, results: Sequence[StepResult]) -> list[tuple[RequestRecord, int]]:
         """Take in finished steps; return (record, token) for every token drawn, in order."""
         events: list[tuple[RequestRecord, int]] = []
         for result in results:
+            block_tokens = self._pools.of(result.batch.worker).block_tokens
             for entry in result.batch.brings:
                 live = self._live[entry.id]
                 live.in_flight, live.seen = False, None
@@ -148,9 +150,9 @@ class RequestQueue:
             for entry in result.batch.entries:
                 live = self._live[entry.id]
                 live.in_flight, live.seen = False, None
-                if self._has_failed(live, result, again=result.lost):
+                if (result.error or result.lost) and self._has_failed(live, result, again=result.lost):
                     continue
-                if live.is_running:
+                if self._last_decode_s != result.end_s and live.is_running:
                     self._last_decode_s = result.end_s
                 live.computed = entry.context_tokens
                 if entry.fetch is not None:
@@ -158,7 +160,7 @@ class RequestQueue:
                 if entry.leave is not None:
                     self._lives.leave(live, entry.leave)
                 else:
-                    live.enter(self._prefixes, self._pools.of(result.batch.worker).block_tokens)
+                    live.enter(self._prefixes, block_tokens)
                 if entry.wants_token and entry.id not in self._cancelled:
                     events.append((live.record, self._draw(live, result.tokens[entry.id], result.end_s)))
         return events
@@ -250,10 +252,10 @@ class RequestQueue:
         """Whether a request that has `end` tokens computed goes on to decode."""
         return end == len(live.tokens) and len(live.record.output) + 1 < live.record.request.max_tokens
 
-    def _entry(self, live: Live, num_tokens: int, worker: str) -> Entry:
+    def _entry(self, live: Live, num_tokens: int, pool: BlockPool, *, decodes: bool) -> Entry:
         end, leave = live.computed + num_tokens, None
-        self._pools.of(worker).grow(live.table, end)
-        if not self._pools.decodes(worker) and self._leaves(live, end):
+        pool.grow(live.table, end)
+        if not decodes and self._leaves(live, end):
             assert self._pools.transfer is not None
             self._pools.transfer.grow(live.leased, end)
             leave = HandOff(next(_TICKETS), live.record.request.id, end, self._num_steps, tuple(live.leased))

@@ -49,10 +49,13 @@ class Micro:
     @classmethod
     def of(cls, counts: Sequence[tuple[int, int, bool]]) -> Micro:
         """From (new tokens, tokens before them, wants a token) of each request."""
-        tokens = float(sum(n for n, _, _ in counts))
-        pairs = float(sum(n * before + n * (n + 1) // 2 for n, before, _ in counts))
-        context = float(sum(n + before for n, before, _ in counts))
-        return cls(tokens, pairs, context, float(sum(wants for _, _, wants in counts)))
+        tokens = pairs = context = rows = 0
+        for n, before, wants in counts:
+            tokens += n
+            pairs += n * before + n * (n + 1) // 2
+            context += n + before
+            rows += wants
+        return cls(float(tokens), float(pairs), float(context), float(rows))
 
     @classmethod
     def decode(cls, num_requests: Number, context_tokens: Number) -> Micro:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from math import ceil
 
 from hybridlab.plans import QueueView, RequestId, RunningRequest, StepPlan, WaitingRequest
 
@@ -95,8 +94,8 @@ class KVRoom:
     def new_tokens(self, request: AnyRequest, num_tokens: int) -> int:
         """Tokens in new blocks that `request` takes to compute `num_tokens` more."""
         block = self._queue.kv_block_tokens
-        blocks = ceil((request.context_tokens + num_tokens) / block)
-        return max(0, blocks * block - self._held(request))
+        needed = -(-(request.context_tokens + num_tokens) // block) * block - self._held(request)
+        return needed if needed > 0 else 0
 
     def _held(self, request: AnyRequest) -> int:
         """Room that `request` need not take from the free blocks: its own, or what it will share when it starts."""
