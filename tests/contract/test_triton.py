@@ -22,6 +22,8 @@ pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 UNIT = FLOAT32_UNIT if INTERPRETED else HOPPER_UNIT
 # The interpreter cuts float32 to BF16 instead of rounding: up to a unit in the last place, which is 2^-7.
 CUT = 2.0**-7 if INTERPRETED else 0.0
+# The interpreter is slow: it does again what other shapes have done with `make test-all` alone.
+SHAPES = [(200, 136), pytest.param(128, 256, marks=[pytest.mark.slow] if INTERPRETED else [])]
 # Tiles of 64 routes but for [200, 300], and a grid with tiles to spare but for the many ends.
 ENDS = ([0, 20, 20, 90], [3], [0, 0], [64, 128, 129], [0, 0, 70, 70, 70], [200, 300], [50, 100, 150, 200, 250, 300])
 
@@ -105,7 +107,7 @@ def test_quantise_rounds_every_tie_as_its_twin(kernels):
 
 @pytest.mark.parametrize("quantised", [True, False], ids=["fp8", "bf16"])
 @pytest.mark.parametrize("ends", ENDS, ids=str)
-@pytest.mark.parametrize(("n", "k"), [(128, 256), (200, 136)])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_product_is_within_the_bound_of_its_twin(kernels, quantised, ends, n, k):
     w, ends_E = weights(len(ends), n, k), torch.tensor(ends, dtype=torch.int32, device=DEVICE)
     x_RK = random(ends[-1] + 40, k).to(torch.bfloat16)
@@ -125,7 +127,7 @@ def error_scale(x: Any, w: Scaled, ends_E: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("ends", ENDS, ids=str)
-@pytest.mark.parametrize(("n", "k"), [(128, 256), (200, 136)])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_hidden_in_fp8_is_a_code_from_its_twin_at_most(kernels, ends, n, k):
     gate, up = weights(len(ends), n, k), weights(len(ends), n, k, seed=1)
     ends_E = torch.tensor(ends, dtype=torch.int32, device=DEVICE)

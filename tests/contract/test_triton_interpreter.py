@@ -15,9 +15,10 @@ import pytest
 KERNEL_TESTS = Path(__file__).with_name("test_triton.py")
 
 
-def test_kernels_equal_their_twins_in_the_interpreter():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_equal_their_twins_in_the_interpreter(which):
     pytest.importorskip("triton", minversion="3.7", reason="Triton's interpreter since 3.7 knows newer NumPy")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(KERNEL_TESTS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", which, str(KERNEL_TESTS)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     root = KERNEL_TESTS.parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)

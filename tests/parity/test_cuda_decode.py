@@ -27,6 +27,15 @@ HAS_GPU = torch.cuda.is_available()
 NO_GPU = pytest.mark.skipif(not HAS_GPU, reason="torch finds no CUDA device")
 WHERE = ("cpu", pytest.param(CUDA, marks=[NO_GPU, pytest.mark.gpu]))
 PLACEMENTS = ("all_host", "all_resident", {"name": "hot_resident", "gpu_gb": 1e-4})
+BF16, FP8 = "qwen3_bf16", "qwen3_fp8_128"
+ONE_ORACLE = pytest.mark.parametrize("oracle", [BF16, pytest.param(FP8, marks=pytest.mark.slow)], indirect=True)
+"""For what does not hang on weights."""
+PAIRS = [(placement, overlap) for placement in PLACEMENTS for overlap in ("prefetch", "dual_batch")]
+WITH_ORACLES = (
+    *((BF16, *pair) for pair in PAIRS),
+    *(pytest.param(FP8, *pair, marks=pytest.mark.slow) for pair in PAIRS[:-1]),
+    (FP8, *PAIRS[-1]),  # experts on the GPU and on the host, in two microbatches
+)
 BLOCK, BLOCKS_EACH = 8, 16
 
 
@@ -87,8 +96,7 @@ def replays(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("overlap", ("prefetch", "dual_batch"))
-@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+@pytest.mark.parametrize(("oracle", "placement", "overlap"), WITH_ORACLES, indirect=["oracle"], ids=str)
 def test_replayed_steps_draw_what_the_oracle_draws(oracle, placement, overlap, where, replays):
     decoding = Decoding(oracle, placement, overlap, where)
     try:
@@ -126,6 +134,7 @@ def test_another_number_of_requests_is_a_step_of_its_own(oracle, where, replays)
         decoding.device.close()
 
 
+@ONE_ORACLE
 def test_an_error_in_a_replayed_step_leaves_the_next_one_well(oracle, monkeypatch, replays):
     decoding = Decoding(oracle, "all_host", "prefetch", "cpu")
     try:
@@ -146,6 +155,7 @@ def test_an_error_in_a_replayed_step_leaves_the_next_one_well(oracle, monkeypatc
         decoding.device.close()
 
 
+@ONE_ORACLE
 def test_a_step_that_cannot_be_captured_stays_as_it_was(oracle, monkeypatch, replays):
     decoding = Decoding(oracle, "all_host", "prefetch", "cpu")
     tried: list[int] = []
@@ -165,6 +175,7 @@ def test_a_step_that_cannot_be_captured_stays_as_it_was(oracle, monkeypatch, rep
         decoding.device.close()
 
 
+@ONE_ORACLE
 def test_one_step_too_many_does_not_drive_out_those_in_use(oracle, monkeypatch):
     decoding = Decoding(oracle, "all_host", "prefetch", "cpu")
     made: list[int] = []
@@ -190,6 +201,7 @@ def test_one_step_too_many_does_not_drive_out_those_in_use(oracle, monkeypatch):
         decoding.device.close()
 
 
+@ONE_ORACLE
 def test_an_error_of_the_driver_is_one_of_the_step(oracle, monkeypatch):
     """And not a mistake of the user's, which would end the run."""
     decoding = Decoding(oracle, "all_host", "prefetch", "cpu")

@@ -39,6 +39,11 @@ OWN = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason=f"torch finds {GPUS}
 WHERE = ("cpu", pytest.param("one_gpu", marks=SHARED), pytest.param("nccl", marks=OWN))
 STREAMED = {"name": "streamed", "stream_from_tokens": 4, "ring_slots": 3, "parts_per_layer": 2}
 """Prompts, and decode steps of four requests or five; the last ones are left to the host."""
+ONE_ORACLE = pytest.mark.parametrize(
+    "oracle", ["qwen3_bf16", pytest.param("qwen3_fp8_128", marks=pytest.mark.slow)], indirect=True
+)
+"""For what hangs on processes and memory, not on weights."""
+BF16, FP8, SOME = "qwen3_bf16", "qwen3_fp8_128", {"name": "hot_resident", "gpu_gb": 1e-4}
 
 
 @pytest.fixture(scope="module", params=WHERE)
@@ -116,7 +121,16 @@ def test_every_plan_is_as_near_as_one_process_is(oracle, engine, exchange, monke
         assert {("load", rank, Tier.STREAMED), ("experts", rank, Tier.STREAMED), ("reduce", rank, None)} <= kinds
 
 
-@pytest.mark.parametrize("placement", ["all_host", "all_resident", {"name": "hot_resident", "gpu_gb": 1e-4}], ids=str)
+@pytest.mark.parametrize(
+    ("oracle", "placement"),
+    [
+        *((BF16, placement) for placement in ("all_host", "all_resident", SOME)),
+        *(pytest.param(FP8, placement, marks=pytest.mark.slow) for placement in ("all_host", "all_resident")),
+        (FP8, SOME),
+    ],
+    indirect=["oracle"],
+    ids=str,
+)
 def test_each_rank_has_its_experts_in_any_tier(where, oracle, placement):
     with load(oracle, placement=placement) as engine:
         for exchange in EXCHANGES:
@@ -125,6 +139,7 @@ def test_each_rank_has_its_experts_in_any_tier(where, oracle, placement):
             assert first_tokens(oracle, engine.serve(oracle.requests(), "fcfs").records) >= 0.5
 
 
+@ONE_ORACLE
 def test_kv_that_finds_no_room_on_the_gpu_is_in_the_hosts_memory(where, oracle):
     with load(oracle, vram_gb=2.0, kv_tokens=190_000) as engine:
         assert engine.memory.kv_offloaded
@@ -174,6 +189,7 @@ def test_a_rank_keeps_its_own_experts_and_no_others(oracle, engine):
     assert engine.memory.gpu is not None and engine.memory.gpu.total_bytes <= engine.memory.gpu.budget_bytes
 
 
+@ONE_ORACLE
 def test_a_killed_rank_is_named_and_others_take_their_place(oracle, where, caplog):
     with load(oracle) as engine:
         before = runtime_of(engine).pids
@@ -190,6 +206,7 @@ def test_a_killed_rank_is_named_and_others_take_their_place(oracle, where, caplo
     assert re.search(r"rank 1: worker process \d+ was ended by SIGKILL", caplog.text)
 
 
+@ONE_ORACLE
 def test_a_rank_that_hangs_is_named_and_the_others_do_not(oracle, where, monkeypatch):
     monkeypatch.setattr(ranks_module, "TIMEOUT_S", 3.0)
     with load(oracle) as engine:

@@ -251,25 +251,25 @@ def test_a_device_that_attaches_computes_the_same(pair):
     second.close()
 
 
-@pytest.mark.parametrize("point", ["fills", "filled", "ready"])
-def test_a_maker_that_is_killed_before_it_has_exported_ends_the_load(tmp_path, monkeypatch, point):
+def test_a_maker_that_is_killed_before_it_has_exported_ends_the_load(tmp_path, monkeypatch):
     script = Path(__file__).with_name("faulty_maker.py")
-    command = (sys.executable, "-P", str(script), str(tmp_path), point)
-    monkeypatch.setattr(remote_worker, "COMMAND", command)
     monkeypatch.setattr(gpu_copy, "can_share", lambda index: True)
     gpus = (Gpu(0, "made up", 2**34, (9, 0)),)
     for module in ("engine.options", "loading", "hardware.detect"):
         monkeypatch.setattr(import_module(f"hybridlab.{module}"), "detect_gpus", lambda: gpus)
     options: dict[str, Any] = {"device": "cuda", "vram_gb": 8.0, "kv_tokens": 512, "token_budget": 64, "quiet": True}
     workers = {"prefill": {"threads": 1}, "decode": {"threads": 1}}
-    with pytest.raises(WorkerLost, match="was ended by SIGKILL"):
-        hl.load(ORACLE, workers=workers, **options)
-    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
-    until_s = monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert monotonic() < until_s, "a worker is left"
-        sleep(0.05)
-    assert (tmp_path / "failed").exists()
+    for point in ("fills", "filled", "ready"):
+        (folder := tmp_path / point).mkdir()
+        monkeypatch.setattr(remote_worker, "COMMAND", (sys.executable, "-P", str(script), str(folder), point))
+        with pytest.raises(WorkerLost, match="was ended by SIGKILL"):
+            hl.load(ORACLE, workers=workers, **options)
+        pids = [int(pid) for pid in (folder / "pids").read_text().split()]
+        until_s = monotonic() + 20
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+            assert monotonic() < until_s, "a worker is left"
+            sleep(0.05)
+        assert (folder / "failed").exists()
     with hl.load(ORACLE, workers=workers, **options) as engine:  # nobody fails now
         runtime: Any = engine.runtime
         assert sorted(runtime.on_gpu.values()) == ["attached", "made"]
