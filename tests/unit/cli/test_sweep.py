@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -152,13 +153,17 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG.replace("workload.seed: [0, 1]", "workload.rate_req_s: [50, 0.001]").replace("SECOND", "4"))
     words = [sys.executable, "-m", "hybridlab", "sweep", str(path), "--results-dir", str(tmp_path / "results")]
-    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    folder = tmp_path / "results" / "cli-sweep"
-    while child.poll() is None and not list(folder.glob("[!.]*/manifest.json")):
-        time.sleep(0.02)
-    time.sleep(0.5)
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate()
+    pipe, heard = subprocess.PIPE, partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background it is not
+    child = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, preexec_fn=heard)
+    try:
+        folder = tmp_path / "results" / "cli-sweep"
+        while child.poll() is None and not list(folder.glob("[!.]*/manifest.json")):
+            time.sleep(0.02)
+        time.sleep(0.5)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert (child.returncode, out) == (130, ""), err
     assert "hybridlab: interrupted; 1 of 2 runs are done and stored; calling again resumes" in err
     assert err.splitlines()[-1] == "hybridlab: interrupted" and "Traceback" not in err
