@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from hybridlab.engine.devices import Capture, Device, TierExperts, no_link, noth
 from hybridlab.engine.gpu_copy import SharedOnGpu, device_index, resident_pool
 from hybridlab.engine.host_exchange import HostExchange
 from hybridlab.engine.host_needs import kept_experts
-from hybridlab.engine.host_store import HostStore
 from hybridlab.engine.lane_threads import LaneThreads
 from hybridlab.engine.lanes import Lanes
 from hybridlab.engine.own_experts import own_experts
@@ -82,47 +81,45 @@ def cuda_device(
     block = ExpertBlock.of(next(iter(layers.values()))[0])
     pin = device.type == "cuda"
     kept = kept_experts(placed, spec)
-    store = host_store(checkpoint, layers, block, shared, kept, pin=pin, threads=threads, progress=not quiet)
-    size = slot_experts(placed, spec)
-    largest = max([size, *map(len, resident.values())])
-    # One core is left to the thread that launches steps: threads that spin on all of them delay it by milliseconds.
-    host = HostExchange(store, spec, max(1, threads - 1), device, layers)
-    lanes = CudaLanes(device, host) if device.type == "cuda" else LaneThreads()
-    experts: dict[Tier, TierExperts] = {Tier.HOST: host}
-    load, move = no_link, nothing_to_bring
-    held: list[CudaRing | ResidentExperts | HostStore] = [store]
-    if largest:
-        make_group = expert_format(precision, block, largest, device)
-        passing = max((len(own) for layer, own in resident.items() if not set(own) <= set(kept[layer])), default=0)
-        # Shared memory has them too, not pinned, and CUDA refuses to copy what is pinned in part: neighbours may be.
-        source = {
-            layer: store.experts(layer) if store.has(layer, own) else layers[layer] for layer, own in resident.items()
-        }
-        with Staging(source, block, passing, pin=pin, threads=threads) as staging:
-            bring = staging.copy if passing else store.copy
-            pools = OwnWeights(device) if on_gpu is None or placed.movable else weights
+    with ExitStack() as undo:  # what was made before something fails is given back
+        store = host_store(checkpoint, layers, block, shared, kept, pin=pin, threads=threads, progress=not quiet)
+        undo.callback(store.close)
+        size = slot_experts(placed, spec)
+        largest = max([size, *map(len, resident.values())])
+        # One core is left to the thread that launches steps: threads that spin on all of them delay it by milliseconds.
+        host = HostExchange(store, spec, max(1, threads - 1), device, layers)
+        undo.callback(host.close)
+        lanes = CudaLanes(device, host) if device.type == "cuda" else LaneThreads()
+        undo.callback(lanes.close)
+        experts: dict[Tier, TierExperts] = {Tier.HOST: host}
+        load, move = no_link, nothing_to_bring
+        if largest:
+            make_group = expert_format(precision, block, largest, device)
+            passing = max((len(own) for layer, own in resident.items() if not set(own) <= set(kept[layer])), default=0)
+            # Shared memory has them too, not pinned: CUDA refuses to copy what is pinned in part, as neighbours may be.
+            source = {
+                layer: store.experts(layer) if store.has(layer, own) else layers[layer]
+                for layer, own in resident.items()
+            }
+            with Staging(source, block, passing, pin=pin, threads=threads) as staging:
+                bring = staging.copy if passing else store.copy
+                pools = OwnWeights(device) if on_gpu is None or placed.movable else weights
 
-            def pool_of(layer: int, experts: Sequence[int]) -> torch.Tensor:
-                return resident_pool(pools, layer, experts, block, lambda pool: bring(layer, experts, pool))
+                def pool_of(layer: int, experts: Sequence[int]) -> torch.Tensor:
+                    return resident_pool(pools, layer, experts, block, lambda pool: bring(layer, experts, pool))
 
-            on_device = ResidentExperts(resident, pool_of, store, make_group, spec.num_experts, device)
-        experts[Tier.RESIDENT], move = on_device, on_device.move
-        held.append(on_device)
-        if size:
-            ring = CudaRing(placed.ring_slots, size, store, make_group, spec.num_experts, device, poison=poison)
-            experts[Tier.STREAMED], load = ring.experts, ring.load
-            held.append(ring)
+                on_device = ResidentExperts(resident, pool_of, store, make_group, spec.num_experts, device)
+            undo.callback(on_device.close)
+            experts[Tier.RESIDENT], move = on_device, on_device.move
+            if size:
+                ring = CudaRing(placed.ring_slots, size, store, make_group, spec.num_experts, device, poison=poison)
+                undo.callback(ring.close)
+                experts[Tier.STREAMED], load = ring.experts, ring.load
 
-    if on_gpu is not None:
-        on_gpu.filled()
-
-    def close() -> None:
-        lanes.close()
-        host.close()
-        while held:
-            held.pop().close()
-
-    return Device(model, lanes, experts, load, close, where, move, host.around, _capture(lanes, host, spec))
+        if on_gpu is not None:
+            on_gpu.filled()
+        capture = _capture(lanes, host, spec)
+        return Device(model, lanes, experts, load, undo.pop_all().close, where, move, host.around, capture)
 
 
 def release_cached(where: str) -> None:

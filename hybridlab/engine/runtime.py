@@ -107,9 +107,12 @@ class Runtime:
             link = CopyLink(hardware.link_gb_s)
             self._device = emulated_device(checkpoint, accelerator, host, placed, accelerator_threads, link)
         storage = OffloadedKV if self.memory.kv_offloaded else KVCache
-        self._cache: KVStorage = storage(
-            checkpoint.spec, self.num_kv_blocks, kv_block_tokens, numerics.kv_dtype, self._device.torch_device
-        )
+        sizes = (self.num_kv_blocks, kv_block_tokens, numerics.kv_dtype, self._device.torch_device)
+        try:
+            self._cache: KVStorage = storage(checkpoint.spec, *sizes)
+        except BaseException:
+            self._device.close()
+            raise
         self._executor = Executor(self._device, self._cache)
         self.local = LocalWorker(self._executor, self._device.torch_device)
         self._worker = WorkerThread()

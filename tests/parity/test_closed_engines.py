@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ import hybridlab as hl
 from hybridlab.batch import Entry, StepBatch
 from hybridlab.checkpoint import open_checkpoint
 from hybridlab.engine import captured_steps, cuda_device, runtime
+from hybridlab.engine.host_store import HostStore
 from hybridlab.engine.runtime import Runtime
 from hybridlab.errors import HybridlabError
 from hybridlab.hardware import detect
@@ -164,3 +166,20 @@ def test_a_closed_engine_has_given_its_gpu_back(oracle, placement, no_collector)
     assert allocated() <= before
     assert not any(room.is_pinned() for room in rooms)
     assert torch.cuda.memory_reserved() == 0 or before > 0
+
+
+@pytest.mark.parametrize("part", ["CudaRing", "KVCache"])
+def test_what_was_made_before_a_part_fails_is_given_back(oracle, cuda_on_cpu, monkeypatch, part):
+    closed = []
+    close = HostStore.close
+    monkeypatch.setattr(HostStore, "close", lambda store: (closed.append(store), close(store))[1])
+
+    def fails(*given: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(cuda_device if part == "CudaRing" else runtime, part, fails)
+    threads = {thread.name for thread in threading.enumerate()}
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        started(oracle, {"name": "streamed", "stream_from_tokens": 4})
+    assert len(closed) == 1
+    assert {thread.name for thread in threading.enumerate()} == threads
