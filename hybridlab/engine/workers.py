@@ -27,7 +27,7 @@ from hybridlab.engine.worker import StepFailed
 from hybridlab.engine.worker_main import PACKAGE
 from hybridlab.engine.worker_options import is_prefill, share_cores
 from hybridlab.engine.workers_backend import WorkersBackend
-from hybridlab.errors import HybridlabError
+from hybridlab.errors import HybridlabError, MemoryBudgetError
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.model.numerics import make_numerics
 from hybridlab.plans import PlacementPlan, Program
@@ -86,21 +86,24 @@ class Workers:
                 hardware, gpu_memory_bytes=own.get("gpu_bytes", hardware.gpu_memory_bytes)
             )
             numerics = make_numerics(host_precision(precision), own["threads"])
-            plans[name] = plan_load(
-                spec,
-                placed,
-                its_hardware[name],
-                numerics,
-                weight_bytes=weights,
-                threads=own["threads"],
-                token_budget=token_budget,
-                kv_tokens=own["kv_tokens"],
-                kv_block_tokens=kv_block_tokens,
-                memory_gb=max(1, weights + share) / GIB,
-                shared=hardware.device == "cuda" and shared is not None,
-                pays=None if copy is None else copy.payer == name,
-                precision=precision,
-            )
+            try:
+                plans[name] = plan_load(
+                    spec,
+                    placed,
+                    its_hardware[name],
+                    numerics,
+                    weight_bytes=weights,
+                    threads=own["threads"],
+                    token_budget=token_budget,
+                    kv_tokens=own["kv_tokens"],
+                    kv_block_tokens=kv_block_tokens,
+                    memory_gb=max(1, weights + share) / GIB,
+                    shared=hardware.device == "cuda" and shared is not None,
+                    pays=None if copy is None else copy.payer == name,
+                    precision=precision,
+                )
+            except MemoryBudgetError as error:
+                raise MemoryBudgetError(f"worker {name}: {error}") from None
             if not quiet:
                 for plan in filter(None, (plans[name], plans[name].gpu)):
                     print(f"hybridlab: worker {name}: {plan}", file=sys.stderr)

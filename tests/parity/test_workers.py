@@ -14,7 +14,7 @@ import hybridlab as hl
 from hybridlab.engine.remote_worker import RemoteWorker
 from hybridlab.engine.worker_options import GPU_RESERVE_BYTES, check_workers, share_cores, share_gpus
 from hybridlab.engine.workers import PIECE_BYTES, Workers
-from hybridlab.errors import ConfigError, StrategyError
+from hybridlab.errors import ConfigError, MemoryBudgetError, StrategyError
 from hybridlab.hardware.gpu import Gpu
 from hybridlab.plans import QueueView, RunningRequest, StepPlan, WaitingRequest
 from hybridlab.request import Status
@@ -172,6 +172,12 @@ def test_each_worker_has_cores_of_its_own_if_there_are_enough(oracle):
 def test_what_workers_cannot_be_is_one_error(oracle, options, words):
     with pytest.raises(ConfigError, match=words):
         oracle.load(**options)
+
+
+def test_the_worker_that_does_not_fit_is_named(oracle):
+    workers = {"prefill": {"threads": 1}, "decode": {"threads": 1, "kv_tokens": 10**12}}
+    with pytest.raises(MemoryBudgetError, match=r"worker decode: .* of memory needed"):
+        oracle.load(workers=workers)
 
 
 GPUS = tuple(Gpu(index, "made up", 80 * 10**9, (9, 0)) for index in range(2))
