@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -159,9 +160,12 @@ class StepMap:
             least = about.get("least", 0.0)
             if self.on_gpu and name.removeprefix("machine.") in ("gpu_read_gb_s", "gpu_tflops", "link_gb_s"):
                 about = {**about, "above": True}
+            most = about.get("most", math.inf)
             wrong = ~(np.isfinite(values) & ((values > least) if about.get("above") else (values >= least)))
+            wrong |= values > most
             if wrong.any():
                 bound = f"{'above' if about.get('above') else 'of at least'} {least:g}"
+                bound += f" and at most {most:g}" if most < math.inf else ""
                 raise ConfigError(f"step map: {name} is {values[wrong].flat[0]}, expected finite numbers {bound}")
             found.append(np.atleast_1d(values))
         fits = self.fits(machine, shape)

@@ -100,6 +100,7 @@ def test_arrays_of_models_and_bits():
         ({"link_gb_s": np.array([1.0, 0.0])}, [Micro.decode(1.0, 1.0)], r"machine.link_gb_s is 0.0, .* above 0"),
         ({"host_peak_gb_s": 0.0}, [Micro.decode(1.0, 1.0)], r"machine.host_peak_gb_s is 0.0"),
         ({"gpu_op_us": np.array([1.0, np.nan])}, [Micro.decode(1.0, 1.0)], r"machine.gpu_op_us is nan"),
+        ({"cpu_overlap": 3.0}, [Micro.decode(1.0, 1.0)], r"machine.cpu_overlap is 3.0, .* at most 1"),
         ({"cpu_tflops": "many"}, [Micro.decode(1.0, 1.0)], r"machine.cpu_tflops is 'many', expected numbers"),
         ({"cpu_tflops": np.ones((2, 2))}, [Micro.decode(1.0, 1.0)], r"machine.cpu_tflops has shape \[2, 2\]"),
         ({"cpu_tflops": np.ones(2), "link_gb_s": np.ones(3)}, [Micro.decode(1.0, 1.0)], r"machine.link_gb_s has shape"),
