@@ -19,7 +19,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT_S = 300
+TIMEOUT_S = 1200  # of a cell; on a machine that is busy with other things
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 
 

@@ -157,6 +157,8 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    # That other programs compute here says nothing about a notebook, and a warning shows where the package lies.
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:calibrate:UserWarning")
     notebook = read(path)
     committed = [kinds(cell) for cell in code_cells(notebook)]
     execute_notebooks.execute(notebook, tmp_path / "project")
