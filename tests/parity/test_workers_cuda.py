@@ -31,6 +31,7 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds n
 WHERE = ("cpu", pytest.param("cuda", marks=[NO_GPU, pytest.mark.gpu]))
 STREAMED = {"name": "streamed", "stream_from_tokens": 6, "ring_slots": 3, "parts_per_layer": 2}
 OPTIONS: dict[str, Any] = {"device": "cuda", "placement": STREAMED, "overlap": "prefetch", "vram_gb": 8.0}
+RESIDENT = {**OPTIONS, "placement": "all_resident"}
 BOTH: dict[str, dict[str, Any]] = {"prefill": {"threads": 2}, "decode": {"threads": 2}}
 PAPER = {"name": "paper", "short_tokens": 7, "chunk_tokens": 4}
 
@@ -60,6 +61,19 @@ def alone(where, oracle) -> list[list[int]]:
 def engine(where, oracle) -> Iterator[hl.Engine]:
     with oracle.load(**OPTIONS, workers=BOTH) as engine:
         yield engine
+
+
+@pytest.fixture(scope="module")
+def resident(where, oracle) -> Iterator[hl.Engine]:
+    """Two workers with all experts on the GPU for good."""
+    with oracle.load(**RESIDENT, workers=BOTH) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def resident_alone(where, oracle) -> list[list[int]]:
+    with oracle.load(**RESIDENT) as engine:
+        return one_by_one(oracle, engine)
 
 
 def one_by_one(oracle, engine: hl.Engine) -> list[list[int]]:
@@ -96,14 +110,10 @@ def test_each_worker_may_have_a_gpu_of_its_own(where, oracle, alone):
         assert one_by_one(oracle, engine) == alone
 
 
-def test_experts_that_live_on_the_gpu_are_not_in_host_memory_as_well(where, oracle):
-    resident = {**OPTIONS, "placement": "all_resident"}
-    with oracle.load(**resident) as engine:
-        expected = one_by_one(oracle, engine)
-    with oracle.load(**resident, workers=BOTH) as engine:
-        assert one_by_one(oracle, engine) == expected
-        assert not [name for name in engine.memory.parts if name.startswith("experts")]
-        assert [shared_kb(pid)["Size"] for pid in runtime_of(engine).pids.values() if pid is not None] == [0, 0]
+def test_experts_that_live_on_the_gpu_are_not_in_host_memory_as_well(oracle, resident, resident_alone):
+    assert one_by_one(oracle, resident) == resident_alone
+    assert not [name for name in resident.memory.parts if name.startswith("experts")]
+    assert [shared_kb(pid)["Size"] for pid in runtime_of(resident).pids.values() if pid is not None] == [0, 0]
 
 
 @pytest.mark.parametrize("scheduler", ["fcfs", PAPER], ids=["fcfs", "paper"])
@@ -126,19 +136,19 @@ def test_there_is_one_copy_of_the_experts(oracle, engine):
     assert gpu.total_bytes <= gpu.budget_bytes <= OPTIONS["vram_gb"] * 1e9
 
 
-@pytest.mark.parametrize("placement", [STREAMED, "all_resident"], ids=["streamed", "resident"])
-def test_what_a_gpu_keeps_for_both_is_there_once(where, oracle, placement):
-    with oracle.load(**{**OPTIONS, "placement": placement}, workers=BOTH) as engine:
-        workers = runtime_of(engine)
-        assert sorted(workers.on_gpu.values()) == ["attached", "made"]
-        assert engine.memory.gpu is not None
-        parts = {name: size for name, size in engine.memory.gpu.parts.items() if name.endswith(", of all workers")}
-        assert {name.partition(":")[0] for name in parts} == {"prefill"}
-        assert len(parts) == (1 if placement == STREAMED else 2)
-        if where == "cpu":
-            maps = [shared_kb(pid, DEVICE) for pid in workers.pids.values() if pid is not None]
-            assert all(found["Rss"] > 0 for found in maps), maps
-            assert sum(found["Pss"] for found in maps) <= 1.05 * maps[0]["Size"], maps
+@pytest.mark.parametrize(("placed", "num_parts"), [("engine", 1), ("resident", 2)], ids=["streamed", "resident"])
+def test_what_a_gpu_keeps_for_both_is_there_once(where, oracle, request, placed, num_parts):
+    """Stands before the tests that kill workers of these engines."""
+    engine = request.getfixturevalue(placed)
+    workers = runtime_of(engine)
+    assert sorted(workers.on_gpu.values()) == ["attached", "made"]
+    assert engine.memory.gpu is not None
+    parts = [name for name in engine.memory.gpu.parts if name.endswith(", of all workers")]
+    assert {name.partition(":")[0] for name in parts} == {"prefill"} and len(parts) == num_parts
+    if where == "cpu":
+        maps = [shared_kb(pid, DEVICE) for pid in workers.pids.values() if pid is not None]
+        assert all(found["Rss"] > 0 for found in maps), maps
+        assert sum(found["Pss"] for found in maps) <= 1.05 * maps[0]["Size"], maps
 
 
 @NO_GPU
@@ -166,28 +176,24 @@ def test_two_workers_take_the_weights_of_one_on_a_gpu(tmp_path, monkeypatch):
     assert abs(taken[1] - taken[0] - shared_bytes) < 0.05 * shared_bytes
 
 
-def test_the_end_of_who_made_it_takes_nothing(where, oracle):
-    options = {**OPTIONS, "placement": "all_resident"}
-    with oracle.load(**options) as engine:
-        expected = one_by_one(oracle, engine)
-    with oracle.load(**options, workers=BOTH) as engine:
-        workers = runtime_of(engine)
-        maker = next(name for name, state in workers.on_gpu.items() if state == "made")
-        pid, told = workers.pids[maker], []
-        assert pid is not None
+def test_the_end_of_who_made_it_takes_nothing(oracle, resident, resident_alone):
+    workers = runtime_of(resident)
+    maker = next(name for name, state in workers.on_gpu.items() if state == "made")
+    pid, told = workers.pids[maker], []
+    assert pid is not None
 
-        def kill(record, token):
-            told.append(token)
-            if len(told) == 5:
-                os.kill(pid, signal.SIGKILL)
+    def kill(record, token):
+        told.append(token)
+        if len(told) == 5:
+            os.kill(pid, signal.SIGKILL)
 
-        (record,) = engine.serve(oracle.requests()[:1], PAPER, on_event=kill).records
-        assert (record.status, record.error, len(record.output)) == (Status.FINISHED, "", 24)
-        until_s = monotonic() + 120
-        while set(workers.on_gpu.values()) != {"attached"}:  # the new one says so when it is ready
-            assert monotonic() < until_s, f"not attached after 120 s: {workers.on_gpu}"
-            sleep(0.05)
-        assert one_by_one(oracle, engine) == expected
+    (record,) = resident.serve(oracle.requests()[:1], PAPER, on_event=kill).records
+    assert (record.status, record.error, len(record.output)) == (Status.FINISHED, "", 24)
+    until_s = monotonic() + 120
+    while set(workers.on_gpu.values()) != {"attached"}:  # the new one says so when it is ready
+        assert monotonic() < until_s, f"not attached after 120 s: {workers.on_gpu}"
+        sleep(0.05)
+    assert one_by_one(oracle, resident) == resident_alone
 
 
 def shared_kb(pid: int, name: str = NAME) -> dict[str, int]:
