@@ -51,10 +51,10 @@ table.pivot(index="variant", columns="tokens", values="fraction").round(2)
 ax = hl.figures.slp(rows)
 
 # %% [markdown]
-# Up to 8K tokens the link decides: TTFT is the same for 512 tokens and for 8K, and only fewer bytes would lower it. At 16K both
-# take about as long, at 32K computing decides, and a GPU with room for the experts of two layers is nearly as fast as
-# one that holds them all. What the link itself needs is pinned memory: with pageable memory the same ring took 3.5 s at
-# 16K (`experiments/slp/README.md`).
+# Up to 8K tokens the link decides: TTFT is the same for 512 tokens and for 8K, and only fewer bytes would lower it. At
+# 16K both take about as long, at 32K computing decides, and a GPU with room for the experts of two layers is nearly as
+# fast as one that holds them all. What the link itself needs is pinned memory: with pageable memory the same ring took
+# 3.5 s at 16K (`experiments/slp/README.md`).
 #
 # ### From how many tokens on?
 #

@@ -129,10 +129,10 @@ hl.figures.decode_table(stored).drop(columns=["machine", "code"]).round(3)
 # ### On one H100
 #
 # A model of the size of Qwen3-30B-A3B, its experts on 16 virtual cores, attention on the GPU, 1,024 tokens in each
-# cache. The dual batch gains 2% with two requests and takes longer than the plain one with more: the experts take 4 to 18
-# times as long as attention, so that there is little to hide, and two microbatches make them 12 to 16% longer. It is as
-# near its own bound as the plain batch is to its own, so that no better order would help. At depth 8192 (in the table) it
-# is much the same.
+# cache. The dual batch gains 2% with two requests and takes longer than the plain one with more: the experts take 4 to
+# 18 times as long as attention, so that there is little to hide, and two microbatches make them 12 to 16% longer. It is
+# as near its own bound as the plain batch is to its own, so that no better order would help. At depth 8192 (in the
+# table) it is much the same.
 
 # %%
 ax = hl.figures.decode_tradeoff(stored, where={"device": "cuda", "depth": 1024})
