@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hybridlab.errors import ConfigError, MemoryBudgetError
-from hybridlab.plans import Tier
+from hybridlab.plans import Role, Tier
 from hybridlab.simulator.machine import load_profile
 from hybridlab.simulator.sensitivity import (
     UPGRADES,
@@ -25,7 +25,7 @@ MACHINE = load_profile("rtx4090_desktop").machine
 SMALL = replace(MACHINE, gpu_memory_gb=8.0)
 
 
-def names(machine, role="prefill", kv_tokens=1024):
+def names(machine, role: Role = "prefill", kv_tokens=1024):
     return [way.name for way in ways(machine, SPEC, SHAPE, role=role, kv_tokens=kv_tokens)]
 
 
@@ -59,7 +59,7 @@ def test_what_cannot_be_is_refused_by_name():
 
 
 def test_vram_that_is_left_holds_whole_layers():
-    def resident(machine, role="decode"):
+    def resident(machine, role: Role = "decode"):
         way = ways(machine, SPEC, SHAPE, role=role, kv_tokens=1024)[-1]
         placed = way.program.shape.placement
         return sum(placed.tier(layer, 127) is Tier.RESIDENT for layer in SPEC.moe_layers)

@@ -52,7 +52,7 @@ def test_simulated_rows_without_a_number_are_refused_or_left_out() -> None:
     with pytest.raises(ConfigError, match="upgrades: expected finite numbers in tpot_saved and ttft_saved"):
         upgrades(saved.assign(evidence="simulated"))
     ways = pd.DataFrame({"way": "a", "prompt_tokens": [1, 2], "ttft_s": [1.0, np.nan], "evidence": "simulated"})
-    assert [list(line.get_ydata()) for line in prefill_ways(ways).get_lines()] == [[1.0]]
+    assert [np.asarray(line.get_ydata()).tolist() for line in prefill_ways(ways).get_lines()] == [[1.0]]
 
 
 def test_missing_columns_and_no_rows_are_refused() -> None:
