@@ -19,14 +19,14 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Engine": "hybridlab.session",
     "load": "hybridlab.loading",
-    "calibrate": "hybridlab.calibration_steps",
-    "measure_profile": "hybridlab.calibration_profile",
+    "calibrate": "hybridlab.calibration.steps",
+    "measure_profile": "hybridlab.calibration.profile",
     "load_profile": "hybridlab.simulator.machine",
     "explore": "hybridlab.widgets",
     "run": "hybridlab.experiment",
     "sweep": "hybridlab.experiment",
     "plan": "hybridlab.sweep_plan",
-    "tune": "hybridlab.tuning",
+    "tune": "hybridlab.tuning.search",
     "load_config": "hybridlab.config",
     "results": "hybridlab.store",
     "export_results": "hybridlab.export",
@@ -72,8 +72,8 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from hybridlab import figures as figures
-    from hybridlab.calibration_profile import measure_profile as measure_profile
-    from hybridlab.calibration_steps import calibrate as calibrate
+    from hybridlab.calibration.profile import measure_profile as measure_profile
+    from hybridlab.calibration.steps import calibrate as calibrate
     from hybridlab.checkpoint import open_checkpoint as open_checkpoint
     from hybridlab.checkpoint.writer import make_checkpoint as make_checkpoint
     from hybridlab.config import load_config as load_config
@@ -103,6 +103,6 @@ if TYPE_CHECKING:
     from hybridlab.strategies.checks import check_placement as check_placement
     from hybridlab.strategies.checks import check_scheduler as check_scheduler
     from hybridlab.sweep_plan import plan as plan
-    from hybridlab.tuning import tune as tune
+    from hybridlab.tuning.search import tune as tune
     from hybridlab.widgets import explore as explore
     from hybridlab.workload import workload_table as workload_table

@@ -1,5 +1,5 @@
 """`python -m hybridlab` is the same as `hybridlab`."""
 
-from hybridlab.cli import main
+from hybridlab.cli.app import main
 
 main()

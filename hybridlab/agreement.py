@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybridlab.bench_steps import Step, decode_steps, timed
+from hybridlab.bench.steps import Step, decode_steps, timed
 from hybridlab.kernels import read_bandwidth_bytes
 from hybridlab.kv_blocks import BlockPool
 from hybridlab.loading import load as load_engine

@@ -111,7 +111,7 @@ class EngineBench:
 
 
 def _simulator(config: ExperimentConfig, checkpoint: Path, placement: Any, overlap: Any, quiet: bool) -> Bench:
-    from hybridlab.simulated_bench import SimulatorBench
+    from hybridlab.bench.simulated_serving import SimulatorBench
 
     return SimulatorBench(config, checkpoint, placement, overlap, quiet)
 

@@ -162,7 +162,7 @@ def _where(draft: Draft, backend: str, once: Any) -> dict[str, Any]:
     config = draft.config
     gpu, loaded = config.engine.device == "cuda", config.engine.model_dump_json()
     if backend == "simulator":
-        from hybridlab.simulated_bench import simulated
+        from hybridlab.bench.simulated_serving import simulated
 
         key = ("simulated", draft.checkpoint, loaded, config.simulator.model_dump_json())
         return once(key, lambda: simulated(config, draft.checkpoint).identity())
@@ -179,7 +179,7 @@ def _thresholds(draft: Draft) -> dict[str, Any]:
     engine = draft.config.engine
     if engine.device not in ("emulated", "cuda"):
         return {}
-    from hybridlab.calibration_files import find_calibration, subject_of
+    from hybridlab.calibration.files import find_calibration, subject_of
     from hybridlab.checkpoint import open_checkpoint
     from hybridlab.errors import CheckpointError
 

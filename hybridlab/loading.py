@@ -146,7 +146,7 @@ def load(
     if precision == "fp8":
         check_fp8(checkpoint.spec.expert_dtype, detect_gpus())
     if device != "cpu":
-        from hybridlab.calibration_files import calibrated
+        from hybridlab.calibration.files import calibrated
 
         link = {"accelerator_threads": accelerator_threads, "link_gb_s": link_gb_s}
         how = {"threads": num_threads, "precision": precision, "weight_layout": weight_layout, **link}

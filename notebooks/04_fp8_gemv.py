@@ -23,7 +23,8 @@
 import numpy as np
 
 import hybridlab as hl
-from hybridlab import bench_kernels, kernels
+from hybridlab import kernels
+from hybridlab.bench import kernels as bench_kernels
 
 # %% [markdown]
 # ## 256 codes

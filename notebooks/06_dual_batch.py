@@ -30,7 +30,7 @@
 import tempfile
 
 import hybridlab as hl
-from hybridlab.bench_decode_devices import decode
+from hybridlab.bench.decode_devices import decode
 from hybridlab.config import project_dir
 
 folder = tempfile.TemporaryDirectory()

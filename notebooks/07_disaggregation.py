@@ -25,9 +25,9 @@
 import tempfile
 
 import hybridlab as hl
-from hybridlab.bench_interference import CHUNKS, SPLIT, WHOLE, interference
-from hybridlab.bench_lost_worker import lose_worker
-from hybridlab.bench_one_copy import one_copy
+from hybridlab.bench.interference import CHUNKS, SPLIT, WHOLE, interference
+from hybridlab.bench.lost_worker import lose_worker
+from hybridlab.bench.one_copy import one_copy
 
 folder = tempfile.TemporaryDirectory()
 checkpoint = f"{folder.name}/tiny"

@@ -30,8 +30,8 @@
 import tempfile
 
 import hybridlab as hl
-from hybridlab.bench_dslp import dslp
-from hybridlab.bench_exchange import exchange_bytes
+from hybridlab.bench.dslp import dslp
+from hybridlab.bench.exchange import exchange_bytes
 
 folder = tempfile.TemporaryDirectory()
 checkpoint = f"{folder.name}/tiny"

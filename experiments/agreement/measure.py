@@ -20,7 +20,7 @@ import pandas as pd
 import hybridlab as hl
 from hybridlab.agreement import Bracket, Load, Twin, compared, compared_trace
 from hybridlab.backends import checkpoint_of, make_missing
-from hybridlab.calibration_profile import measure_profile, write_profile
+from hybridlab.calibration.profile import measure_profile, write_profile
 from hybridlab.config import ModelConfig
 from hybridlab.hardware import detect
 from hybridlab.simulator.machine import Profile

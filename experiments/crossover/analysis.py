@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib
 
-from hybridlab.calibration import DUAL, MIXED, PLAIN, STREAMED, Calibration, path_name
+from hybridlab.calibration.results import DUAL, MIXED, PLAIN, STREAMED, Calibration, path_name
 from hybridlab.figures import crossover, read_calibration, save_figure
 
 matplotlib.use("Agg")

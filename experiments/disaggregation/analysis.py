@@ -16,7 +16,7 @@ from hybridlab.config import PAPER, project_dir
 from hybridlab.figures import claim_table, interference, interference_table, read_interference, save_figure
 
 MODES = {"decodes alone": "alone", "prompt alone": "alone", "mixed": "mixed"}
-"""Those of `gpu.py`, as `hybridlab.bench_interference` has them."""
+"""Those of `gpu.py`, as `hybridlab.bench.interference` has them."""
 MEMORY = ["worker_weights_pss_gb", "prefill_weights_pss_gb", "decode_weights_pss_gb", "weights_gb", "copies"]
 
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import hybridlab as hl
 from hybridlab import weights_held
-from hybridlab.bench_devices import origin
-from hybridlab.bench_interference import CHUNKS, LONG, LONG_OUTPUT, SHORT_PROMPT, SPLIT, WHOLE, latencies
-from hybridlab.bench_one_copy import PACKED, mapped_bytes, private, weights_bytes
+from hybridlab.bench.devices import origin
+from hybridlab.bench.interference import CHUNKS, LONG, LONG_OUTPUT, SHORT_PROMPT, SPLIT, WHOLE, latencies
+from hybridlab.bench.one_copy import PACKED, mapped_bytes, private, weights_bytes
 from hybridlab.engine.worker_process import WorkerProcess
 from hybridlab.engine.workers import Workers
 from hybridlab.errors import HybridlabError

@@ -2,7 +2,7 @@
 
 `python experiments/disaggregation/mixed.py OUT [--preset qwen3-7b-a1b] [--layers 6] [--prompt 2048]`: all systems on
 `--threads` threads. For each system and number of decodes: the long prompt alone, the decodes alone, and both, in
-turns (`hybridlab.bench_interference`). One row per run goes to `OUT`/mixed.jsonl; `analysis.py OUT` makes the tables.
+turns (`hybridlab.bench.interference`). One row per run goes to `OUT`/mixed.jsonl; `analysis.py OUT` makes the tables.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import hybridlab as hl
-from hybridlab.bench_interference import interference
+from hybridlab.bench.interference import interference
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from hybridlab.bench_decode_devices import decode
+from hybridlab.bench.decode_devices import decode
 from hybridlab.checkpoint.writer import make_checkpoint
 
 

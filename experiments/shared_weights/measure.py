@@ -15,7 +15,7 @@ from time import perf_counter, process_time
 
 import hybridlab as hl
 from hybridlab import weights_held
-from hybridlab.bench_one_copy import BOUND, mapped_bytes, private
+from hybridlab.bench.one_copy import BOUND, mapped_bytes, private
 from hybridlab.engine.worker_process import WorkerProcess
 from hybridlab.hardware import detect
 from hybridlab.weights_sharing import hold

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import hybridlab as hl
-from hybridlab.bench_devices import origin
-from hybridlab.bench_steps import loads_alone, prompt_step, take_turns, timed
+from hybridlab.bench.devices import origin
+from hybridlab.bench.steps import loads_alone, prompt_step, take_turns, timed
 from hybridlab.checkpoint.writer import make_checkpoint
 
 OVERLAPS = ("prefetch", "sequential")

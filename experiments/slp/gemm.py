@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybridlab.bench_shapes import LayerShape, layers_of
+from hybridlab.bench.shapes import LayerShape, layers_of
 from hybridlab.checkpoint.reader import LinearWeights
 from hybridlab.model.cuda_blocks import widen_blocks
 from hybridlab.model.cuda_experts import GroupedExperts, Workspace, block_field, grouped_product, sort_routes

@@ -22,8 +22,8 @@ from unittest.mock import patch
 import torch
 
 import hybridlab as hl
-from hybridlab.bench_decode_devices import decode
-from hybridlab.bench_prefill_devices import RING, VARIANTS, Variant, prefill
+from hybridlab.bench.decode_devices import decode
+from hybridlab.bench.prefill_devices import RING, VARIANTS, Variant, prefill
 from hybridlab.checkpoint.writer import make_checkpoint
 from hybridlab.engine import cuda_device
 from hybridlab.engine.devices import Device

@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def gpu_rows(path: Path) -> Any:
-    """The rows of `gpu.py` under the names of `hybridlab.bench_dslp`."""
+    """The rows of `gpu.py` under the names of `hybridlab.bench.dslp`."""
     rows: Any = pd.read_json(path, lines=True)
     seconds = {f"ttft_s{end}": f"step_s{end}" for end in ("", "_min", "_max")}
     rows = rows.rename(columns={**seconds, "exchange_s_per_rank": "exchange_s"})

@@ -1,9 +1,9 @@
 """Two ranks with a link each against one, and what the exchanges of experts move: without a GPU.
 
 `python experiments/small_ep/emulated.py OUT [--preset qwen3-7b-a1b] [--layers 4] [--tokens 256] [--ratio 8]`: one
-prompt, streamed by one rank and by two (`hybridlab.bench_dslp`). The link is capped so that loading takes `--ratio`
+prompt, streamed by one rank and by two (`hybridlab.bench.dslp`). The link is capped so that loading takes `--ratio`
 times as long as computing on one rank, since the ranks share the cores of this machine; rows go to `OUT`/dslp.jsonl.
-Then the same exchanges of `--sizes` ranks that compute a prompt of the preset tiny (`hybridlab.bench_exchange`): bytes,
+Then the same exchanges of `--sizes` ranks that compute a prompt of the preset tiny (`hybridlab.bench.exchange`): bytes,
 by the formulas too, and seconds; rows go to `OUT`/bytes.jsonl. `analysis.py OUT` makes the tables.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import hybridlab as hl
-from hybridlab.bench_dslp import dslp
-from hybridlab.bench_exchange import rank_steps
+from hybridlab.bench.dslp import dslp
+from hybridlab.bench.exchange import rank_steps
 
 MOST_TINY_TOKENS = 512
 

@@ -19,9 +19,9 @@ from time import perf_counter
 from typing import Any
 
 import hybridlab as hl
-from hybridlab.bench_devices import RowLog, origin
-from hybridlab.bench_exchange import busy_s, with_exchange
-from hybridlab.bench_steps import Step, TimedStep, loads_alone, prompt_step, take_turns, timed
+from hybridlab.bench.devices import RowLog, origin
+from hybridlab.bench.exchange import busy_s, with_exchange
+from hybridlab.bench.steps import Step, TimedStep, loads_alone, prompt_step, take_turns, timed
 from hybridlab.checkpoint.writer import make_checkpoint
 from hybridlab.device_lock import alone
 from hybridlab.engine import ep_traffic

@@ -15,10 +15,10 @@ from typing import Any
 
 import hybridlab as hl
 from hybridlab.backends import checkpoint_of, make_missing
-from hybridlab.calibration_profile import write_profile
+from hybridlab.calibration.profile import write_profile
 from hybridlab.config import ExperimentConfig, load_config, points
-from hybridlab.tuned import Tuned
-from hybridlab.tuning import tune_config
+from hybridlab.tuning.search import tune_config
+from hybridlab.tuning.tuned import Tuned
 
 HERE = Path(__file__).parent
 

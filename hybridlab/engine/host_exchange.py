@@ -18,7 +18,7 @@ from hybridlab.engine.host_store import HostStore
 from hybridlab.engine.local_ids import LocalIds
 from hybridlab.engine.stream_words import PlainWords, StreamWords, Words
 from hybridlab.engine.worker_thread import WorkerThread
-from hybridlab.kernels_host_lane import HostLane, HostOp
+from hybridlab.kernels.host_lane import HostLane, HostOp
 from hybridlab.model.base import Routed
 from hybridlab.model.cuda_blocks import triton_module
 from hybridlab.model.expert_block import Expert

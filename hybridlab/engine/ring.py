@@ -10,7 +10,7 @@ import torch
 from hybridlab.engine.link import CopyLink
 from hybridlab.engine.local_ids import LocalIds
 from hybridlab.errors import PlanError
-from hybridlab.kernel_layouts import aligned
+from hybridlab.kernels.layouts import aligned
 from hybridlab.lowering import parts_of
 from hybridlab.model.base import Routed
 from hybridlab.model.expert_block import ALIGNMENT, Expert, ExpertBlock

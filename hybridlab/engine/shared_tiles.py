@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybridlab import kernel_layouts, kernels
+from hybridlab import kernels
 from hybridlab.checkpoint import Checkpoint
 from hybridlab.checkpoint.reader import LinearWeights
 from hybridlab.checkpoint.schema import DTYPE_BYTES, expected_tensors
 from hybridlab.engine.shared_weights import MappedWeights, SharedWeights
 from hybridlab.engine.weight_index import WeightIndex, files_of
-from hybridlab.kernel_checks import Weight
-from hybridlab.kernel_layouts import Packed
+from hybridlab.kernels import layouts as kernel_layouts
+from hybridlab.kernels.checks import Weight
+from hybridlab.kernels.layouts import Packed
 
 LAYOUT = "tiles"
 

@@ -3,7 +3,7 @@
 Rows of several kinds of evidence are compared only if `evidence=[...]` asks for it.
 """
 
-from hybridlab.calibration_files import read_calibration
+from hybridlab.calibration.files import read_calibration
 from hybridlab.figures.agreement import configuration_map, predicted_measured
 from hybridlab.figures.crossover import crossover, save_calibration
 from hybridlab.figures.decode_tradeoff import decode_table, decode_tradeoff, read_decode

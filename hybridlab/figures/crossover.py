@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from hybridlab.calibration import CPU, DUAL, MIXED, PLAIN, STREAMED, Crossovers, Point, path_name
-from hybridlab.calibration_files import write_calibration
+from hybridlab.calibration.files import write_calibration
+from hybridlab.calibration.results import CPU, DUAL, MIXED, PLAIN, STREAMED, Crossovers, Point, path_name
 from hybridlab.errors import ConfigError
 from hybridlab.figures.arguments import check_choice, check_target
 from hybridlab.figures.files import file_path
@@ -24,7 +24,7 @@ from hybridlab.spec import NEVER
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hybridlab.calibration import Calibration
+    from hybridlab.calibration.results import Calibration
 
 COLUMNS = tuple(Point.__dataclass_fields__)
 PATHS = {"prefill": (CPU, STREAMED, MIXED), "decode": (PLAIN, DUAL)}

@@ -1,6 +1,6 @@
 """Bytes between ranks of expert parallelism, counted and by the formulas, and what two links make of one prompt.
 
-The rows are those of `hybridlab.bench_exchange`, `hybridlab.bench_dslp` and `experiments/small_ep/emulated.py`.
+The rows are those of `hybridlab.bench.exchange`, `hybridlab.bench.dslp` and `experiments/small_ep/emulated.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What one long prompt costs those who decode: gaps between their tokens, alone and beside it, on each system.
 
-The rows are those of `hybridlab.bench_interference` and `experiments/disaggregation/mixed.py`, one run a line.
+The rows are those of `hybridlab.bench.interference` and `experiments/disaggregation/mixed.py`, one run a line.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
-from hybridlab.bench_targets import targets_table
+from hybridlab.bench.targets import targets_table
 from hybridlab.config import PAPER, project_dir
 from hybridlab.errors import ConfigError
 from hybridlab.figures.files import file_path, write_whole
@@ -26,7 +26,7 @@ from hybridlab.figures.save import save_figure
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hybridlab.bench_kernels import KernelBench
+    from hybridlab.bench.kernels import KernelBench
 
 FORMAT = "hybridlab-kernels/1"
 FIGURES: dict[str, Callable[..., Any]] = {"roofline": roofline, "weights_rate": weights_rate}

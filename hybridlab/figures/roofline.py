@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from hybridlab.bench_targets import PREFERRED
+from hybridlab.bench.targets import PREFERRED
 from hybridlab.figures.arguments import check_target
 from hybridlab.figures.limits import DASHED
 from hybridlab.figures.marks import evidence_handle, line_of, put_legend, series_handles
@@ -20,7 +20,7 @@ from hybridlab.figures.tables import Kinds, Series, Where, chosen, rows_of
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hybridlab.bench_kernels import KernelBench
+    from hybridlab.bench.kernels import KernelBench
 
 COLUMNS = (
     *("work", "model", "matrix", "contender", "weights", "layout", "place", "threads", "rows", "slow_tier"),

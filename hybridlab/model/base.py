@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from hybridlab.checkpoint.reader import LinearWeights
-from hybridlab.kernels_attention import CachedRuns
+from hybridlab.kernels.attention import CachedRuns
 from hybridlab.spec import ModelSpec
 
 

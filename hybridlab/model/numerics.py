@@ -13,9 +13,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hybridlab import kernels, kernels_attention, kernels_router
+from hybridlab import kernels
 from hybridlab.checkpoint.reader import LinearWeights
-from hybridlab.kernels_numpy import dequantize
+from hybridlab.kernels import attention as kernels_attention
+from hybridlab.kernels import router as kernels_router
+from hybridlab.kernels.numpy_twin import dequantize
 from hybridlab.model.base import MicroBatch
 from hybridlab.model.weight_layout import Rows, WeightSource
 from hybridlab.number_formats import bf16_to_float32

@@ -6,10 +6,11 @@ from typing import Literal, Protocol, get_args
 
 import numpy as np
 
-from hybridlab import kernel_layouts, kernels
+from hybridlab import kernels
 from hybridlab.checkpoint.reader import LinearWeights
 from hybridlab.errors import ConfigError
-from hybridlab.kernel_checks import Weight
+from hybridlab.kernels import layouts as kernel_layouts
+from hybridlab.kernels.checks import Weight
 
 WeightLayout = Literal["rows", "tiles"]
 

@@ -11,7 +11,7 @@ import pytest
 import typer.main
 
 import hybridlab as hl
-from hybridlab.cli import app
+from hybridlab.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")

@@ -13,36 +13,31 @@ PACKAGE = ROOT / "hybridlab"
 
 # First part of the module name -> floor. A new module is entered here: that is when its floor is decided.
 FLOORS = {
-    0: {"errors", "plans", "request", "routing", "spec", "validation"},
-    1: {"admission", "batch", "kv_blocks", "lowering", "moves", "prefix_cache", "strategies", "worker_pools"},
+    0: {
+        "errors", "plans", "request", "routing", "spec", "validation",
+    },
+    1: {
+        "admission", "batch", "kv_blocks", "lowering", "moves", "prefix_cache", "strategies", "worker_pools",
+    },
     2: {
-        "checkpoint", "engine", "hardware", "kernel_checks", "kernel_layouts", "kernels", "kernels_attention",
-        "kernels_host_lane", "kernels_numpy", "kernels_router", "model", "number_formats", "simulator", "text",
-        "weights_held", "weights_holder", "weights_sharing",
+        "checkpoint", "engine", "hardware", "kernels", "model", "number_formats", "simulator", "text", "weights_held",
+        "weights_holder", "weights_sharing",
     },
     3: {
-        "agreement", "arrivals", "axes", "axes_random", "backends", "bench", "bench_contenders", "bench_decode_devices",
-        "bench_devices", "bench_dslp", "bench_exchange", "bench_ggml", "bench_interference", "bench_kernels",
-        "bench_kt_kernel", "bench_lost_worker", "bench_one_copy", "bench_peers", "bench_plan", "bench_prefill",
-        "bench_prefill_devices", "bench_shapes", "bench_simulator", "bench_steps", "bench_study", "bench_targets",
-        "bench_timing", "bench_weights", "calibration",
-        "calibration_crossovers", "calibration_files", "calibration_ops", "calibration_profile",
-        "calibration_steps", "columns", "config", "device_lock", "execution",
-        "experiment", "export", "figures_config", "jobs", "live_requests", "loading", "metrics", "prediction",
-        "run_costs", "run_files", "summary_table", "sweep_plan", "provenance", "recording", "request_queue", "sections",
-        "serving", "session", "simulated_bench", "simulated_workers", "step_log", "store", "stored_run", "strict_yaml",
-        "sweep_processes", "tuned", "tuning", "tuning_space", "workload",
+        "agreement", "arrivals", "axes", "axes_random", "backends", "bench", "calibration", "columns", "config",
+        "device_lock", "execution", "experiment", "export", "figures_config", "jobs", "live_requests", "loading",
+        "metrics", "prediction", "provenance", "recording", "request_queue", "run_costs", "run_files", "sections",
+        "serving", "session", "simulated_workers", "step_log", "store", "stored_run", "strict_yaml", "summary_table",
+        "sweep_plan", "sweep_processes", "tuning", "workload",
     },
     4: {
-        "__main__", "cli", "cli_bench", "cli_calibrate", "cli_checkpoint", "cli_figures", "cli_output", "cli_run",
-        "cli_sweep", "cli_tune", "cli_weights",
-        "figures", "widgets",
+        "__main__", "cli", "figures", "widgets",
     },
 }  # fmt: skip
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 EXEMPT = {"__init__"}  # hybridlab/__init__.py re-exports from every floor, lazily
 ABOVE_PLANS = {"torch", "jax", "jaxlib"}  # not below floor 2
-ENVIRONMENT_READERS = {"calibration_files.py", "engine/ranks_joined.py", "kernels.py"}
+ENVIRONMENT_READERS = {"calibration/files.py", "engine/ranks_joined.py", "kernels/__init__.py"}
 STRANGERS = ("engine", "simulator")  # the two interpreters share plans, not code
 EXTENSION_OWNER = "kernels"
 
@@ -159,7 +154,7 @@ def test_environment_is_read_in_listed_files_only() -> None:
         ("engine/x.py", "from hybridlab.simulator import clock", "engine imports simulator"),
         ("simulator/__init__.py", "import hybridlab.engine.lanes", "simulator imports engine"),
         ("model/x.py", "from hybridlab import _kernels", "only kernels imports"),
-        ("model/x.py", "import importlib\nimportlib.import_module('hybridlab.cli')", "of floor 4"),
+        ("model/x.py", "import importlib\nimportlib.import_module('hybridlab.cli.app')", "of floor 4"),
         ("store.py", "from hybridlab import load", "not the package"),
         ("store.py", "import hybridlab as hl", "not the package"),
         ("novelty.py", "", "enter 'novelty' in FLOORS"),
@@ -184,7 +179,7 @@ def test_planted_environment_read_is_found(tmp_path: Path, source: str) -> None:
 def test_imports_downwards_are_left_alone(tmp_path: Path) -> None:
     engine = ["import torch", "from hybridlab.plans import Op", "from hybridlab import kernels"]
     _plant(tmp_path, "engine/x.py", "\n".join(engine))
-    _plant(tmp_path, "kernels.py", "import os\nfrom hybridlab import _kernels\nos.environ.get('A')")
+    _plant(tmp_path, "kernels/__init__.py", "import os\nfrom hybridlab import _kernels\nos.environ.get('A')")
     package = tmp_path / "hybridlab"
     assert floor_violations(package) == environment_violations(package) == []
 

@@ -29,7 +29,7 @@ def measured(module: str) -> tuple[float, list[str]]:
     return float(took), heavy
 
 
-@pytest.mark.parametrize("module", ["hybridlab", "hybridlab.cli"])
+@pytest.mark.parametrize("module", ["hybridlab", "hybridlab.cli.app"])
 def test_import_is_fast_and_light(module: str) -> None:
     runs = [measured(module) for _ in range(_REPEATS)]
     assert runs[0][1] == []

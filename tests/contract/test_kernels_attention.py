@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridlab import kernels, kernels_attention, kernels_numpy
-from hybridlab.kernels_attention import CachedRuns
+from hybridlab import kernels
+from hybridlab.kernels import attention as kernels_attention
+from hybridlab.kernels import numpy_twin as kernels_numpy
+from hybridlab.kernels.attention import CachedRuns
 from hybridlab.number_formats import bf16_to_float32
 
 TIERS = kernels.supported_tiers()

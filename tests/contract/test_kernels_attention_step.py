@@ -7,8 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from hybridlab import kernels, kernels_attention
-from hybridlab.kernels_attention import CachedRuns
+from hybridlab import kernels
+from hybridlab.kernels import attention as kernels_attention
+from hybridlab.kernels.attention import CachedRuns
 
 H, N, G, D = 16, 4, 2, 8
 SHAPES = {"q": (N * D, H), "k": (G * D, H), "v": (G * D, H), "o": (H, N * D)}

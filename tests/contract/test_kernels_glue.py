@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridlab import kernels, kernels_attention, kernels_numpy, kernels_router
+from hybridlab import kernels
+from hybridlab.kernels import attention as kernels_attention
+from hybridlab.kernels import numpy_twin as kernels_numpy
+from hybridlab.kernels import router as kernels_router
 
 TIERS = kernels.supported_tiers()
 

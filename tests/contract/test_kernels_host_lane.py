@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybridlab import kernels
-from hybridlab.kernels_host_lane import HostLane, HostOp
+from hybridlab.kernels.host_lane import HostLane, HostOp
 
 TOKENS, SLOTS, EXPERTS, HIDDEN, WIDTH = 3, 2, 4, 128, 96
 

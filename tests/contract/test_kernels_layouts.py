@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridlab import kernel_layouts, kernels
+from hybridlab import kernels
+from hybridlab.kernels import layouts as kernel_layouts
 
 TIERS = kernels.supported_tiers()
 COMPILED = [tier for tier in TIERS if tier != "numpy"]

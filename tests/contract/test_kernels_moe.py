@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hybridlab import kernels, kernels_numpy
+from hybridlab import kernels
+from hybridlab.kernels import numpy_twin as kernels_numpy
 
 TIERS = kernels.supported_tiers()
 COMPILED = [tier for tier in TIERS if tier != "numpy"]

@@ -12,14 +12,16 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import hybridlab as hl
-from hybridlab import bench_decode_devices, bench_prefill_devices, cli_bench
-from hybridlab.bench_decode_devices import CPU, DUAL, PLAIN, decode
-from hybridlab.bench_devices import DeviceBench, matmul_flop_s
-from hybridlab.bench_prefill import step_flop
-from hybridlab.bench_prefill_devices import LINK, RESIDENT, VARIANTS, Variant, prefill
-from hybridlab.bench_steps import TimedStep, timed
+from hybridlab.bench import decode_devices as bench_decode_devices
+from hybridlab.bench import prefill_devices as bench_prefill_devices
+from hybridlab.bench.decode_devices import CPU, DUAL, PLAIN, decode
+from hybridlab.bench.devices import DeviceBench, matmul_flop_s
+from hybridlab.bench.prefill import step_flop
+from hybridlab.bench.prefill_devices import LINK, RESIDENT, VARIANTS, Variant, prefill
+from hybridlab.bench.steps import TimedStep, timed
 from hybridlab.checkpoint import writer
-from hybridlab.cli import app
+from hybridlab.cli import bench as cli_bench
+from hybridlab.cli.app import app
 from hybridlab.errors import ConfigError, HybridlabError, MemoryBudgetError
 
 EMULATED: dict[str, Any] = {"device": "emulated", "threads": 2, "progress": False}

@@ -9,14 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hybridlab import bench_kernels, bench_peers, kernels
-from hybridlab.bench_contenders import OurLayer, experts_used, routings
-from hybridlab.bench_peers import layer_peers
-from hybridlab.bench_plan import PREFILL_EXPERTS, Settings, sections
-from hybridlab.bench_shapes import LAYERS, LayerShape, distinct_layers, layers_of, matrices_of
-from hybridlab.bench_targets import shown, targets_table
-from hybridlab.bench_timing import LEAST_TRIALS, Reading, Work, row_of, time_together
-from hybridlab.bench_weights import WeightPool
+from hybridlab import kernels
+from hybridlab.bench import kernels as bench_kernels
+from hybridlab.bench import peers as bench_peers
+from hybridlab.bench.contenders import OurLayer, experts_used, routings
+from hybridlab.bench.peers import layer_peers
+from hybridlab.bench.plan import PREFILL_EXPERTS, Settings, sections
+from hybridlab.bench.shapes import LAYERS, LayerShape, distinct_layers, layers_of, matrices_of
+from hybridlab.bench.targets import shown, targets_table
+from hybridlab.bench.timing import LEAST_TRIALS, Reading, Work, row_of, time_together
+from hybridlab.bench.weights import WeightPool
 from hybridlab.checkpoint.presets import PRESETS
 from hybridlab.errors import ConfigError
 from hybridlab.number_formats import FP8_NAN_CODES

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import hybridlab as hl
-from hybridlab.bench_steps import (
+from hybridlab.bench.steps import (
     TimedStep,
     bound_s,
     decode_steps,

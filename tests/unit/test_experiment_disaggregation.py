@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 
 import hybridlab as hl
-from hybridlab import bench_interference, step_log
-from hybridlab.bench_interference import interference
+from hybridlab import step_log
+from hybridlab.bench import interference as bench_interference
+from hybridlab.bench.interference import interference
 from hybridlab.serving import Served
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "disaggregation"

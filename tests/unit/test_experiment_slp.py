@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import hybridlab as hl
-from hybridlab.bench_decode_devices import CPU, DUAL, PLAIN
-from hybridlab.bench_prefill_devices import LINK, RESIDENT
+from hybridlab.bench.decode_devices import CPU, DUAL, PLAIN
+from hybridlab.bench.prefill_devices import LINK, RESIDENT
 from hybridlab.engine import cuda_device
 from hybridlab.engine.shared_blocks import host_store
 from hybridlab.lowering import Planner

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from hybridlab.bench_dslp import ONE, dslp
-from hybridlab.bench_exchange import exchange_bytes, rank_steps
+from hybridlab.bench.dslp import ONE, dslp
+from hybridlab.bench.exchange import exchange_bytes, rank_steps
 from hybridlab.errors import ConfigError
 from hybridlab.plans import EXCHANGES
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hybridlab import kernels_numpy, number_formats
+from hybridlab import number_formats
+from hybridlab.kernels import numpy_twin as kernels_numpy
 
 
 def test_table_is_torchs() -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 import hybridlab as hl
 from hybridlab import weights_held
-from hybridlab.cli import app
+from hybridlab.cli.app import app
 
 CONFIG = """\
 experiment: cli-test

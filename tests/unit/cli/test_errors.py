@@ -10,10 +10,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import hybridlab as hl
-from hybridlab import bench_kernels, bench_peers, cli_bench
-from hybridlab.bench_shapes import LAYERS
+from hybridlab.bench import kernels as bench_kernels
+from hybridlab.bench import peers as bench_peers
+from hybridlab.bench.shapes import LAYERS
 from hybridlab.checkpoint import writer
-from hybridlab.cli import app
+from hybridlab.cli import bench as cli_bench
+from hybridlab.cli.app import app
 
 
 def invoke(*words: object) -> Result:

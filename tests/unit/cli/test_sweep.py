@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 import hybridlab as hl
 from hybridlab import run_costs
-from hybridlab.cli import app
+from hybridlab.cli.app import app
 from hybridlab.errors import ConfigError
 
 CONFIG = """\

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridlab.calibration import CPU, DUAL, MIXED, PLAIN, STREAMED, Calibration, Crossovers, Point, Subject
+from hybridlab.calibration.results import CPU, DUAL, MIXED, PLAIN, STREAMED, Calibration, Crossovers, Point, Subject
 
 TOKENS: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096)
 REQUESTS: tuple[int, ...] = (2, 4, 8, 16)

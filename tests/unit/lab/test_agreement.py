@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 
 import hybridlab as hl
-from hybridlab import agreement, calibration_ops, calibration_profile
+from hybridlab import agreement
 from hybridlab.agreement import METRICS, Bracket, Load, Twin, compared, compared_trace
-from hybridlab.calibration_profile import measure_profile, write_profile
+from hybridlab.calibration import ops as calibration_ops
+from hybridlab.calibration import profile as calibration_profile
+from hybridlab.calibration.profile import measure_profile, write_profile
 from hybridlab.checkpoint import open_checkpoint
 from hybridlab.errors import ConfigError
 from hybridlab.hardware.read_bandwidth import read_bandwidth_gb_s

@@ -13,15 +13,15 @@ import torch
 from calibrated import calibration
 
 import hybridlab as hl
-from hybridlab import calibration_steps
-from hybridlab.calibration import Crossovers
-from hybridlab.calibration_files import (
+from hybridlab.calibration import steps as calibration_steps
+from hybridlab.calibration.files import (
     calibration_path,
     find_calibration,
     read_calibration,
     subject_of,
     write_calibration,
 )
+from hybridlab.calibration.results import Crossovers
 from hybridlab.config import load_config
 from hybridlab.errors import ConfigError
 from hybridlab.jobs import identify, make_drafts

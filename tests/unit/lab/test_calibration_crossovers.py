@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from calibrated import LINK_S, TOKENS, calibration, cpu_s, point, points
 
-from hybridlab.calibration import CPU, DUAL, MIXED, PLAIN, STREAMED, Crossovers
-from hybridlab.calibration_crossovers import crossover, mixed_range
+from hybridlab.calibration.crossovers import crossover, mixed_range
+from hybridlab.calibration.results import CPU, DUAL, MIXED, PLAIN, STREAMED, Crossovers
 from hybridlab.spec import NEVER, HardwareSpec
 
 RISING = {n: cpu_s(n) for n in TOKENS}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hybridlab.bench_steps import TimedStep
-from hybridlab.calibration_steps import _timing
+from hybridlab.bench.steps import TimedStep
+from hybridlab.calibration.steps import _timing
 from hybridlab.plans import Lane, LaneKind, Op, Span
 
 LAYERS = 3

@@ -11,7 +11,7 @@ import pytest
 
 from hybridlab.config import load_config, points
 from hybridlab.experiment import run
-from hybridlab.tuned import Tuned
+from hybridlab.tuning.tuned import Tuned
 
 HERE = Path(__file__).parents[3] / "experiments" / "tune"
 

@@ -154,7 +154,7 @@ def test_the_manifest_says_what_was_simulated(lab):
 def test_the_command_line_simulates(lab, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    from hybridlab.cli import app
+    from hybridlab.cli.app import app
 
     (tmp_path / "config.yaml").write_text(json.dumps({**lab, "workload": {**lab["workload"], "num_requests": 3}}))
     for command in ("run", "sweep"):

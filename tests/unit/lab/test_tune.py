@@ -11,13 +11,13 @@ import yaml
 from typer.testing import CliRunner
 
 from hybridlab import backends, device_lock, provenance
-from hybridlab.cli import app
+from hybridlab.bench.simulated_serving import SimulatorBench
+from hybridlab.cli.app import app
 from hybridlab.config import load_config
 from hybridlab.errors import ConfigError
 from hybridlab.experiment import run
-from hybridlab.simulated_bench import SimulatorBench
-from hybridlab.tuning import tune
-from hybridlab.tuning_space import default_space, walk
+from hybridlab.tuning.search import tune
+from hybridlab.tuning.space import default_space, walk
 
 SLO = {"ttft_s": 4.0, "tpot_s": 0.35}
 WORKLOAD = {

@@ -11,8 +11,8 @@ import pytest
 
 import hybridlab as hl
 from hybridlab import step_log
-from hybridlab.bench_lost_worker import lose_worker
-from hybridlab.bench_one_copy import BOUND, PARENT, TOGETHER, mapped_bytes, one_copy, private
+from hybridlab.bench.lost_worker import lose_worker
+from hybridlab.bench.one_copy import BOUND, PARENT, TOGETHER, mapped_bytes, one_copy, private
 from hybridlab.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers and smaps are Linux'")

@@ -7,8 +7,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from hybridlab.bench_simulator import MOST_RUNNING, TOPOLOGIES, AtMost, measure
-from hybridlab.cli import app
+from hybridlab.bench.simulator import MOST_RUNNING, TOPOLOGIES, AtMost, measure
+from hybridlab.cli.app import app
 from hybridlab.plans import QueueView, RunningRequest, WaitingRequest
 
 pytest.importorskip("jax", reason="step maps need jax")

@@ -132,7 +132,7 @@ def test_jax_outside_stays_as_it_was():
 WITHOUT_JAX = """
 import sys
 sys.path[:], sys.modules["jax"] = PATH, None
-import hybridlab.simulated_bench
+import hybridlab.bench.simulated_serving
 from random_programs import MODEL, SHAPE, SLOW, planned
 from hybridlab.plans import ExpertPath, PlacementPlan, StepPlan
 from hybridlab.simulator.cost_model import Micro

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from calibrated import REQUESTS, TOKENS, calibration, cpu_s, points
 
-from hybridlab.calibration import CPU, MIXED, STREAMED
+from hybridlab.calibration.results import CPU, MIXED, STREAMED
 from hybridlab.errors import ConfigError
 from hybridlab.figures import ONE_COLUMN_IN, crossover, save_figure
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from hybridlab import bench_decode_devices
+from hybridlab.bench import decode_devices as bench_decode_devices
 from hybridlab.errors import ConfigError
 from hybridlab.figures import ONE_COLUMN_IN, decode_table, decode_tradeoff, read_decode, save_figure
 from hybridlab.figures.decode_tradeoff import CPU, DUAL, PLAIN

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgba
 
-from hybridlab import bench_interference
+from hybridlab.bench import interference as bench_interference
 from hybridlab.errors import ConfigError
 from hybridlab.figures import (
     ONE_COLUMN_IN,

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hybridlab import experiment
-from hybridlab.cli import app
+from hybridlab.cli.app import app
 from hybridlab.errors import ConfigError
 from hybridlab.figures import publish as module
 from hybridlab.figures import save

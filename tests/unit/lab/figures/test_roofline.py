@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from hybridlab import bench_kernels
-from hybridlab.bench_kernels import KernelBench
-from hybridlab.cli import app
+from hybridlab.bench import kernels as bench_kernels
+from hybridlab.bench.kernels import KernelBench
+from hybridlab.cli.app import app
 from hybridlab.errors import ConfigError
 from hybridlab.figures import fp8_codes, fp8_table, roofline, save, weights_rate
 from hybridlab.figures.kernel_bench import read_kernel_bench, save_kernel_bench

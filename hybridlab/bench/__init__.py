@@ -1,0 +1,1 @@
+"""Benchmarks: each beside its floor, measured in the same run."""

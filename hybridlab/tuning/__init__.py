@@ -1,0 +1,1 @@
+"""`hl.tune`: searched on the simulator, verified on the engine."""
