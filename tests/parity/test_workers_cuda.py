@@ -34,6 +34,10 @@ OPTIONS: dict[str, Any] = {"device": "cuda", "placement": STREAMED, "overlap": "
 RESIDENT = {**OPTIONS, "placement": "all_resident"}
 BOTH: dict[str, dict[str, Any]] = {"prefill": {"threads": 2}, "decode": {"threads": 2}}
 PAPER = {"name": "paper", "short_tokens": 7, "chunk_tokens": 4}
+ONE_ORACLE = pytest.mark.parametrize(
+    "oracle", ["qwen3_bf16", pytest.param("qwen3_fp8_128", marks=pytest.mark.slow)], indirect=True
+)
+"""For what hangs on processes and memory, not on weights."""
 
 
 @pytest.fixture(scope="module", params=WHERE)
@@ -116,6 +120,7 @@ def test_experts_that_live_on_the_gpu_are_not_in_host_memory_as_well(oracle, res
     assert [shared_kb(pid)["Size"] for pid in runtime_of(resident).pids.values() if pid is not None] == [0, 0]
 
 
+@ONE_ORACLE
 @pytest.mark.parametrize("scheduler", ["fcfs", PAPER], ids=["fcfs", "paper"])
 def test_both_workers_compute_and_every_request_ends(oracle, engine, scheduler):
     served = engine.serve(oracle.requests(), scheduler, keep_span_steps=10**6)
@@ -176,6 +181,7 @@ def test_two_workers_take_the_weights_of_one_on_a_gpu(tmp_path, monkeypatch):
     assert abs(taken[1] - taken[0] - shared_bytes) < 0.05 * shared_bytes
 
 
+@ONE_ORACLE
 def test_the_end_of_who_made_it_takes_nothing(oracle, resident, resident_alone):
     workers = runtime_of(resident)
     maker = next(name for name, state in workers.on_gpu.items() if state == "made")
@@ -208,6 +214,7 @@ def shared_kb(pid: int, name: str = NAME) -> dict[str, int]:
     return found
 
 
+@ONE_ORACLE
 @pytest.mark.parametrize("worker", ["prefill", "decode"])
 def test_a_killed_worker_costs_no_token(oracle, engine, alone, worker):
     workers, told = runtime_of(engine), []

@@ -63,7 +63,7 @@ def torchrun(tmp_path: Path, end: str, ranks: int = 2) -> subprocess.CompletedPr
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-@pytest.mark.parametrize(("end", "ranks"), [("close", 3), ("leave", 2)])
+@pytest.mark.parametrize(("end", "ranks"), [pytest.param("close", 3, marks=pytest.mark.slow), ("leave", 2)])
 def test_tokens_are_those_of_the_oracle(tmp_path, end, ranks):
     done = torchrun(tmp_path, end, ranks)
     assert done.returncode == 0, done.stderr
