@@ -5,7 +5,6 @@ The rows are those of `hybridlab bench decode --device ... --out FOLDER`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from matplotlib.lines import Line2D
 from hybridlab.config import PAPER, project_dir
 from hybridlab.errors import ConfigError
 from hybridlab.figures.arguments import check_target
-from hybridlab.figures.files import file_path
+from hybridlab.figures.files import file_path, read_lines
 from hybridlab.figures.marks import evidence_handle, line_of, put_legend, series_handles
 from hybridlab.figures.origin import note_origin
 from hybridlab.figures.style import GREY, ONE_COLUMN_IN, axis_label, log_axis, new_axes, style
@@ -50,13 +49,7 @@ def read_decode(folder: str | Path | None = None) -> pd.DataFrame:
     folder = project_dir() / "results" / PAPER / "dual_batch" if folder is None else file_path(folder, "read_decode")
     tables = []
     for path in sorted(folder.rglob(FILES)):
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            table = pd.DataFrame([json.loads(line) for line in lines if line.strip()])
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
-        if missing := [name for name in (*COLUMNS, "evidence") if name not in table.columns]:
-            raise ConfigError(f"{path}: damaged (no column {missing[0]!r})")
+        table = read_lines(path, (*COLUMNS, "evidence"))
         tables.append(table.assign(file=str(path.relative_to(folder))))
     if not tables:
         return pd.DataFrame(columns=[*RUN, "device", *COLUMNS, "evidence"])

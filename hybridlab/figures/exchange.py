@@ -5,7 +5,6 @@ The rows are those of `hybridlab.bench.exchange`, `hybridlab.bench.dslp` and `ex
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from matplotlib.lines import Line2D
 from hybridlab.config import PAPER, project_dir
 from hybridlab.errors import ConfigError
 from hybridlab.figures.arguments import check_choice, check_target
-from hybridlab.figures.files import file_path
+from hybridlab.figures.files import file_path, read_lines
 from hybridlab.figures.marks import evidence_handle, line_of, put_legend, series_handles
 from hybridlab.figures.origin import note_origin
 from hybridlab.figures.style import GREY, ONE_COLUMN_IN, cycle_color, log_axis, new_axes, style
@@ -40,19 +39,11 @@ def read_exchange(table: str = "bytes", folder: str | Path | None = None) -> pd.
 
     Raises ConfigError if they are missing or damaged.
     """
-    import pandas as pd
 
     check_choice(table, tuple(FILES), "read_exchange: table")
     folder = project_dir() / "results" / PAPER / "small_ep" if folder is None else Path(folder)
     path = file_path(folder, "read_exchange") / f"{table}.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = pd.DataFrame([json.loads(line) for line in lines if line.strip()])
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
-    if missing := [name for name in (*FILES[table], "evidence", "machine", "code") if name not in rows.columns]:
-        raise ConfigError(f"{path}: damaged (no column {missing[0]!r})")
-    return rows
+    return read_lines(path, (*FILES[table], "evidence", "machine", "code"))
 
 
 def exchange_table(df: pd.DataFrame) -> pd.DataFrame:

@@ -1,13 +1,17 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and tables of a JSON object a line."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybridlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def file_path(path: Any, what: str) -> Path:
@@ -39,3 +43,17 @@ def write_whole(files: Mapping[Path, bytes], what: str) -> None:
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
+
+
+def read_lines(path: Path, columns: Iterable[str]) -> pd.DataFrame:
+    """A table of one JSON object a line, with at least `columns`. Raises ConfigError if it is missing or damaged."""
+    import pandas as pd
+
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        table = pd.DataFrame([json.loads(line) for line in lines if line.strip()])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    if missing := [name for name in columns if name not in table.columns]:
+        raise ConfigError(f"{path}: damaged (no column {missing[0]!r})")
+    return table

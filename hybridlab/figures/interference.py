@@ -5,7 +5,6 @@ The rows are those of `hybridlab.bench.interference` and `experiments/disaggrega
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from matplotlib.lines import Line2D
 from hybridlab.config import PAPER, project_dir
 from hybridlab.errors import ConfigError
 from hybridlab.figures.arguments import check_target
-from hybridlab.figures.files import file_path
+from hybridlab.figures.files import file_path, read_lines
 from hybridlab.figures.marks import evidence_handle, evidence_mark, put_legend
 from hybridlab.figures.origin import note_origin
 from hybridlab.figures.style import GREY, TWO_COLUMNS_IN, cycle_color, log_axis, new_axes, style
@@ -45,18 +44,10 @@ def read_interference(folder: str | Path | None = None) -> pd.DataFrame:
 
     Raises ConfigError if they are missing or damaged.
     """
-    import pandas as pd
 
     folder = project_dir() / "results" / PAPER / "disaggregation" if folder is None else Path(folder)
     path = file_path(folder, "read_interference") / "mixed.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        table = pd.DataFrame([json.loads(line) for line in lines if line.strip()])
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
-    if missing := [name for name in (*COLUMNS, "evidence", "machine", "code") if name not in table.columns]:
-        raise ConfigError(f"{path}: damaged (no column {missing[0]!r})")
-    return table
+    return read_lines(path, (*COLUMNS, "evidence", "machine", "code"))
 
 
 def interference_table(df: pd.DataFrame, *, where: Where | None = None, evidence: Kinds | None = None) -> pd.DataFrame:
